@@ -1,0 +1,323 @@
+"""The whole run on one page: read, fit, write.
+
+Inputs are checked before any work; each modality is then fitted and its users written block by block through
+one fused kernel call each. What is done is recorded in the staging folder, and a resumed run skips it.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from . import features, method
+from .artifact import Staging
+from .backend import Backend, select
+from .blend import Weighting, norms, ranges
+from .config import JobConfig, settings_to_dict
+from .errors import InputError
+from .features import FeatureTable, Modality
+from .ids import is_text
+from .interactions import EXTENSIONS, TEXT_EXTENSIONS, Columns, InteractionTable, ItemAxis, positions, read, read_user_ids
+from .progress import Progress
+from .storage import expand, fingerprint
+from .version import __version__
+from .where import parse
+
+BLOCK_BYTES = 256 << 20  # of memory for the blocks on their way out, unless --memory asks for less
+
+
+def run(config: JobConfig, progress: Progress) -> str:
+    """Run a job and give the path of its artifact.
+
+    Raises
+    ------
+    InputError
+        The input or the settings are wrong; nothing is left behind.
+    ResourceError
+        Not enough memory or disk; what was done can be resumed.
+    """
+    started = datetime.now(UTC)
+    backend = select(config.backend)
+    progress.say(f"backend {backend.name}: {backend.why}; kernels {backend.kernels.name}")
+    with progress.step("fingerprint inputs"):
+        inputs = _inputs(config)
+    identity = _identity(config, inputs, backend)
+    with Staging.open(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
+        if staging.complete:
+            progress.say(f"{config.out} is already there, made from the same inputs and settings")
+            return config.out
+        if staging.discarded:
+            progress.say("an unfinished run was discarded; --resume would have gone on with it")
+        data = _read(config, backend, progress)
+        statistics = {
+            name: _run_modality(config, backend, data, name, staging, progress) for name in list(data.modalities)
+        }
+        _save_ids(staging, data.table)
+        manifest = _manifest(config, inputs, backend, data, statistics)
+        manifest["timings"] = {
+            "started": started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round((datetime.now(UTC) - started).total_seconds(), 3),
+            "steps": progress.timings,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        return staging.commit(manifest)
+
+
+@dataclass
+class _Data:
+    """All inputs, checked, on the device."""
+
+    table: InteractionTable
+    modalities: dict[str, Modality]
+    operators: dict[str, Weighting]
+    source_widths: dict[str, int]
+
+
+# Read.
+
+
+def _read(config: JobConfig, backend: Backend, progress: Progress) -> _Data:
+    """Read and check everything, so that bad input ends the job before any work."""
+    tables: dict[str, FeatureTable] = {}
+    present: dict[str, Any] = {}
+    for name, path in config.features.items():
+        with progress.step(f"read features {name}") as step:
+            tables[name] = features.read(name, path, config.item_column)
+            present[name] = features.check(tables[name].values, f"{path} (modality {name})")
+            rows, width = tables[name].values.shape
+            step.note(items=rows, width=width, missing=rows - int(present[name].sum()))
+    users = config.users
+    if isinstance(users, str):
+        users = read_user_ids(backend, users, config.user_column)
+    where = parse(config.where) if config.where else None
+    columns = Columns(config.user_column, config.item_column, config.weight_column, where)
+    with progress.step("read interactions", unit="row") as step:
+        axis = _item_axis(tables)
+        table = read(backend, config.interactions, columns, axis, users, step.advance)
+        step.note(users=table.interactions.users, items=table.interactions.items, pairs=table.interactions.pairs)
+    for line in table.warnings:
+        progress.warn(line)
+    if table.user_ids is not None and config.users is None and not is_text(str(table.user_ids.dtype)):
+        progress.say("user ids have gaps: rows follow the sorted ids, in users.parquet; --users N makes ids the rows")
+    modalities = {}
+    operators = {}
+    for name, source in tables.items():
+        rows = None if source.ids is None else _feature_rows(source, axis, table)
+        modalities[name] = features.align(backend, source, present[name], rows, table.interactions.items)
+        operators[name] = method.weighting(backend, table.interactions, modalities[name], config.settings.weighting)
+        method.check_clusters(backend, modalities[name], operators[name], config.settings)
+    return _Data(table, modalities, operators, {name: source.values.shape[1] for name, source in tables.items()})
+
+
+def _item_axis(tables: Mapping[str, FeatureTable]) -> ItemAxis:
+    """What item ids mean: row numbers where any modality is by row, else ids to join on."""
+    by_row = {name: len(table.values) for name, table in tables.items() if table.ids is None}
+    if not by_row:
+        return ItemAxis(None, [table.ids for table in tables.values()])
+    (first, rows), *others = by_row.items()
+    for name, count in others:
+        if count != rows:
+            raise InputError(
+                f"modality {first} has {rows} rows and {name} {count}: without item ids, row i is item i in each;"
+                " give missing items a row of NaN."
+            )
+    return ItemAxis(rows)
+
+
+def _feature_rows(source: FeatureTable, axis: ItemAxis, table: InteractionTable) -> Any:
+    """Item row of each row of a feature table that has ids."""
+    if axis.rows is None:
+        return positions(source.ids, table.item_ids)
+    if is_text(str(source.ids.dtype)):
+        raise InputError(f"{source.path}: ids are text, but another modality has no ids, where row i is item i.")
+    rows = source.ids.to_numpy(np.int64)
+    outside = np.flatnonzero((rows < 0) | (rows >= axis.rows))
+    if len(outside):
+        raise InputError(
+            f"{source.path}: row {outside[0]} is item {rows[outside[0]]}, beyond the {axis.rows} rows of the modalities without ids."
+        )
+    return rows
+
+
+# Fit and write.
+
+
+def _run_modality(
+    config: JobConfig, backend: Backend, data: _Data, name: str, staging: Staging, progress: Progress
+) -> dict[str, Any]:
+    """Project, cluster, and write every user's row; returns the modality's part of the manifest."""
+    settings = config.settings
+    modality, operator, matrix = data.modalities.pop(name), data.operators[name], data.table.interactions
+    if settings.dim is not None:
+        modality = _project(config, backend, modality, staging, progress)
+    width = modality.values.shape[1]
+    step_rows = method.block_rows(width, min(config.memory or BLOCK_BYTES, BLOCK_BYTES))
+    facts, labels = _cluster(config, backend, data, modality, staging, progress)
+    plan = method.fit(backend, matrix, modality, operator, settings, labels, facts.get("scale"), step_rows)
+    staging.finish(f"{name}/fit", {**facts, "scale": plan.scale})
+    users = f"{name}/users.npy"
+    with progress.step(f"write {name}", total=matrix.users, unit="user") as step:
+        writer = staging.rows(users, (matrix.users, width), np.dtype(settings.dtype))
+        with writer:
+            step.advance(writer.done)
+            for part in ranges(matrix.users, step_rows):
+                if part.stop > writer.done:
+                    part = slice(max(part.start, writer.done), part.stop)
+                    writer.write(backend.to_host(method.rows(backend, matrix, plan, part, settings.dtype)))
+                    step.advance(part.stop - part.start)
+    written = staging.load(users)
+    host_labels = backend.to_host(labels[1])
+    warm = int(operator.warm.sum())
+    items = backend.asarray(modality.values)[modality.present]
+    return {
+        "width": width,
+        "source_width": data.source_widths[name],
+        "items": modality.n_present,
+        "missing_items": matrix.items - modality.n_present,
+        "warm_users": warm,
+        "cold_users": matrix.users - warm,
+        "clusters": settings.clusters,
+        "cluster_sizes": _sizes(host_labels, settings.clusters),
+        **({} if labels[2] is None else {"item_cluster_sizes": _sizes(backend.to_host(labels[2]), settings.clusters)}),
+        "kmeans": facts["kmeans"],
+        "norms": {
+            "users": norms(np, (written[part] for part in ranges(matrix.users, 4096))),
+            "items": norms(backend.xp, iter([items])),
+            "centroids": norms(backend.xp, iter([labels[0]])),
+        },
+        "scale": plan.scale,
+        "lambda": settings.lam,
+    }
+
+
+def _project(config: JobConfig, backend: Backend, modality: Modality, staging: Staging, progress: Progress) -> Modality:
+    """Projected items, worked out or taken from the run that is resumed; an output too."""
+    items, mask = f"{modality.name}/items.npy", f"{modality.name}/items_mask.npy"
+    if staging.finished(items) is not None:
+        return features.Modality(modality.name, backend.asarray(staging.load(items)), modality.present, modality.n_present)
+    assert config.settings.dim is not None
+    with progress.step(f"project {modality.name}") as step:
+        projection = features.fit_projection(backend, modality, config.settings.dim, config.settings.whiten)
+        projected = features.project(backend, modality, projection)
+        step.note(width=config.settings.dim)
+    staging.save(items, backend.to_host(projected.values))
+    staging.save(mask, backend.to_host(projected.present))
+    staging.finish(items, {})
+    return projected
+
+
+def _cluster(
+    config: JobConfig, backend: Backend, data: _Data, modality: Modality, staging: Staging, progress: Progress
+) -> tuple[dict[str, Any], tuple[Any, Any, Any]]:
+    """Centroids, user labels and item labels, found or taken from the run that is resumed."""
+    name, on_items = modality.name, config.settings.cluster_on == "items"
+    paths = [f"{name}/centroids.npy", f"{name}/labels.npy", *([f"{name}/item_labels.npy"] if on_items else [])]
+    facts = staging.finished(f"{name}/fit") or staging.finished(f"{name}/clusters")
+    if facts is not None:
+        arrays = [backend.asarray(staging.load(path)) for path in paths]
+        return facts, (arrays[0], arrays[1], arrays[2] if on_items else None)
+    with progress.step(f"cluster {name}") as step:
+        operator = data.operators[name]
+        found = method.clusters(backend, data.table.interactions, modality, operator, config.settings)
+        step.note(clusters=config.settings.clusters, iterations=found.found.iterations)
+    labels = (found.centroids, found.user_labels, found.item_labels)
+    for path, array in zip(paths, labels, strict=False):
+        staging.save(path, backend.to_host(array))
+    kmeans = found.found
+    facts = {
+        "kmeans": {
+            "form": kmeans.form,
+            "library": backend.kmeans_name,
+            "iterations": kmeans.iterations,
+            "settled": kmeans.settled,
+            "inertia": kmeans.inertia,
+        }
+    }
+    staging.finish(f"{name}/clusters", facts)
+    return facts, labels
+
+
+def _sizes(labels: Any, clusters: int) -> list[int]:
+    return [int(size) for size in np.bincount(labels[labels >= 0], minlength=clusters)]
+
+
+def _save_ids(staging: Staging, table: InteractionTable) -> None:
+    """users.parquet and items.parquet, where rows are not the ids."""
+    for path, kind, column in (("users.parquet", "user_id", table.user_ids), ("items.parquet", "item_id", table.item_ids)):
+        if column is not None:
+            rows = np.arange(len(column), dtype=np.int64)
+            staging.save_table(path, pd.DataFrame({"row": rows, kind: column.to_numpy()}))
+
+
+# What the manifest says.
+
+
+def _inputs(config: JobConfig) -> list[dict[str, Any]]:
+    """Every input file with its size and content hash."""
+    named = [("interactions", path) for path in expand(config.interactions, EXTENSIONS)]
+    for name, pattern in config.features.items():
+        named += [(f"features.{name}", path) for path in expand(pattern, features.EXTENSIONS)]
+    if isinstance(config.users, str):
+        named += [("users", path) for path in expand(config.users, (".parquet", ".pq", ".txt", *TEXT_EXTENSIONS))]
+    return [{"for": role, "path": path, **fingerprint(path)} for role, path in named]
+
+
+def _identity(config: JobConfig, inputs: list[dict[str, Any]], backend: Backend) -> dict[str, Any]:
+    """What must be the same for a run to be resumed: settings, columns, contents of the inputs, the program."""
+    files = {
+        f"{one['for']}/{number}:{os.path.basename(one['path'])}": {"bytes": one["bytes"], "hash": one["hash"]}
+        for number, one in enumerate(inputs)
+    }
+    program = {"gpu_init": __version__, "backend": backend.name, "kernels": backend.kernels.name}
+    users = config.users if isinstance(config.users, int) else None
+    columns = {"user_column": config.user_column, "item_column": config.item_column, "weight_column": config.weight_column}
+    return {
+        "settings": settings_to_dict(config.settings),
+        "columns": {**columns, "where": config.where, "users": users},
+        "inputs": files,
+        "program": program,
+    }
+
+
+def _manifest(
+    config: JobConfig, inputs: list[dict[str, Any]], backend: Backend, data: _Data, statistics: dict[str, Any]
+) -> dict[str, Any]:
+    table = data.table
+    weights = table.interactions.csr.weights
+    return {
+        "gpu_init_version": __version__,
+        "settings": settings_to_dict(config.settings),
+        "job": {
+            "interactions": config.interactions,
+            "features": config.features,
+            "user_column": config.user_column,
+            "item_column": config.item_column,
+            "weight_column": config.weight_column,
+            "where": config.where,
+            "users": config.users,
+        },
+        "backend": {
+            "name": backend.name,
+            "kernels": backend.kernels.name,
+            "kmeans": backend.kmeans_name,
+            "versions": backend.versions(),
+        },
+        "inputs": inputs,
+        "users": {"rows": table.interactions.users, "ids": "row numbers" if table.user_ids is None else "users.parquet"},
+        "items": {"rows": table.interactions.items, "ids": "row numbers" if table.item_ids is None else "items.parquet"},
+        "interactions": {
+            "read": table.read,
+            "kept": table.kept,
+            "pairs": table.interactions.pairs,
+            "weight": float(table.interactions.pairs if weights is None else weights.sum(dtype="float64")),
+        },
+        "modalities": statistics,
+    }

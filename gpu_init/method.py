@@ -1,0 +1,347 @@
+"""The method on arrays: section 2 of the design, sentence by sentence.
+
+SG-URInit (SIGIR 2026, arXiv 2604.14839), built from public readings of the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import features as feature_arrays
+from . import kmeans
+from .backend import Backend, select
+from .blend import NORM_ROWS, Blend, Weighting, blend, ranges, scale_to_items
+from .config import Settings
+from .errors import InputError
+from .features import Modality
+from .interactions import Interactions, from_matrix
+
+ARRAY_BLOCK_BYTES = 64 << 20  # of the result, per kernel call, where nobody says how much memory there is
+
+
+def weighting(backend: Backend, interactions: Interactions, modality: Modality, kind: str) -> Weighting:
+    """Sections 2.1, 2.3 and 2.8: degrees over the items that have the modality, and A from them.
+
+    Parameters
+    ----------
+    kind : {"mean", "sym"}
+        ``mean``: A = D_U^-1 R; ``sym``: A = D_U^-1/2 R D_I^-1/2.
+    """
+    xp = backend.xp
+    present = modality.present.astype(xp.float64)
+    degrees = interactions.user_degrees(backend, present)
+    mean_rows = _power(xp, degrees, -1.0)
+    if kind == "mean":
+        return Weighting(mean_rows, present, mean_rows, present)
+    local_items = present * _power(xp, interactions.item_sums(backend), -0.5)
+    return Weighting(_power(xp, degrees, -0.5), local_items, mean_rows, present)
+
+
+def _power(xp: Any, degrees: Any, exponent: float) -> Any:
+    """Degrees to a negative power; 0 stays 0."""
+    used = degrees > 0
+    return xp.where(used, xp.where(used, degrees, 1.0) ** exponent, 0.0)
+
+
+def local(backend: Backend, interactions: Interactions, modality: Modality, operator: Weighting, rows: slice) -> Any:
+    """Section 2.3: ``L = A F`` for a range of users, (n, D) float32."""
+    csr = interactions.csr.rows(rows.start, rows.stop)
+    return backend.kernels.aggregate(csr, modality.values, operator.local_rows[rows], operator.local_items)
+
+
+def means(backend: Backend, interactions: Interactions, modality: Modality, operator: Weighting, rows: slice) -> Any:
+    """Interaction-weighted means ``M = D_U^-1 R F`` for a range of users, (n, D) float32."""
+    csr = interactions.csr.rows(rows.start, rows.stop)
+    return backend.kernels.aggregate(csr, modality.values, operator.mean_rows[rows], operator.present)
+
+
+def check_clusters(backend: Backend, modality: Modality, operator: Weighting, settings: Settings) -> None:
+    """Section 2.8: K is bounded by the warm users of the modality; none warm is an error.
+
+    Raises
+    ------
+    InputError
+        No warm user, or fewer users (or items, where those are clustered) than clusters.
+    """
+    warm = int(operator.warm.sum())
+    if warm == 0:
+        raise InputError(f"modality {modality.name}: no user has an interaction with an item that has it.")
+    if settings.clusters > warm:
+        raise InputError(
+            f"modality {modality.name}: {settings.clusters} clusters, but {warm} users with interactions; lower --clusters."
+        )
+    if settings.cluster_on == "items" and settings.clusters > modality.n_present:
+        raise InputError(
+            f"modality {modality.name}: {settings.clusters} clusters, but {modality.n_present} items that have it;"
+            " lower --clusters."
+        )
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Section 2.4: centroids and who belongs to which.
+
+    ``user_labels`` (U,) int32: the centroid nearest to the user's means, -1 for cold users. ``item_labels``
+    (I,) int32 where items were clustered, -1 for items without the modality, else None.
+    """
+
+    centroids: Any
+    user_labels: Any
+    item_labels: Any
+    found: kmeans.Clusters
+
+
+def clusters(
+    backend: Backend, interactions: Interactions, modality: Modality, operator: Weighting, settings: Settings
+) -> Clustering:
+    """Section 2.4: K-means per modality, on the users' means M or on the items' rows of F."""
+    xp = backend.xp
+    warm = xp.flatnonzero(operator.warm)
+    user_labels = xp.full(interactions.users, -1, xp.int32)
+    if settings.cluster_on == "users":
+        points = xp.empty((len(warm), modality.values.shape[1]), xp.float32)
+        filled = 0
+        for rows in ranges(interactions.users, kmeans.BLOCK_ROWS):
+            block = means(backend, interactions, modality, operator, rows)[operator.warm[rows]]
+            points[filled : filled + len(block)] = block
+            filled += len(block)
+        found = kmeans.dense(backend, points, settings.clusters, settings.seed)
+        user_labels[warm] = found.labels
+        return Clustering(found.centroids, user_labels, None, found)
+    kept = xp.flatnonzero(modality.present)
+    found = kmeans.dense(backend, modality.values[kept], settings.clusters, settings.seed)
+    item_labels = xp.full(interactions.items, -1, xp.int32)
+    item_labels[kept] = found.labels
+    for rows in ranges(interactions.users, kmeans.BLOCK_ROWS):
+        block = means(backend, interactions, modality, operator, rows)
+        nearest, _ = kmeans.nearest(backend, block, found.centroids)
+        user_labels[rows] = xp.where(operator.warm[rows], nearest, -1)
+    return Clustering(found.centroids, user_labels, item_labels, found)
+
+
+def cold_vector(
+    backend: Backend, interactions: Interactions, operator: Weighting, centroids: Any, user_labels: Any, item_labels: Any
+) -> Any:
+    """Section 2.8: the mean of G over the warm users, (D,) float64, from the share of each cluster in it."""
+    xp = backend.xp
+    if item_labels is None:
+        shares = xp.bincount(user_labels[operator.warm], minlength=len(centroids)).astype(xp.float64)
+    else:
+        used = item_labels >= 0
+        by_item = interactions.item_sums(backend, operator.mean_rows)[used]
+        shares = xp.bincount(item_labels[used], weights=by_item, minlength=len(centroids))
+    with backend.deterministic():
+        return (shares / operator.warm.sum()) @ centroids.astype(xp.float64)
+
+
+def fit(
+    backend: Backend,
+    interactions: Interactions,
+    modality: Modality,
+    operator: Weighting,
+    settings: Settings,
+    labels: tuple[Any, Any, Any],
+    scale: float | None,
+    block_rows: int,
+) -> Blend:
+    """Sections 2.5 to 2.8: all that the fused pass needs, from centroids, user labels and item labels.
+
+    ``scale`` None: work out the factor that the settings ask for.
+    """
+    centroids, user_labels, item_labels = labels
+    cold = cold_vector(backend, interactions, operator, centroids, user_labels, item_labels)
+    by_user = user_labels if item_labels is None else None
+    plan = Blend(modality, operator, settings.lam, centroids, by_user, item_labels, cold)
+    if scale is None:
+        scale = scale_to_items(backend, interactions, plan, block_rows) if settings.scale == "items" else 1.0
+    return Blend(modality, operator, settings.lam, centroids, by_user, item_labels, cold, scale)
+
+
+def rows(backend: Backend, interactions: Interactions, plan: Blend, part: slice, dtype: str) -> Any:
+    """Section 2.6: rows of X in the type they are stored in, (n, d).
+
+    Raises
+    ------
+    InputError
+        A value that float16 cannot hold, with the modality named.
+    """
+    block = blend(backend, interactions, plan, part.start, part.stop)
+    if dtype == "float32":
+        return block
+    largest = float(abs(block).max()) if block.size else 0.0
+    if largest >= 65520.0:  # rounds beyond float16's largest number, 65504
+        raise InputError(f"modality {plan.modality.name}: a value of {largest:.6g} does not fit float16; use --dtype float32.")
+    return block.astype(dtype)
+
+
+def block_rows(width: int, memory: int) -> int:
+    """Rows of X per block so that a block, its copy on the way out and the next one stay within ``memory`` bytes."""
+    return max(1, memory // (4 * width * 4 * NORM_ROWS)) * NORM_ROWS
+
+
+# The Python call.
+
+
+@dataclass(frozen=True)
+class ModalityResult:
+    """Initial vectors of one modality.
+
+    Attributes
+    ----------
+    users : array, shape (U, d), float32 or float16
+        X, the initial vector of every user.
+    centroids : array, shape (K, d), float32
+        Unscaled.
+    labels : array, shape (U,), int32
+        Nearest centroid of each user's means; -1 for cold users.
+    item_labels : array, shape (I,), int32, or None
+        Cluster of each item, where items were clustered; -1 for items without the modality.
+    items : array, shape (I, d), float32, or None
+        Projected items, when a projection was asked for; zero rows for items without the modality.
+    items_mask : array, shape (I,), bool, or None
+        Which items have the modality, when projected.
+    scale : float
+        Factor that ``users`` were multiplied with.
+    """
+
+    users: Any
+    centroids: Any
+    labels: Any
+    item_labels: Any
+    items: Any
+    items_mask: Any
+    scale: float
+
+
+class Result(Mapping[str, ModalityResult]):
+    """What `initialize` returns: modality name to `ModalityResult`."""
+
+    def __init__(self, modalities: dict[str, ModalityResult]) -> None:
+        self._modalities = modalities
+
+    def __getitem__(self, name: str) -> ModalityResult:
+        return self._modalities[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modalities)
+
+    def __len__(self) -> int:
+        return len(self._modalities)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}: {one.users.shape[0]} x {one.users.shape[1]}" for name, one in self.items())
+        return f"Result({shapes})"
+
+
+def initialize(
+    interactions: Any,
+    features: Mapping[str, Any],
+    *,
+    lam: float = 0.9,
+    clusters: int = 8,
+    cluster_on: str = "users",
+    weighting: str = "mean",
+    dim: int | None = None,
+    whiten: bool = False,
+    scale: str = "none",
+    dtype: str = "float32",
+    backend: str = "auto",
+    seed: int = 0,
+) -> Result:
+    """Initial user vectors from interactions and item features (SG-URInit, arXiv 2604.14839).
+
+    Parameters
+    ----------
+    interactions : scipy or cupyx sparse matrix, shape (U, I)
+        Interaction weights, not negative; duplicates are summed.
+    features : mapping of str to array, shape (I, D)
+        One modality's item features each: numpy, cupy or torch; float16, bfloat16, float32 or float64. A row
+        of NaN is an item without the modality.
+    lam : float, default=0.9
+        Weight of the local part, in [0, 1].
+    clusters : int, default=8
+        K, per modality.
+    cluster_on : {"users", "items"}, default="users"
+        Rows that are clustered: the users' interaction-weighted means, or the items' features.
+    weighting : {"mean", "sym"}, default="mean"
+        Local part: ``D_U^-1 R F`` or ``D_U^-1/2 R D_I^-1/2 F``.
+    dim : int, optional
+        Width that the features are projected to (PCA), at most D.
+    whiten : bool, default=False
+        Unit variance per projected component.
+    scale : {"none", "items"}, default="none"
+        ``items``: the mean row norm of the users is made that of the items.
+    dtype : {"float32", "float16"}, default="float32"
+        Of the user vectors.
+    backend : {"auto", "cpu", "cuda"}, default="auto"
+        ``auto``: CUDA where a device and its libraries are.
+    seed : int, default=0
+        Of the k-means++ seeding.
+
+    Returns
+    -------
+    Result
+        Modality name to `ModalityResult`; arrays lie on the backend's device.
+
+    Raises
+    ------
+    InputError
+        A ValueError that says which array or setting is wrong and what is wanted.
+    """
+    settings = Settings(
+        lam=lam,
+        clusters=clusters,
+        cluster_on=cluster_on,
+        weighting=weighting,
+        dim=dim,
+        whiten=whiten,
+        scale=scale,
+        dtype=dtype,
+        seed=seed,
+    )
+    if not isinstance(features, Mapping) or not features:
+        raise InputError("features: a mapping of modality names to arrays is wanted, with one modality or more.")
+    device = select(backend)
+    matrix = from_matrix(device, interactions, "interactions")
+    sources = {name: feature_arrays.from_array(device, name, array) for name, array in features.items()}
+    for name, modality in sources.items():
+        if len(modality.values) != matrix.items:
+            raise InputError(f"modality {name}: {len(modality.values)} rows, but the interactions have {matrix.items} items.")
+    operators = {}
+    for name, modality in sources.items():
+        operators[name] = _weighting(device, matrix, modality, settings.weighting)
+        check_clusters(device, modality, operators[name], settings)
+    return Result({name: _initialize_one(device, matrix, sources[name], operators[name], settings) for name in sources})
+
+
+_weighting = weighting  # `initialize` has a parameter of this name
+_clusters = clusters
+
+
+def _initialize_one(
+    backend: Backend, interactions: Interactions, modality: Modality, operator: Weighting, settings: Settings
+) -> ModalityResult:
+    xp = backend.xp
+    if settings.dim is not None:
+        projection = feature_arrays.fit_projection(backend, modality, settings.dim, settings.whiten)
+        modality = feature_arrays.project(backend, modality, projection)
+    width = modality.values.shape[1]
+    step = block_rows(width, 4 * ARRAY_BLOCK_BYTES)
+    found = _clusters(backend, interactions, modality, operator, settings)
+    labels = (found.centroids, found.user_labels, found.item_labels)
+    plan = fit(backend, interactions, modality, operator, settings, labels, None, step)
+    users = xp.empty((interactions.users, width), settings.dtype)
+    for part in ranges(interactions.users, step):
+        users[part] = rows(backend, interactions, plan, part, settings.dtype)
+    projected = settings.dim is not None
+    return ModalityResult(
+        users,
+        found.centroids,
+        found.user_labels,
+        found.item_labels,
+        modality.values if projected else None,
+        modality.present if projected else None,
+        plan.scale,
+    )

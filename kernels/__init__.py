@@ -1,0 +1,74 @@
+"""The fused kernels and their launcher: the reference first, its twins beside it, one interface over all."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Protocol
+
+from gpu_init.errors import InputError
+
+from .csr import Csr
+
+__all__ = ["Csr", "Kernels", "cpu_kernels"]
+
+
+class Kernels(Protocol):
+    """What every implementation gives; arrays are those of one device.
+
+    In all three, ``csr`` holds the rows of a range of users, and ``row_scale`` (n,) and ``item_scale`` (I,),
+    both float64, make the operator ``A = diag(row_scale) R diag(item_scale)``. An item whose scale is 0 is
+    not read, so that rows of missing items may hold NaN. Sums run in float64 on the CPU.
+    """
+
+    name: str
+
+    def row_sums(self, csr: Csr, item_values: Any) -> Any:
+        """``R v`` for one column ``v`` (I,) float64; returns (n,) float64."""
+
+    def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any) -> Any:
+        """``A F`` for features (I, D); returns (n, D) float32, C order."""
+
+    def aggregate_blend(
+        self,
+        csr: Csr,
+        features: Any,
+        row_scale: Any,
+        item_scale: Any,
+        lam: Any,
+        centroids: Any,
+        user_labels: Any,
+        item_labels: Any,
+        mean_scale: Any,
+        cold: Any,
+        scale: float,
+    ) -> Any:
+        """``scale * (lam_u (A F)_u + (1 - lam_u) G_u)`` in one pass; returns (n, D) float32, C order.
+
+        With ``user_labels`` (n,), ``G_u`` is the centroid (K, D) of the user's label. With ``item_labels``
+        (I,) instead, it is the mean of the centroids of the user's items, weighted by the interactions:
+        ``mean_scale_u * sum_i w_ui C[label_i]`` over items whose label is not negative. A user whose
+        ``row_scale`` is 0 has no usable interaction and gets ``scale * cold``.
+        """
+
+
+def cpu_kernels() -> Kernels:
+    """Give the CPU kernels: numba, or the plain reference with ``GPU_INIT_KERNELS=numpy``.
+
+    Raises
+    ------
+    InputError
+        ``GPU_INIT_KERNELS`` is neither ``numba`` nor ``numpy``.
+    """
+    wanted = os.environ.get("GPU_INIT_KERNELS", "numba")
+    if wanted == "numpy":
+        import numpy as np
+        import scipy.sparse
+
+        from .reference import ReferenceKernels
+
+        return ReferenceKernels(np, scipy.sparse)
+    if wanted == "numba":
+        from .cpu import NumbaKernels
+
+        return NumbaKernels()
+    raise InputError(f"GPU_INIT_KERNELS={wanted}: numba or numpy are the kernels there are.")

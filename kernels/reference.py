@@ -1,0 +1,71 @@
+"""What the kernels compute, in the plainest way: a sparse product, then the blend, in float64.
+
+Written against the interface that numpy and cupy share. The tests hold every other implementation to this one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .csr import Csr
+
+
+class ReferenceKernels:
+    """The kernels of section 2 of the design as array expressions."""
+
+    def __init__(self, xp: Any, sparse: Any) -> None:
+        self.name: str = xp.__name__
+        self._xp = xp
+        self._sparse = sparse
+
+    def row_sums(self, csr: Csr, item_values: Any) -> Any:
+        """See `Kernels.row_sums`."""
+        rows, items, weights = self._triplets(csr)
+        return self._xp.bincount(rows, weights=weights * item_values[items], minlength=len(csr.indptr) - 1)
+
+    def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any) -> Any:
+        """See `Kernels.aggregate`."""
+        return self._product(csr, features, row_scale, item_scale).astype(self._xp.float32)
+
+    def aggregate_blend(
+        self,
+        csr: Csr,
+        features: Any,
+        row_scale: Any,
+        item_scale: Any,
+        lam: Any,
+        centroids: Any,
+        user_labels: Any,
+        item_labels: Any,
+        mean_scale: Any,
+        cold: Any,
+        scale: float,
+    ) -> Any:
+        """See `Kernels.aggregate_blend`."""
+        xp = self._xp
+        if item_labels is None:
+            cluster_level = centroids.astype(xp.float64)[user_labels]  # label -1 takes a row that is replaced below
+        else:
+            labelled = (item_labels >= 0).astype(xp.float64)
+            cluster_level = self._product(csr, centroids[item_labels], mean_scale, labelled)
+        share = lam[:, None]
+        blended = share * self._product(csr, features, row_scale, item_scale) + (1.0 - share) * cluster_level
+        blended[row_scale == 0] = cold
+        return (scale * blended).astype(xp.float32)
+
+    def _product(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any) -> Any:
+        xp = self._xp
+        rows, items, weights = self._triplets(csr)
+        values = row_scale[rows] * weights * item_scale[items]
+        used = values != 0  # a missing item's row may be NaN, and NaN times 0 is NaN
+        shape = (len(csr.indptr) - 1, len(table))
+        operator = self._sparse.csr_matrix((values[used], (rows[used], items[used])), shape=shape)
+        return xp.ascontiguousarray(operator @ table.astype(xp.float64))
+
+    def _triplets(self, csr: Csr) -> tuple[Any, Any, Any]:
+        """Row within the range, item, and weight in float64 of each interaction."""
+        xp = self._xp
+        first, last = int(csr.indptr[0]), int(csr.indptr[-1])
+        rows = xp.searchsorted(csr.indptr, xp.arange(first, last), side="right") - 1
+        weights = xp.ones(last - first) if csr.weights is None else csr.weights[first:last].astype(xp.float64)
+        return rows, csr.indices[first:last], weights

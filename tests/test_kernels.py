@@ -1,0 +1,165 @@
+"""Every implementation of the kernels against plain loops in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.sparse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpu_init.errors import InputError
+from gpu_init.kernels import Csr, cpu_kernels
+from gpu_init.kernels.cpu import NumbaKernels
+from gpu_init.kernels.reference import ReferenceKernels
+
+from .conftest import random_csr
+
+IMPLEMENTATIONS = {"numba": NumbaKernels(), "reference": ReferenceKernels(np, scipy.sparse)}
+
+
+def problem(seed, users, items, width, clusters, weighted):
+    """Arguments of aggregate_blend; a fifth of the items are missing, their rows NaN."""
+    rng = np.random.default_rng(seed)
+    csr = random_csr(rng, users, items, weighted=weighted)
+    features = rng.standard_normal((items, width)).astype(np.float32) + 1
+    missing = rng.random(items) < 0.2
+    features[missing] = np.nan
+    item_scale = np.where(missing, 0.0, rng.uniform(0.2, 1, items))
+    weights = np.ones(len(csr.indices)) if csr.weights is None else csr.weights
+    rows = np.repeat(np.arange(users), np.diff(csr.indptr))
+    usable = np.bincount(rows, weights=weights * ~missing[csr.indices], minlength=users) > 0
+    row_scale = np.where(usable, rng.uniform(0.2, 1, users), 0.0)
+    mean_scale = np.where(usable, rng.uniform(0.2, 1, users), 0.0)
+    return {
+        "csr": csr,
+        "features": features,
+        "row_scale": row_scale,
+        "item_scale": item_scale,
+        "lam": rng.random(users),
+        "centroids": rng.standard_normal((clusters, width)).astype(np.float32),
+        "user_labels": np.where(usable, rng.integers(0, clusters, users), -1).astype(np.int32),
+        "item_labels": np.where(missing, -1, rng.integers(0, clusters, items)).astype(np.int32),
+        "mean_scale": mean_scale,
+        "cold": rng.standard_normal(width),
+        "scale": 2.5,
+    }
+
+
+def by_loops(p, by_item):
+    """The definition, one interaction after another."""
+    csr, users, width = p["csr"], len(p["row_scale"]), p["features"].shape[1]
+    out = np.zeros((users, width))
+    for u in range(users):
+        if p["row_scale"][u] == 0:
+            out[u] = p["scale"] * p["cold"]
+            continue
+        local, mean = np.zeros(width), np.zeros(width)
+        for e in range(csr.indptr[u], csr.indptr[u + 1]):
+            i, w = csr.indices[e], 1.0 if csr.weights is None else float(csr.weights[e])
+            if p["item_scale"][i] != 0:
+                local += p["row_scale"][u] * w * p["item_scale"][i] * p["features"][i].astype(np.float64)
+            if p["item_labels"][i] >= 0:
+                mean += p["mean_scale"][u] * w * p["centroids"][p["item_labels"][i]].astype(np.float64)
+        cluster_level = mean if by_item else p["centroids"][p["user_labels"][u]].astype(np.float64)
+        out[u] = p["scale"] * (p["lam"][u] * local + (1 - p["lam"][u]) * cluster_level)
+    return out
+
+
+def blend_with(kernels, p, by_item):
+    one_form = {"user_labels": None} if by_item else {"item_labels": None, "mean_scale": None}
+    return kernels.aggregate_blend(**{**p, **one_form})
+
+
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@given(
+    seed=st.integers(0, 2**32),
+    users=st.integers(1, 60),
+    items=st.integers(1, 30),
+    width=st.sampled_from([1, 3, 8, 64, 100]),
+    clusters=st.integers(1, 9),
+    weighted=st.booleans(),
+    by_item=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_blend_is_the_definition(kernels, seed, users, items, width, clusters, weighted, by_item):
+    p = problem(seed, users, items, width, clusters, weighted)
+    found = blend_with(kernels, p, by_item)
+    assert found.dtype == np.float32
+    assert found.flags.c_contiguous
+    np.testing.assert_allclose(found, by_loops(p, by_item), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_aggregate_is_blend_with_lambda_one(kernels, weighted):
+    p = problem(3, 200, 50, 33, 4, weighted)
+    found = kernels.aggregate(p["csr"], p["features"], p["row_scale"], p["item_scale"])
+    warm = p["row_scale"] > 0
+    np.testing.assert_allclose(found[warm], by_loops({**p, "lam": np.ones(200), "scale": 1.0}, False)[warm], rtol=1e-6, atol=1e-6)
+    assert not found[~warm].any()
+
+
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_row_sums(kernels, rng, weighted):
+    csr = random_csr(rng, 300, 40, weighted=weighted)
+    values = rng.random(40)
+    data = np.ones(len(csr.indices)) if csr.weights is None else csr.weights.astype(np.float64)
+    expected = scipy.sparse.csr_matrix((data, csr.indices, csr.indptr), shape=(300, 40)) @ values
+    np.testing.assert_allclose(kernels.row_sums(csr, values), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@pytest.mark.parametrize("by_item", [False, True])
+def test_a_range_of_users_gives_the_same_bytes_as_all(kernels, by_item):
+    p = problem(5, 500, 60, 20, 5, True)
+    whole = blend_with(kernels, p, by_item)
+    part = dict(p, csr=p["csr"].rows(123, 387))
+    for name in ("row_scale", "lam", "user_labels", "mean_scale"):
+        part[name] = p[name][123:387]
+    np.testing.assert_array_equal(blend_with(kernels, part, by_item), whole[123:387])
+
+
+def test_no_users_is_no_rows():
+    csr = Csr(np.zeros(1, np.int64), np.empty(0, np.int32), None)
+    for kernels in IMPLEMENTATIONS.values():
+        assert kernels.aggregate(csr, np.ones((3, 2), np.float32), np.empty(0), np.ones(3)).shape == (0, 2)
+
+
+def test_a_very_busy_user_loses_no_digits():
+    count = 600_000
+    csr = Csr(np.array([0, count], np.int64), np.arange(count, dtype=np.int32) % 1000, None)
+    features = np.random.default_rng(0).standard_normal((1000, 4)).astype(np.float32) + 100
+    found = IMPLEMENTATIONS["numba"].aggregate(csr, features, np.array([1 / count]), np.ones(1000))
+    np.testing.assert_allclose(found[0], features.mean(axis=0, dtype=np.float64), rtol=1e-6)
+
+
+def test_the_environment_chooses(monkeypatch):
+    monkeypatch.setenv("GPU_INIT_KERNELS", "numpy")
+    assert cpu_kernels().name == "numpy"
+    monkeypatch.setenv("GPU_INIT_KERNELS", "numba")
+    assert cpu_kernels().name == "numba"
+    monkeypatch.setenv("GPU_INIT_KERNELS", "cobol")
+    with pytest.raises(InputError, match="cobol"):
+        cpu_kernels()
+
+
+def test_kernels_run_where_no_cache_can_be_kept(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    code = (
+        "import numpy as np\n"
+        "from gpu_init.kernels import Csr\n"
+        "from gpu_init.kernels.cpu import NumbaKernels\n"
+        "csr = Csr(np.array([0, 2]), np.array([0, 1], np.int32), None)\n"
+        "print(NumbaKernels().row_sums(csr, np.array([1.0, 2.0]))[0])\n"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(blocked)}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "3.0"
