@@ -20,7 +20,9 @@ import importlib.metadata
 import os
 import platform
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,6 +56,9 @@ class Backend(Protocol):
     def deterministic(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, dense products give the same bytes for any number of threads."""
 
+    def in_order(self, function: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
+        """``function`` of each part, in order; parts run side by side, each as `deterministic` has it."""
+
     def kmeans(self, points: Any, clusters: int, seed: int) -> tuple[Any, int]:
         """K-means on points (n, D) float32, k-means++ seeding, one start; returns centroids (K, D), iterations."""
 
@@ -75,6 +80,8 @@ def select(name: str) -> Backend:
     InputError
         ``cuda`` was asked for and something is missing; the message says what, and the command that installs it.
     """
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"backend {name!r}: auto, cpu or cuda are the ones there are.")
     if name == "cpu":
         return CpuBackend("asked for")
     missing = _missing_for_cuda()
@@ -114,6 +121,18 @@ class CpuBackend:
         from threadpoolctl import threadpool_limits
 
         return threadpool_limits(limits=1)  # type: ignore[no-any-return]
+
+    def in_order(self, function: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
+        """See `Backend.in_order`: a thread per core, a few results ahead of their use."""
+        threads = cores()
+        with self.deterministic(), ThreadPoolExecutor(threads) as pool:
+            ahead: deque[Future[Any]] = deque()
+            for part in parts:
+                ahead.append(pool.submit(function, part))
+                if len(ahead) > 2 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
     def kmeans(self, points: Any, clusters: int, seed: int) -> tuple[Any, int]:
         """See `Backend.kmeans`."""
@@ -202,6 +221,10 @@ class CudaBackend:
         """See `Backend.deterministic`: threads of the host have no part in a device's products."""
         return contextlib.nullcontext()
 
+    def in_order(self, function: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
+        """See `Backend.in_order`: one after another, a device being busy with one."""
+        return map(function, parts)
+
     def kmeans(self, points: Any, clusters: int, seed: int) -> tuple[Any, int]:
         """See `Backend.kmeans`: every setting given, since cuML's own seed is None and its init another."""
         from cuml.cluster import KMeans
@@ -245,6 +268,12 @@ class CudaBackend:
         return _versions("cupy-cuda12x", "cupy-cuda13x", "cudf-cu12", "cudf-cu13", "cuml-cu12", "cuml-cu13", "numpy")
 
 
+def cores() -> int:
+    """Number of threads to use: ``NUMBA_NUM_THREADS``, or the cores that this process may run on."""
+    given = os.environ.get("NUMBA_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) > 0 else len(os.sched_getaffinity(0))
+
+
 def one_line(error: BaseException) -> str:
     """First line of a library's message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -264,10 +293,9 @@ class Fact:
 
 def facts() -> list[Fact]:
     """What the job would find on this machine: system, libraries, driver, devices."""
-    threads = os.environ.get("NUMBA_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
     lines = [
         Fact("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        Fact("cores", threads),
+        Fact("cores", str(cores())),
         Fact("memory", f"{_free_memory() / 1e9:.1f} GB free"),
     ]
     lines += [Fact(name, version) for name, version in CpuBackend("doctor").versions().items()]

@@ -285,18 +285,22 @@ def _read_file(
         before += len(frame)
         rows.read += len(frame)
         advance(len(frame))
+
+        def row(at: int, positions: Any = positions) -> str:
+            return row_name(separator, int(positions[at]))
+
         if columns.where:
-            named = frame.rename(columns={actual: name for name, actual in asked.items()}) if asked else frame
-            keep = columns.where.mask(named, path)
+            named = frame.rename(columns={actual: name for name, actual in asked.items()})
+            keep = columns.where.mask(named, path, row)
             frame = frame[keep]
             positions = positions[backend.asarray(keep.to_numpy().astype(bool))]
         if len(frame) == 0:
             continue
 
-        def row(at: int, positions: Any = positions) -> str:
+        def kept_row(at: int, positions: Any = positions) -> str:
             return row_name(separator, int(positions[at]))
 
-        _add_batch(backend, frame, (user, item, weight), axis, users, rows, path, row)
+        _add_batch(backend, frame, (user, item, weight), axis, users, rows, path, kept_row)
 
 
 def _add_batch(
@@ -346,14 +350,13 @@ def _weights(backend: Backend, column: Any, place: str, row: Callable[[int], str
     missing = column.isna()
     if bool(missing.any()):
         raise InputError(f"{place}: {row(ids.first_true(missing))} has no weight; drop such rows or give them one.")
+    numbers = backend.tables.to_numeric(column, errors="coerce") if ids.is_text(kind) else column
+    weights = backend.asarray(numbers.astype("float64").values)
     if ids.is_text(kind):
-        numbers = backend.tables.to_numeric(column, errors="coerce")
-        wrong = numbers.isna()
+        wrong = backend.xp.isnan(weights)
         if bool(wrong.any()):
-            at = ids.first_true(wrong)
+            at = int(wrong.argmax())
             raise InputError(f"{place}: {row(at)} has weight {column.iloc[at]!r}, which is not a number.")
-        column = numbers
-    weights = backend.asarray(column.astype("float64").values)
     check_weights(backend, weights, place, row)
     return weights
 

@@ -101,24 +101,44 @@ def clusters(
     warm = xp.flatnonzero(operator.warm)
     user_labels = xp.full(interactions.users, -1, xp.int32)
     if settings.cluster_on == "users":
-        points = xp.empty((len(warm), modality.values.shape[1]), xp.float32)
-        filled = 0
-        for rows in ranges(interactions.users, kmeans.BLOCK_ROWS):
-            block = means(backend, interactions, modality, operator, rows)[operator.warm[rows]]
-            points[filled : filled + len(block)] = block
-            filled += len(block)
-        found = kmeans.dense(backend, points, settings.clusters, settings.seed)
+        found = _cluster_users(backend, interactions, modality, operator, settings, warm)
         user_labels[warm] = found.labels
         return Clustering(found.centroids, user_labels, None, found)
     kept = xp.flatnonzero(modality.present)
     found = kmeans.dense(backend, modality.values[kept], settings.clusters, settings.seed)
     item_labels = xp.full(interactions.items, -1, xp.int32)
     item_labels[kept] = found.labels
-    for rows in ranges(interactions.users, kmeans.BLOCK_ROWS):
-        block = means(backend, interactions, modality, operator, rows)
-        nearest, _ = kmeans.nearest(backend, block, found.centroids)
-        user_labels[rows] = xp.where(operator.warm[rows], nearest, -1)
+    points = kmeans.Factored(backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
+    user_labels[warm], _, _ = points.assign(xp.arange(len(points)), found.centroids, xp.float64)
     return Clustering(found.centroids, user_labels, item_labels, found)
+
+
+def _cluster_users(
+    backend: Backend, interactions: Interactions, modality: Modality, operator: Weighting, settings: Settings, warm: Any
+) -> kmeans.Clusters:
+    """K-means on the warm users' means, in the form that costs less (see `use_factored`)."""
+    xp = backend.xp
+    width = modality.values.shape[1]
+    if use_factored(len(warm), interactions.pairs, settings.clusters, width):
+        points = kmeans.Factored(backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
+        return kmeans.factored(backend, points, settings.clusters, settings.seed)
+    matrix = xp.empty((len(warm), width), xp.float32)
+    filled = 0
+    for part in ranges(interactions.users, kmeans.BLOCK_ROWS):
+        block = means(backend, interactions, modality, operator, part)[operator.warm[part]]
+        matrix[filled : filled + len(block)] = block
+        filled += len(block)
+    return kmeans.dense(backend, matrix, settings.clusters, settings.seed)
+
+
+def use_factored(users: int, pairs: int, clusters: int, width: int) -> bool:
+    """Whether to cluster without making the users' means.
+
+    Not where the sample that the factored form starts on would be everyone. Beyond that a step of it costs
+    about the mean degree times K against D times K for the ready-made matrix, at a quarter of the speed of a
+    dense product.
+    """
+    return users > max(kmeans.SAMPLE_ROWS, 64 * clusters) and pairs * clusters <= 4 * width * users
 
 
 def cold_vector(

@@ -50,6 +50,25 @@ class Kernels(Protocol):
         ``row_scale`` is 0 has no usable interaction and gets ``scale * cold``.
         """
 
+    # For K-means on the rows of A F that are never made (see gpu_init.kmeans).
+
+    def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any) -> Any:
+        """``|(A F)_u - middle|^2`` for each row; returns (n,) float64."""
+
+    def assign(self, csr: Csr, rows: Any, table: Any, row_scale: Any, item_scale: Any, lengths: Any) -> tuple[Any, Any, Any]:
+        """Nearest centroid of the given rows (m,) by ``lengths_k - 2 (A table)_uk``.
+
+        ``table`` (I, K) holds the products of items and centroids, ``lengths`` (K,) the centroids' squared
+        lengths. Returns the labels (m,) int32, the first of equals, and the least and second least score
+        (m,) float64, the latter infinite for a single centroid.
+        """
+
+    def move(self, csr: Csr, rows: Any, before: Any, after: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
+        """Keep label sums ``A^T Z`` (I, K) float64 up to date, in place, when rows (m,) change their label.
+
+        ``before`` and ``after`` (m,) int32 are the labels; before -1, the row was in no sum yet.
+        """
+
 
 def cpu_kernels() -> Kernels:
     """Give the CPU kernels: numba, or the plain reference with ``GPU_INIT_KERNELS=numpy``.

@@ -17,6 +17,9 @@ from numba import njit, prange
 from .csr import Csr
 
 _PARTS_PER_THREAD = 16
+_FEW_ROWS = 1 << 14  # fewer rows that change their label are not worth a table each
+_PARTIAL_BYTES = 256 << 20
+_MOST_PARTS = 8
 _NO_WEIGHTS = np.empty(0, np.float32)
 _NO_LABELS = np.empty(0, np.int32)
 _NO_SCALE = np.empty(0, np.float64)
@@ -162,6 +165,77 @@ def _aggregate_blend(  # type: ignore[no-untyped-def]
                 out[row, column] = total[column]
 
 
+@_compiled
+def _squared_norms(  # type: ignore[no-untyped-def]
+    bounds, indptr, indices, weights, features, row_scale, item_scale, middle, out
+):
+    width = features.shape[1]
+    for part in prange(bounds.size - 1):
+        total = np.empty(width, np.float64)
+        for row in range(bounds[part], bounds[part + 1]):
+            for column in range(width):
+                total[column] = -middle[column]
+            _add_items(total, row_scale[row], indptr[row], indptr[row + 1], indices, weights, item_scale, features)
+            squares = 0.0
+            for column in range(width):
+                squares += total[column] * total[column]
+            out[row] = squares
+
+
+@_compiled
+def _assign(  # type: ignore[no-untyped-def]
+    bounds, rows, indptr, indices, weights, table, row_scale, item_scale, lengths, labels, least, second
+):
+    weighted = weights.size > 0
+    clusters = table.shape[1]
+    for part in prange(bounds.size - 1):
+        products = np.empty(clusters, np.float64)
+        for at in range(bounds[part], bounds[part + 1]):
+            row = rows[at]
+            products[:] = 0.0
+            for entry in range(indptr[row], indptr[row + 1]):
+                item = indices[entry]
+                factor = item_scale[item]
+                if weighted:
+                    factor *= weights[entry]
+                if factor != 0.0:
+                    _add_row(products, factor, table, item)
+            label = 0
+            best = np.inf
+            runner_up = np.inf
+            for cluster in range(clusters):
+                score = lengths[cluster] - 2.0 * row_scale[row] * products[cluster]
+                if score < best:
+                    runner_up = best
+                    best = score
+                    label = cluster
+                elif score < runner_up:
+                    runner_up = score
+            labels[at] = label
+            least[at] = best
+            second[at] = runner_up
+
+
+@_compiled
+def _move(  # type: ignore[no-untyped-def]
+    rows, indptr, indices, weights, row_scale, item_scale, before, after, partial
+):
+    weighted = weights.size > 0
+    parts = partial.shape[0]
+    for part in prange(parts):
+        for at in range(part * rows.size // parts, (part + 1) * rows.size // parts):
+            row = rows[at]
+            old, new = before[at], after[at]
+            for entry in range(indptr[row], indptr[row + 1]):
+                item = indices[entry]
+                factor = row_scale[row] * item_scale[item]
+                if weighted:
+                    factor *= weights[entry]
+                partial[part, item, new] += factor
+                if old >= 0:
+                    partial[part, item, old] -= factor
+
+
 class NumbaKernels:
     """The kernels on numpy arrays, compiled for this machine at first use."""
 
@@ -214,6 +288,35 @@ class NumbaKernels:
             out,
         )
         return out
+
+    def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any) -> Any:
+        """See `Kernels.squared_norms`."""
+        out = np.empty(len(csr.indptr) - 1, np.float64)
+        weights = _or(csr.weights, _NO_WEIGHTS)
+        _squared_norms(
+            _bounds(csr.indptr), csr.indptr, csr.indices, weights, features, row_scale, item_scale, middle, out
+        )
+        return out
+
+    def assign(self, csr: Csr, rows: Any, table: Any, row_scale: Any, item_scale: Any, lengths: Any) -> tuple[Any, Any, Any]:
+        """See `Kernels.assign`."""
+        labels, least, second = np.empty(len(rows), np.int32), np.empty(len(rows)), np.empty(len(rows))
+        work = np.concatenate([[0], np.cumsum(csr.indptr[rows + 1] - csr.indptr[rows])])
+        weights = _or(csr.weights, _NO_WEIGHTS)
+        _assign(
+            _bounds(work), rows, csr.indptr, csr.indices, weights, table, row_scale, item_scale, lengths, labels, least, second
+        )
+        return labels, least, second
+
+    def move(self, csr: Csr, rows: Any, before: Any, after: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
+        """See `Kernels.move`: fixed ranges of the rows, added up in order."""
+        weights = _or(csr.weights, _NO_WEIGHTS)
+        few = len(rows) < _FEW_ROWS or 2 * sums.nbytes > _PARTIAL_BYTES
+        partial = sums[None] if few else np.zeros((min(_MOST_PARTS, _PARTIAL_BYTES // sums.nbytes), *sums.shape))
+        _move(rows, csr.indptr, csr.indices, weights, row_scale, item_scale, before, after, partial)
+        if not few:
+            for part in partial:
+                sums += part
 
 
 def _or(array: Any, empty: Any) -> Any:

@@ -53,14 +53,40 @@ class ReferenceKernels:
         blended[row_scale == 0] = cold
         return (scale * blended).astype(xp.float32)
 
-    def _product(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any) -> Any:
+    def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any) -> Any:
+        """See `Kernels.squared_norms`."""
+        rows = self._product(csr, features, row_scale, item_scale) - middle
+        return (rows * rows).sum(axis=1)
+
+    def assign(self, csr: Csr, rows: Any, table: Any, row_scale: Any, item_scale: Any, lengths: Any) -> tuple[Any, Any, Any]:
+        """See `Kernels.assign`."""
         xp = self._xp
+        scores = lengths - 2.0 * self._product(csr, table, row_scale, item_scale)[rows]
+        labels = scores.argmin(axis=1)
+        least = xp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
+        xp.put_along_axis(scores, labels[:, None], xp.inf, axis=1)
+        return labels.astype(xp.int32), least, scores.min(axis=1)
+
+    def move(self, csr: Csr, rows: Any, before: Any, after: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
+        """See `Kernels.move`."""
+        xp = self._xp
+        operator = self._operator(csr, row_scale, item_scale)[rows].T.tocsr()
+        for labels, sign in ((after, 1.0), (before, -1.0)):
+            one_hot = xp.zeros((len(rows), sums.shape[1]))
+            counted = xp.flatnonzero(labels >= 0)
+            one_hot[counted, labels[counted]] = sign
+            sums += operator @ one_hot
+
+    def _product(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any) -> Any:
+        operator = self._operator(csr, row_scale, item_scale)
+        return self._xp.ascontiguousarray(operator @ table.astype(self._xp.float64))
+
+    def _operator(self, csr: Csr, row_scale: Any, item_scale: Any) -> Any:
         rows, items, weights = self._triplets(csr)
         values = row_scale[rows] * weights * item_scale[items]
         used = values != 0  # a missing item's row may be NaN, and NaN times 0 is NaN
-        shape = (len(csr.indptr) - 1, len(table))
-        operator = self._sparse.csr_matrix((values[used], (rows[used], items[used])), shape=shape)
-        return xp.ascontiguousarray(operator @ table.astype(xp.float64))
+        shape = (len(csr.indptr) - 1, len(item_scale))
+        return self._sparse.csr_matrix((values[used], (rows[used], items[used])), shape=shape)
 
     def _triplets(self, csr: Csr) -> tuple[Any, Any, Any]:
         """Row within the range, item, and weight in float64 of each interaction."""

@@ -163,3 +163,56 @@ def test_kernels_run_where_no_cache_can_be_kept(tmp_path):
     environment.pop("NUMBA_CACHE_DIR", None)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "3.0"
+
+
+def dense_rows(p):
+    """A F in float64, the operator's rows written out."""
+    features = np.where(np.isnan(p["features"]), 0, p["features"]).astype(np.float64)
+    return dense_operator(p) @ features
+
+
+def dense_operator(p):
+    csr = p["csr"]
+    data = np.ones(len(csr.indices)) if csr.weights is None else csr.weights.astype(np.float64)
+    R = scipy.sparse.csr_array((data, csr.indices, csr.indptr), shape=(len(p["row_scale"]), len(p["item_scale"])))
+    return p["row_scale"][:, None] * R.toarray() * p["item_scale"]
+
+
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_squared_norms(kernels, weighted):
+    p = problem(11, 150, 40, 21, 3, weighted)
+    middle = np.linspace(-1, 1, 21)
+    found = kernels.squared_norms(p["csr"], p["features"], p["row_scale"], p["item_scale"], middle)
+    np.testing.assert_allclose(found, ((dense_rows(p) - middle) ** 2).sum(axis=1), rtol=1e-10)
+
+
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("clusters", [1, 2, 7])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_assign(kernels, rng, weighted, clusters, dtype):
+    p = problem(12, 150, 40, 5, 3, weighted)
+    table, lengths = rng.standard_normal((40, clusters)).astype(dtype), rng.random(clusters)
+    rows = np.flatnonzero(rng.random(150) < 0.5)
+    labels, least, second = kernels.assign(p["csr"], rows, table, p["row_scale"], p["item_scale"], lengths)
+    scores = lengths - 2 * dense_operator(p)[rows] @ table.astype(np.float64)
+    np.testing.assert_array_equal(labels, scores.argmin(axis=1))
+    ordered = np.sort(np.column_stack([scores, np.full(len(rows), np.inf)]), axis=1)
+    np.testing.assert_allclose(least, ordered[:, 0], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(second, ordered[:, 1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@pytest.mark.parametrize("users", [200, 40_000])
+def test_move_keeps_label_sums(kernels, rng, users):
+    p = problem(13, users, 30, 2, 3, True)
+    clusters, everyone = 4, np.arange(users)
+    first, second = (rng.integers(0, clusters, users).astype(np.int32) for _ in range(2))
+    sums = np.zeros((30, clusters))
+    nobody = np.full(users, -1, np.int32)
+    kernels.move(p["csr"], everyone, nobody, first, p["row_scale"], p["item_scale"], sums)
+    np.testing.assert_allclose(sums, dense_operator(p).T @ np.eye(clusters)[first], rtol=1e-9)
+    changed = np.flatnonzero(first != second)
+    kernels.move(p["csr"], changed, first[changed], second[changed], p["row_scale"], p["item_scale"], sums)
+    np.testing.assert_allclose(sums, dense_operator(p).T @ np.eye(clusters)[second], rtol=1e-9, atol=1e-9)

@@ -57,7 +57,7 @@ def check(R, F, one, *, lam, cluster_on, weighting, dim, whiten, scale):
 
 @pytest.mark.parametrize(
     ("weighting", "cluster_on", "projection", "scale"),
-    itertools.product(["mean", "sym"], ["users", "items"], [(None, False), (5, False), (5, True)], ["none", "items"]),
+    list(itertools.product(["mean", "sym"], ["users", "items"], [(None, False), (5, False), (5, True)], ["none", "items"])),
 )
 def test_every_form_is_the_method(weighting, cluster_on, projection, scale):
     R, F = catalogue()

@@ -1,0 +1,62 @@
+# Each target sets itself up; a fresh machine needs python3 (3.11 or newer), its venv module and make.
+#
+#   make demo        makes a data set, runs the job on it and shows the result
+#   make test        the tests that take minutes          make test-slow   the long proofs
+#   make lint        ruff and mypy                        make bench       the benchmarks, rows to benchmarks/results
+#   make clean       removes what the others made
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+BENCHMARKS = $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py))
+
+.PHONY: demo test test-slow lint bench clean
+.SECONDARY:
+
+demo: $(VENV)/core.stamp
+	$(VENV)/bin/gpu-init demo
+
+test: $(VENV)/test.stamp
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/test.stamp
+	$(VENV)/bin/python -m pytest -m slow
+
+# kernels/ is installed as gpu_init.kernels, so mypy reads a tree of links in which it lies there.
+lint: $(VENV)/dev.stamp
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	@rm -rf build/types && mkdir -p build/types/gpu_init
+	@ln -s $(CURDIR)/gpu_init/*.py $(CURDIR)/gpu_init/py.typed $(CURDIR)/kernels build/types/gpu_init/
+	cd build/types && $(abspath $(VENV))/bin/mypy --config-file ../../pyproject.toml gpu_init $(addprefix ../../,$(wildcard benchmarks/*.py)) \
+		| sed -e 's#^gpu_init/kernels/#kernels/#' -e 's#^\.\./\.\./##'
+
+bench: $(VENV)/test.stamp
+	for script in $(BENCHMARKS); do $(VENV)/bin/python $$script; done
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment is made anew when pyproject.toml changes; an interrupted install is taken up again.
+$(VENV)/python.stamp: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed: on Debian or Ubuntu, apt-get install python3 python3-venv." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "gpu-init needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments: on Debian or Ubuntu, apt-get install python3-venv." >&2; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/core.stamp: $(VENV)/python.stamp
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/%.stamp: $(VENV)/python.stamp
+	$(PIP) --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,140 @@
+"""The README's result on TikTok: the job's time and counts, and what the vectors rank before any training.
+
+Held-out rows (validation and test together) are ranked by the users' vectors times the items' whitened
+features, summed over both modalities, training items left out: K-means seeds 0 to 3, lambda from 1 (local
+means alone) down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from common import RESULTS, peak_memory, row, show
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+import gpu_init
+
+MODALITIES = ("image", "audio")
+LAMBDAS = (1.0, 0.9, 0.5, 0.1)
+SEEDS = range(4)
+DIM = 64
+TOP = 20
+USERS = 9308
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data" / "tiktok")
+    data = parser.parse_args().data
+    if not (data / "tiktok.inter").is_file():
+        print(f"skipped: {data.name}/tiktok.inter is not there; name the folder that holds it with --data")
+        return
+    job(data)
+    ranking(data)
+
+
+def job(data: Path) -> None:
+    """Run the job from the command line, and count what it wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "vectors"
+        features = [f"--features={name}={data / name}_feat.npy" for name in MODALITIES]
+        command = [sys.executable, "-m", "gpu_init", "run", *features]
+        command += ["--interactions", str(data / "tiktok.inter"), "--where", "x_label == 0"]
+        command += ["--user-column", "userID", "--item-column", "itemID", "--users", str(USERS), "--out", str(out)]
+        subprocess.run(command, check=True)
+        manifest = json.loads((out / "manifest.json").read_text())
+    lines = []
+    for name in MODALITIES:
+        facts = manifest["modalities"][name]
+        counts = {
+            "users": manifest["users"]["rows"],
+            "items": facts["items"],
+            "pairs": manifest["interactions"]["pairs"],
+            "cold_users": facts["cold_users"],
+            "cluster_sizes": " ".join(map(str, facts["cluster_sizes"])),
+        }
+        cost = {"job_seconds": float(manifest["timings"]["seconds"]), "peak_mib": peak_memory(children=True) >> 20}
+        row(RESULTS / "tiktok_job.csv", modality=name, backend=manifest["backend"]["name"], **counts, **cost)
+        lines.append([name, *counts.values()])
+    show("the job, training rows", ["modality", *(column.replace("_", " ") for column in counts)], lines)
+    print(f"both modalities: {cost['job_seconds']:.1f} s, at most {cost['peak_mib']} MiB\n")
+
+
+def ranking(data: Path) -> None:
+    """Rank held-out rows for each lambda and each K-means seed."""
+    table = pd.read_csv(data / "tiktok.inter", sep="\t")
+    features = {name: np.load(data / f"{name}_feat.npy").astype(np.float32) for name in MODALITIES}
+    shape = (USERS, len(features["image"]))
+    train, held_out = (_matrix(table[mask], shape) for mask in (table["x_label"] == 0, table["x_label"] > 0))
+    lines = []
+    for lam in LAMBDAS:
+        seeds = SEEDS[:1] if lam == 1.0 else SEEDS  # without the cluster-level part, K-means has no say
+        scores = []
+        for seed in seeds:
+            result = gpu_init.initialize(train, features, lam=lam, dim=DIM, whiten=True, seed=seed, backend="cpu")
+            scores.append(metrics(result, train, held_out))
+        recalls, gains = np.array(scores).T
+        row(
+            RESULTS / "tiktok.csv",
+            lam=lam,
+            clusters=8,
+            weighting="mean",
+            dim=DIM,
+            seeds=len(seeds),
+            recall_at_20=float(recalls.mean()),
+            recall_min=float(recalls.min()),
+            recall_max=float(recalls.max()),
+            ndcg_at_20=float(gains.mean()),
+        )
+        name = "1 (local means alone)" if lam == 1.0 else str(lam)
+        spread = f"{recalls.min():.4f} to {recalls.max():.4f}"
+        lines.append([name, str(len(seeds)), f"{recalls.mean():.4f}", spread, f"{gains.mean():.4f}"])
+    show("held-out rows, no training", ["lambda", "seeds", "Recall@20", "over seeds", "NDCG@20"], lines)
+
+
+def metrics(
+    result: Mapping[str, Any], train: csr_matrix, held_out: csr_matrix, block: int = 1024
+) -> tuple[float, float]:
+    """Recall@20 and NDCG@20, the mean over the users who have held-out rows.
+
+    NDCG: gain 1 per hit, divided by log2(rank + 1), over the best that the user's number of held-out items allows.
+    """
+    discounts = 1 / np.log2(np.arange(2, TOP + 2))
+    ideal = np.concatenate([[0.0], np.cumsum(discounts)])
+    active = np.flatnonzero(np.diff(held_out.indptr))
+    recall = gain = 0.0
+    for first in range(0, len(active), block):
+        users = active[first : first + block]
+        scores = np.add.reduce([result[name].users[users] @ result[name].items.T for name in MODALITIES])
+        scores[train[users].nonzero()] = -np.inf
+        hits = np.take_along_axis(held_out[users].toarray(), _top(scores), axis=1) > 0
+        wanted = np.diff(held_out[users].indptr)
+        recall += float((hits.sum(axis=1) / wanted).sum())
+        gain += float((hits @ discounts / ideal[np.minimum(wanted, TOP)]).sum())
+    return recall / len(active), gain / len(active)
+
+
+def _top(scores: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Columns of the highest scores of each row, best first."""
+    unordered = np.argpartition(-scores, TOP, axis=1)[:, :TOP]
+    order = np.argsort(-np.take_along_axis(scores, unordered, axis=1), axis=1)
+    return np.take_along_axis(unordered, order, axis=1)
+
+
+def _matrix(table: pd.DataFrame, shape: tuple[int, int]) -> csr_matrix:
+    pairs = (table["userID"].to_numpy(), table["itemID"].to_numpy())
+    return csr_matrix((np.ones(len(table), np.float32), pairs), shape=shape)
+
+
+if __name__ == "__main__":
+    main()

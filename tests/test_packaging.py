@@ -1,0 +1,231 @@
+"""What is shipped, what may import what, and what a fresh machine is told."""
+
+import ast
+import email
+import graphlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import gpu_init
+
+ROOT = Path(__file__).parents[1]
+
+# Who knows whom (design, section 5). A module may import what it knows, what those know, and the ground floor.
+GROUND = {"config", "errors", "ids", "progress", "storage", "version", "where"}
+KNOWS = {
+    "__init__": {"artifact", "method"},
+    "__main__": {"cli"},
+    "cli": {"demo", "job", "summary"},
+    "job": {"artifact", "method"},
+    "method": {"blend", "features", "interactions", "kmeans"},
+    "kmeans": {"backend", "interactions"},
+    "blend": {"backend", "features", "interactions"},
+    "features": {"backend"},
+    "interactions": {"backend"},
+    "artifact": set(),
+    "summary": {"artifact"},
+    "demo": {"artifact"},
+    "backend": {"kernels"},
+    "kernels": set(),
+    **{module: set() for module in GROUND},
+}
+DEVICE_LIBRARIES = ("cudf", "cuml", "cupy", "cupyx", "numba", "rmm", "sklearn.cluster")
+
+
+def sources():
+    return {
+        **{path: path.stem for path in (ROOT / "gpu_init").glob("*.py")},
+        **dict.fromkeys((ROOT / "kernels").glob("*.py"), "kernels"),
+    }
+
+
+def imports(path, module):
+    """Give the absolute dotted names that a file imports, those inside functions too."""
+    package = "gpu_init.kernels" if module == "kernels" else "gpu_init"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*parents, *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
+            yield from (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
+
+
+def own(name):
+    """Module of this package that a dotted name means, or None for others' packages."""
+    first, _, rest = name.partition(".")
+    if first != "gpu_init":
+        return None
+    second = rest.split(".")[0]
+    return second if second in set(sources().values()) else "__init__"
+
+
+def known(module):
+    below = set().union(*(known(other) | {other} for other in KNOWS[module]))
+    return below | GROUND
+
+
+def test_every_module_has_its_place():
+    assert set(sources().values()) == set(KNOWS), "keep KNOWS in step with the modules and with the design"
+
+
+def test_no_import_runs_upward():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {other}"
+        for path, module in sources().items()
+        for other in {own(name) for name in imports(path, module)} - {None, module}
+        if other not in known(module)
+    ]
+    assert not wrong
+
+
+def test_no_import_runs_in_a_circle():
+    graph = {module: set() for module in KNOWS}
+    for path, module in sources().items():
+        graph[module] |= {own(name) for name in imports(path, module)} - {None, module}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(graph)
+
+
+def test_devices_are_known_to_backend_and_kernels_only():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path, module in sources().items()
+        if module not in ("backend", "kernels")
+        for name in imports(path, module)
+        if any(f"{name}.".startswith(f"{library}.") for library in DEVICE_LIBRARIES)
+    ]
+    assert not wrong
+
+
+def test_the_reading_of_imports_sees_every_form(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text(
+        "import cupy.linalg\nfrom . import job\nfrom .config import load\nfrom gpu_init.ids import normalize\n"
+        "def f():\n    from sklearn import cluster\n    importlib.import_module('cudf')\n"
+    )
+    names = set(imports(path, "x"))
+    assert names == {
+        "cupy.linalg",
+        "gpu_init.job",
+        "gpu_init.config.load",
+        "gpu_init.ids.normalize",
+        "sklearn.cluster",
+        "cudf",
+    }
+    assert {own(name) for name in imports(path, "x")} == {None, "job", "config", "ids"}
+    path.write_text("from gpu_init.errors import InputError\nfrom .csr import Csr\nfrom ..backend import select\n")
+    assert {own(name) for name in imports(path, "kernels")} == {"errors", "kernels", "backend"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    tree = folder / "tree"  # setuptools builds inside the tree it is given, so it gets a copy
+    tree.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("gpu_init", "kernels"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    try:
+        ready = int(importlib.metadata.version("setuptools").split(".")[0]) >= 77
+    except importlib.metadata.PackageNotFoundError:
+        ready = False
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--no-build-isolation"] * ready + ["--wheel-dir", str(folder), str(tree)]
+    built = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    [path] = folder.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_the_package_the_kernels_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    info = f"gpu_init-{gpu_init.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"gpu_init", info}
+    modules = {f"gpu_init/{path.name}" for path in (ROOT / "gpu_init").glob("*.py")}
+    kernels = {
+        f"gpu_init/kernels/{path.name}" for path in (ROOT / "kernels").iterdir() if path.suffix in (".py", ".cu")
+    }
+    assert {name for name in names if name.startswith("gpu_init/")} == modules | kernels | {"gpu_init/py.typed"}
+    assert f"{info}/licenses/LICENSE" in names
+
+
+def test_wheel_says_what_it_is_and_needs(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        info = f"gpu_init-{gpu_init.__version__}.dist-info"
+        metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
+        entry_points = archive.read(f"{info}/entry_points.txt").decode()
+    assert metadata["Version"] == gpu_init.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert "gpu-init = gpu_init.cli:main" in entry_points
+    core = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
+    assert not [need for need in core if re.match("cu|torch|rmm", need)]
+    assert {"cuda12", "cuda13", "torch", "test", "dev"} <= set(metadata.get_all("Provides-Extra"))
+
+
+@pytest.mark.slow
+def test_wheel_in_a_fresh_environment_runs_the_demo(wheel, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+    def call(*command):
+        done = subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    call(sys.executable, "-m", "venv", "fresh")
+    call("fresh/bin/python", "-m", "pip", "install", "--quiet", str(wheel))
+    call("fresh/bin/gpu-init", "demo", "--users", "1000", "--items", "200")
+    assert "matches its hash" in call("fresh/bin/gpu-init", "inspect", "demo/vectors", "--verify")
+
+
+NO_ENSUREPIP = 'case "$2" in *ensurepip*) exit 1;; esac'
+OLD_PYTHON = 'case "$1" in --version) echo Python 3.9.2;; *) exit 1;; esac'
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (None, ["is not installed", "apt-get install python3 python3-venv"]),
+        (OLD_PYTHON, ["needs Python 3.11 or newer", "is Python 3.9.2", "make PYTHON=python3.12 demo"]),
+        (NO_ENSUREPIP, ["cannot make virtual environments", "apt-get install python3-venv"]),
+    ],
+)
+def test_make_says_what_is_missing(tmp_path, script, said):
+    python = tmp_path / "python3"
+    if script:
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "--silent", "-C", str(ROOT), "demo", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode != 0
+    assert all(words in done.stderr for words in said), done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_no_path_of_somebodys_home():
+    home = re.compile(r"/(?:(?:home|Users)/\w+|root)/")
+    files = [
+        ROOT / "README.md",
+        *(path for folder in ("gpu_init", "kernels", "benchmarks") for path in (ROOT / folder).rglob("*")),
+    ]
+    text = {
+        path.name: path.read_text(encoding="utf-8") for path in files if path.suffix in (".py", ".cu", ".md", ".csv")
+    }
+    if shutil.which("git") and (ROOT / ".git").exists():
+        log = subprocess.run(["git", "log", "--format=%B"], cwd=ROOT, check=False, capture_output=True, text=True)
+        text["commit messages"] = log.stdout
+    assert not {name: home.findall(content) for name, content in text.items() if home.search(content)}
