@@ -495,6 +495,7 @@ def _read_parquet_file(path: str, layout: _Layout, values: NDArray[Any]) -> Any:
             return None
         column = parquet.read(columns=[layout.item]).column(layout.item)
         _require_rows(path, len(column), len(values))
+        column.validate(full=True)  # text that is not UTF-8
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
         return ids.normalize(column.to_pandas(types_mapper=pd.ArrowDtype), f"{path}, column {layout.item}")

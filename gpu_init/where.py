@@ -29,7 +29,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -69,7 +69,8 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
-_NUMBER_AS_TEXT = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,6})?", re.ASCII)
+_NUMBER_AS_TEXT = r"^-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9][0-9]?)?$"
+_MAX_LENGTH = 200  # and two digits of exponent: such a number fits a float64 too
 
 _KINDS = {
     "integer": r"u?int[0-9]",
@@ -490,29 +491,27 @@ def _rounded(value: Decimal, kind: str) -> Any:
 
 
 def _numbers_in_text(text: Any, place: str, row: Callable[[int], str]) -> _Compare:
-    """Compare numbers that are written as text: those that fit int64 as such, each different other one as a decimal."""
+    """Compare numbers written as text: as int64 where they fit, else as floats, and as decimals where those tie."""
     whole = _flags(text.str.match(WHOLE_NUMBER))
-    pyarrow = "pyarrow" in str(text.dtype)
-    integers = text.where(whole, "0").astype("int64[pyarrow]" if pyarrow else "int64")
-    others = {} if bool(whole.all()) else {one: _decimal(one) for one in text[~whole].drop_duplicates().to_numpy()}
-    wrong = [one for one, number in others.items() if number is None]
-    if wrong:
-        why = "but --where compares it with a number; put that in quotes to compare texts"
-        _refuse(text, _flags(text.isin(wrong)), place, row, why)
+    number = whole | (_flags(text.str.match(_NUMBER_AS_TEXT)) & _flags(text.str.len() <= _MAX_LENGTH))
+    why = "but --where compares it with a number; put that in quotes to compare texts"
+    _refuse(text, ~number, place, row, why)
+    arrow = "[pyarrow]" if "pyarrow" in str(text.dtype) else ""
+    integers = text.where(whole, "0").astype(f"int64{arrow}")
+    if bool(whole.all()):
+        return functools.partial(_compare_integers, integers)
+    floats = text.where(~whole, "0").astype(f"double{arrow}")
 
     def compare(sign: str, value: Decimal) -> Any:
-        found = _flags(_compare_integers(integers, sign, value))
-        accepted = [one for one, number in others.items() if _OPERATORS[sign](number, value)]
-        return (found & whole) | _flags(text.isin(accepted)) if accepted else found & whole
+        # Rounding keeps the order, so only a number that rounds to the literal's float can be misjudged.
+        ties = _flags(floats == float(value)) & ~whole
+        accepted = [one for one in text[ties].drop_duplicates().to_numpy() if _OPERATORS[sign](Decimal(one), value)]
+        others = _flags(_OPERATORS[sign](floats, float(value))) & ~ties
+        if accepted:
+            others = others | _flags(text.isin(accepted))
+        return (_flags(_compare_integers(integers, sign, value)) & whole) | (others & ~whole)
 
     return compare
-
-
-def _decimal(text: Any) -> Decimal | None:
-    try:
-        return Decimal(text) if _NUMBER_AS_TEXT.fullmatch(text) else None
-    except InvalidOperation:
-        return None
 
 
 def _time_counts(column: Any) -> tuple[Any, int]:

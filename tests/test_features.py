@@ -317,6 +317,12 @@ def test_wrong_parquet(tmp_path, columns, words):
     refused(tmp_path / "f.parquet", words)
 
 
+def test_ids_that_are_not_utf8(tmp_path):
+    ids = pa.array([b"a", b"\xff"]).view(pa.string())
+    parquet(tmp_path / "f.parquet", item=ids, x=[[1.0], [2.0]])
+    refused(tmp_path / "f.parquet", "UTF8")
+
+
 def test_two_columns_of_one_name(tmp_path):
     path = tmp_path / "f.parquet"
     pq.write_table(pa.Table.from_arrays([pa.array([1.0]), pa.array([2.0])], names=["x", "x"]), path)

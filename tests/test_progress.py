@@ -106,7 +106,7 @@ def test_a_terminal_gets_a_bar_and_the_lines_stay():
     shown = stream.getvalue()
     assert "\x1b[" in shown
     assert "━" in shown
-    assert "4/4 users" in shown or "/4 users" in shown or "write image" in shown
+    assert "write image" in shown
     plain = re.sub(r"\x1b\[[0-9?;]*[a-zA-Z]|\r", "", shown)
     assert "backend cpu: [asked] for\n" in plain
     assert re.search(r"read interactions {9}59,541 rows, 9,298 users, 1 pair, .*  [0-9.]+ s\n", plain)
@@ -181,14 +181,16 @@ def test_a_closed_stream_does_not_end_the_job(monkeypatch):
 
 def test_a_terminal_that_goes_away_does_not_end_the_job():
     ours, theirs = pty.openpty()
-    with open(theirs, "w", encoding="utf-8") as stream:
-        progress = Progress("auto", stream)
-        with progress.step("before", total=2, unit="block") as step:
-            step.advance()
-            os.close(ours)
-            step.advance()
-        progress.say("after")
+    stream = open(theirs, "w", encoding="utf-8")  # noqa: SIM115
+    progress = Progress("auto", stream)
+    with progress.step("before", total=2, unit="block") as step:
+        step.advance()
+        os.close(ours)
+        step.advance()
+    progress.say("after")
     assert len(progress.timings) == 1
+    with pytest.raises(OSError, match="Input/output"):  # what could not be written
+        stream.close()
 
 
 def test_a_line_stays_one_line():

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_init.errors import InputError
@@ -100,6 +100,7 @@ def frames(rows):
     yield pd.DataFrame({name: pd.Series(column, dtype="object") for name, column in texts.items()})
 
 
+@settings(deadline=None)
 @given(conditions, st.lists(st.fixed_dictionaries({"a": st.none() | values, "b c": st.none() | values}), max_size=6))
 def test_integers_agree_with_a_plain_evaluator(node, rows):
     expected = [truth(node, row) is True for row in rows]
@@ -111,6 +112,7 @@ def test_integers_agree_with_a_plain_evaluator(node, rows):
 texts = st.text(st.sampled_from("ab'\" ä\U0001f600"), max_size=3)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(list(OPERATORS)),
     texts,
@@ -125,6 +127,7 @@ def test_texts_compare_by_code_points(sign, literal, column, kind):
 numbers = st.decimals(-1000, 1000, places=2) | st.integers(-(10**25), 10**25).map(Decimal)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(list(OPERATORS)), numbers, st.lists(st.none() | numbers, max_size=6))
 def test_numbers_in_text_and_decimals_compare_exactly(sign, literal, column):
     expected = [value is not None and OPERATORS[sign](value, literal) for value in column]
@@ -133,6 +136,7 @@ def test_numbers_in_text_and_decimals_compare_exactly(sign, literal, column):
         assert taken(f"c {sign} {literal:f}", c=series) == expected
 
 
+@settings(deadline=None)
 @given(st.sampled_from(list(OPERATORS)), st.integers(-(2**70), 2**70), st.integers(0, 9))
 def test_integers_of_every_width_against_any_number(sign, whole, tenths):
     literal = Decimal(f"{whole}.{tenths}")
@@ -142,6 +146,29 @@ def test_integers_of_every_width_against_any_number(sign, whole, tenths):
         expected = [OPERATORS[sign](Decimal(value), literal) for value in column]
         assert taken(f"c {sign} {literal:f}", c=arrow(column, kind)) == expected
         assert taken(f"c {sign} {literal:f}", c=pd.Series(column, dtype=kind.to_pandas_dtype())) == expected
+
+
+def test_every_spelling_of_a_number_in_text():
+    spelled = [
+        "1",
+        "1.0",
+        "01",
+        "1.",
+        "0.1e1",
+        "10E-1",
+        "1" + "0" * 150 + "e-99",
+        ".5",
+        "-.5",
+        "-0",
+        "1.0000000000000000001",
+    ]
+    for column in (arrow(spelled, pa.string()), pd.Series(spelled, dtype="object"), pd.Series(spelled)):
+        assert taken("c == 1", c=column) == [True] * 6 + [False] * 5
+        assert taken("c > 1", c=column) == [False] * 6 + [True] + [False] * 3 + [True]
+        assert taken("c in (0, 0.5)", c=column) == [False] * 7 + [True, False, True, False]
+    for wrong in ("", " 1", "+1", "1e400", "nan", "inf", "0x1", "1_0", "\u0663", "9" * 400, "1\n"):
+        with pytest.raises(InputError, match="row 1 is"):
+            taken("c == 1", c=arrow(["1.5", wrong], pa.string()))
 
 
 @pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
@@ -323,6 +350,7 @@ pieces = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40) | st.lists(pieces, max_size=25).map(" ".join) | st.lists(pieces, max_size=25).map("".join))
 def test_any_text_gives_a_condition_or_an_input_error(text):
     try:
