@@ -163,7 +163,7 @@ def load(path: str | os.PathLike[str]) -> Artifact:
         Not an artifact, of a format that this version does not read, or files that are not what the manifest says.
         Contents are not hashed: `verify` does that.
     """
-    root = os.path.realpath(path)
+    root = _root(path)
     manifest = _read_manifest(root)
     problem = next(_problems(root, manifest), None)
     if problem:
@@ -198,7 +198,7 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
     InputError
         There is no manifest at all.
     """
-    root = os.path.realpath(path)
+    root = _root(path)
     if not os.path.lexists(os.path.join(root, MANIFEST)):
         raise _not_an_artifact(root)
     try:
@@ -221,7 +221,9 @@ def check_modality(name: str) -> None:
     InputError
         Not letters, digits, "_", "-" and "." after a letter or digit, longer than 64, or a name that is taken.
     """
-    if not re.fullmatch(r"[^\W_][\w.-]{0,63}", name) or name in _RESERVED:
+    if name.lower() in _RESERVED:
+        raise InputError(f"modality {name}: a file of the artifact has that name; choose another.")
+    if not re.fullmatch(r"[^\W_][\w.-]{0,63}", name):
         raise InputError(
             f"modality {_shown(name)}: choose another name of at most 64 letters, digits, '_', '-' or '.',"
             " with a letter or digit first."
@@ -251,9 +253,17 @@ def _read_manifest(root: str) -> Json:
     return body
 
 
+def _root(path: str | os.PathLike[str]) -> str:
+    if "\0" in os.fspath(path):
+        raise InputError(f"{os.fspath(path)!r} is not a path.")
+    return os.path.realpath(path)
+
+
 def _not_an_artifact(root: str) -> InputError:
     if os.path.isdir(root):
         return InputError(f"{root} is not an artifact of gpu-init: it has no {MANIFEST}.")
+    if os.path.lexists(root):
+        return InputError(f"{root} is not an artifact of gpu-init: it is not a folder.")
     return InputError(f"{root}: there is no such folder.")
 
 
@@ -523,9 +533,9 @@ class Staging:
     """A run's folder before it is an artifact.
 
     A context manager. Leaving it by an exception keeps what is durable, so that a later run can resume; but an
-    InputError in a run that resumed nothing leaves no trace. Only one run at a time has the staging folder of an
-    output: the lock is the file `.OUT.lock` beside it (`OUT/.partial.lock` where OUT cannot be renamed), removed
-    at the end by its holder.
+    InputError, or any before something was finished, leaves no trace in a run that resumed nothing. Only one run at
+    a time has the staging folder of an output: the lock is the file `.OUT.lock` beside it (`OUT/.partial.lock` where
+    OUT cannot be renamed), removed at the end by its holder.
 
     Attributes
     ----------
@@ -597,7 +607,8 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._leave(remove=isinstance(error, InputError))
+        done = any(self._journal.get(part) for part in ("finished", "rows", "files"))
+        self._leave(remove=isinstance(error, InputError) or (error is not None and not done))
 
     def _leave(self, remove: bool) -> None:
         """Stop what is being written and let go of the lock; remove the folder too, if this run made it."""

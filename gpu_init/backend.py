@@ -300,7 +300,9 @@ def facts() -> list[Fact]:
     ]
     lines += [Fact(name, version) for name, version in CpuBackend("doctor").versions().items()]
     torch = _version("torch")
-    lines.append(Fact("torch", torch or "not installed", "" if torch else "for .pt features: pip install 'gpu-init[torch]'"))
+    lines.append(
+        Fact("torch", torch or "not installed", "" if torch else "for .pt features: pip install 'gpu-init[torch]'")
+    )
     return lines + _cuda_facts()
 
 
@@ -311,7 +313,11 @@ def _cuda_facts() -> list[Fact]:
         found = [f"{name} {_version(name)}" for name in _distributions(library)]
         twice = library == "cupy" and len(found) > 1
         lines.append(
-            Fact(library, ", ".join(found) or "not installed", f"keep one: pip uninstall {' or '.join(_distributions(library))}" if twice else "")
+            Fact(
+                library,
+                ", ".join(found) or "not installed",
+                f"keep one: pip uninstall {' or '.join(_distributions(library))}" if twice else "",
+            )
         )
     missing = _missing_for_cuda()
     if missing:
@@ -326,7 +332,10 @@ def _cuda_facts() -> list[Fact]:
         name = properties["name"].decode()
         capability = f"{properties['major']}.{properties['minor']}"
         lines.append(
-            Fact(f"device {device}", f"{name}, compute capability {capability}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
+            Fact(
+                f"device {device}",
+                f"{name}, compute capability {capability}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free",
+            )
         )
     return [*lines, Fact("CUDA backend", "ready")]
 

@@ -50,22 +50,26 @@ class Blend:
     scale: float = 1.0
 
 
-def blend(backend: Backend, interactions: Interactions, fit: Blend, start: int, stop: int) -> Any:
-    """Rows ``start`` to ``stop`` of X, (stop - start, d) float32: one kernel call."""
+def blend(backend: Backend, interactions: Interactions, fit: Blend, rows: slice, out: Any = None) -> Any:
+    """Rows of X, (n, d) float32: one kernel call, into ``out`` where one is given."""
     by_item = fit.item_labels is not None
-    return backend.kernels.aggregate_blend(
-        interactions.csr.rows(start, stop),
+    if out is None:
+        out = backend.xp.empty((rows.stop - rows.start, fit.modality.values.shape[1]), backend.xp.float32)
+    backend.kernels.aggregate_blend(
+        interactions.csr.rows(rows.start, rows.stop),
         fit.modality.values,
-        fit.weighting.local_rows[start:stop],
+        fit.weighting.local_rows[rows],
         fit.weighting.local_items,
-        backend.xp.full(stop - start, fit.lam),
+        backend.xp.full(rows.stop - rows.start, fit.lam),
         fit.centroids,
-        None if by_item else fit.user_labels[start:stop],
+        None if by_item else fit.user_labels[rows],
         fit.item_labels,
-        fit.weighting.mean_rows[start:stop] if by_item else None,
+        fit.weighting.mean_rows[rows] if by_item else None,
         fit.cold,
         fit.scale,
+        out,
     )
+    return out
 
 
 def scale_to_items(backend: Backend, interactions: Interactions, fit: Blend, block_rows: int) -> float:
@@ -76,7 +80,7 @@ def scale_to_items(backend: Backend, interactions: Interactions, fit: Blend, blo
     kept = fit.modality.present
     items = norms(backend.xp, (fit.modality.values[part][kept[part]] for part in ranges(len(kept), NORM_ROWS)))
     parts = ranges(interactions.users, block_rows)
-    users = norms(backend.xp, (blend(backend, interactions, fit, part.start, part.stop) for part in parts))
+    users = norms(backend.xp, (blend(backend, interactions, fit, part) for part in parts))
     return items["mean"] / users["mean"] if items["mean"] > 0 and users["mean"] > 0 else 1.0
 
 

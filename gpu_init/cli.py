@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -19,7 +18,10 @@ from .version import __version__
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that says what is wrong on one line."""
+    """argparse that says what is wrong on one line, and takes flags by their full names only."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}\n{self.prog} --help lists what there is.")
@@ -73,7 +75,9 @@ def _signals() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="gpu-init", description="Initial user embeddings for multimodal recommenders, without training.")
+    parser = _Parser(
+        prog="gpu-init", description="Initial user embeddings for multimodal recommenders, without training."
+    )
     parser.add_argument("--version", action="version", version=f"gpu-init {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -144,17 +148,21 @@ def _demo(given: argparse.Namespace) -> int:
     from . import artifact, demo, features
 
     data = demo.make(given.folder, users=given.users, items=given.items, seed=given.seed)
-    print(f"made {given.users} users and {given.items} items in {given.folder}/ ({data.interactions.name},"
-          f" {data.image.name}, {data.text.name}); the job is {data.job}")
+    print(
+        f"made {given.users} users and {given.items} items in {given.folder}/ ({data.interactions.name},"
+        f" {data.image.name}, {data.text.name}); the job is {data.job}"
+    )
     job = config.load(str(data.job), {}, {"overwrite": True})
     path = _run_job(job)
     _print_summary(path)
     made = artifact.load(path)
-    vectors = {name: (made[name].users, features.read_rows(name, source, given.items)) for name, source in job.features.items()}
+    vectors = {
+        name: (made[name].users, features.read_rows(name, source, given.items)) for name, source in job.features.items()
+    }
     print("\nHeld-out interactions ranked by X F^T, without training (Recall@20):")
     for name, recall in demo.evaluate(vectors, data.seen, data.unseen).items():
         print(f"  {name:<20}{recall:.4f}")
-    print(f"\nNext: gpu-init inspect {path} --verify; in Python: gpu_init.load({path!r})[\"image\"].users")
+    print(f'\nNext: gpu-init inspect {path} --verify; in Python: gpu_init.load({path!r})["image"].users')
     return 0
 
 

@@ -184,12 +184,15 @@ def _check_text(value: Any) -> str:
 
 
 def _check_where(value: Any) -> str:
-    return where.parse(_check_text(value)).text
+    try:
+        return where.parse(_check_text(value)).text
+    except InputError as error:  # named after the flag; the key's own place is put before it
+        raise _WrongValueError(str(error).removeprefix("--where: ")) from None
 
 
 def _check_users(value: Any) -> int | str:
     if isinstance(value, str):
-        if not re.fullmatch("[0-9]+", value):
+        if not re.fullmatch("-?[0-9]+", value):
             return _check_text(value)
         value = _read_whole(value)
     return _whole(1, _MAX_USERS)(value)
@@ -218,15 +221,17 @@ def _check_features(value: Any) -> dict[str, str]:
         if name.lower() in lowered:
             raise _WrongValueError(f"{name} is there twice; names must differ in more than case.")
         lowered.add(name.lower())
-    return {str(name): _check_text(path) for name, path in value.items()}
+        if not isinstance(value[name], str) or not value[name].strip() or "\0" in value[name]:
+            raise _WrongValueError(f"{name}: found {_shown(value[name])}; wanted is a path.")
+    return {str(name): str(path) for name, path in value.items()}
 
 
 def _named_paths(parts: Sequence[Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for part in parts:
         name, equals, path = (side.strip() for side in _check_text(part).partition("="))
-        if not equals:
-            raise ValueError
+        if not equals or not path:
+            raise _WrongValueError(f"found {_shown(part)}; wanted is NAME=PATH, such as image=image.npy.")
         if name in found:
             raise _WrongValueError(f"{_shown(name)} is given twice.")
         found[name] = path

@@ -248,7 +248,7 @@ def _read_npz(file: io.BufferedReader, path: str) -> NDArray[Any]:
         [member] = archive.infolist()
         with archive.open(member) as stream:
             header = _npy_header(stream, f"{path}, {member.filename}", member.file_size)
-        _require_memory(path, member.file_size)
+        require_memory(path, member.file_size)
         data = np.empty(header.end - header.offset, np.uint8)
         with archive.open(member) as stream:
             stream.read(header.offset)
@@ -305,7 +305,7 @@ def _read_torch(file: io.BufferedReader, path: str) -> NDArray[Any]:
         raise InputError(f"{path}: PyTorch reads such files, and is not there: pip install 'gpu-init[torch]'") from None
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
-            _require_memory(path, sum(member.file_size for member in archive.infolist()))
+            require_memory(path, sum(member.file_size for member in archive.infolist()))
     file.seek(0)
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
@@ -356,7 +356,7 @@ def _read_parquet(place: str, paths: Sequence[str], item_column: str | None) -> 
     if sum(counts) == 0:
         raise InputError(f"{place}: no rows; one per item is wanted.")
     width = _list_width(place, paths, layout.values[0]) if layout.is_list else len(layout.values)
-    _require_memory(place, sum(counts) * width * dtype.itemsize)
+    require_memory(place, sum(counts) * width * dtype.itemsize)
     values = np.empty((sum(counts), width), dtype)
     columns = []
     filled = 0
@@ -564,17 +564,18 @@ def _is_bfloat16(dtype: Any) -> bool:
 def _native(values: NDArray[Any], place: str) -> NDArray[Any]:
     """Values as numpy and numba compute with them; the same memory where they are so already."""
     if _is_bfloat16(values.dtype):
-        _require_memory(place, 4 * values.size)
+        require_memory(place, 4 * values.size)
         wide = np.empty(values.shape, np.float32)  # bfloat16 is the upper half of float32
         np.left_shift(values.view(np.uint16), 16, out=wide.view(np.uint32), dtype=np.uint32)
         return wide
     if values.dtype.isnative and values.flags.aligned:
         return values
-    _require_memory(place, values.nbytes)
+    require_memory(place, values.nbytes)
     return values.astype(values.dtype.newbyteorder("="), order="C")
 
 
-def _require_memory(place: str, needed: int) -> None:
+def require_memory(place: str, needed: int) -> None:
+    """Refuse work for which less memory than ``needed`` bytes is free, with a ResourceError that names the place."""
     free = _available_memory()
     if needed > free:
         raise ResourceError(f"{place}: {needed:,} bytes of memory are needed, {free:,} are free.")
@@ -676,9 +677,9 @@ def align(backend: Backend, table: FeatureTable, present: Any, rows: Any, items:
     count = int(present.sum())
     if rows is None:
         if values.dtype != np.float32 or not values.flags.c_contiguous:
-            _require_memory(table.path, 4 * values.size)
+            require_memory(table.path, 4 * values.size)
         return Modality(table.name, as_float32(backend, values), backend.asarray(present), count)
-    _require_memory(table.path, 4 * items * values.shape[1])
+    require_memory(table.path, 4 * items * values.shape[1])
     placed = np.zeros((items, values.shape[1]), np.float32)
     for start in range(0, len(values), _BLOCK_ROWS):
         placed[rows[start : start + _BLOCK_ROWS]] = values[start : start + _BLOCK_ROWS]

@@ -69,7 +69,7 @@ def normalize(column: Any, place: str, row: Callable[[int], str] = _row) -> Any:
 
 def is_text(kind: str) -> bool:
     """Whether a dtype's name, in pandas or cudf, means text."""
-    return kind == "object" or kind.startswith(("str", "large_string"))
+    return kind == "object" or kind.startswith(("string", "large_string")) or kind == "str"
 
 
 def first_true(mask: Any) -> int:

@@ -118,7 +118,9 @@ def build(backend: Backend, users: Any, items: Any, weights: Any, shape: tuple[i
         key, summed = key[summed > 0], summed[summed > 0]
     indptr = xp.searchsorted(key, xp.arange(shape[0] + 1, dtype=xp.int64) * shape[1]).astype(xp.int64)
     indices = (key % shape[1]).astype(xp.int32)
-    return Interactions(Csr(indptr, indices, None if bool((summed == 1).all()) else summed.astype(xp.float32)), shape[1])
+    return Interactions(
+        Csr(indptr, indices, None if bool((summed == 1).all()) else summed.astype(xp.float32)), shape[1]
+    )
 
 
 def check_weights(backend: Backend, weights: Any, place: str, row: Callable[[int], str]) -> None:
@@ -150,6 +152,13 @@ def from_matrix(backend: Backend, matrix: Any, place: str) -> Interactions:
         raise InputError(f"{place}: values of type {matrix.dtype}; weights are numbers.")
     if matrix.shape[1] >= 2**31:
         raise InputError(f"{place}: {matrix.shape[1]} items; at most 2^31 - 1.")
+    if matrix.format == "csr" and matrix.has_canonical_format and matrix.nnz and bool((matrix.data > 0).all()):
+        weights = backend.asarray(matrix.data)
+        check_weights(backend, weights, place, lambda k: f"entry {k}")
+        one = bool((weights == 1).all())
+        indptr, indices = backend.asarray(matrix.indptr), backend.asarray(matrix.indices)
+        csr = Csr(indptr.astype("int64"), indices.astype("int32"), None if one else weights.astype("float32"))
+        return Interactions(csr, matrix.shape[1])
     entries = matrix.tocoo()
     weights = backend.asarray(entries.data.astype("float64"))
     check_weights(backend, weights, place, lambda k: f"entry ({int(entries.row[k])}, {int(entries.col[k])})")
@@ -276,7 +285,9 @@ def _read_file(
     user = find_column(path, names, columns.user, USER_NAMES, "--user-column")
     item = find_column(path, names, columns.item, ITEM_NAMES, "--item-column")
     weight = find_column(path, names, columns.weight, (), "--weight-column") if columns.weight else None
-    asked = {name: find_column(path, names, name, (), "--where") for name in (columns.where.columns if columns.where else ())}
+    asked = {
+        name: find_column(path, names, name, (), "--where") for name in (columns.where.columns if columns.where else ())
+    }
     _check_split(path, names, columns.where, asked, rows.warnings)
     wanted = list(dict.fromkeys([user, item, *([weight] if weight else []), *asked.values()]))
     before = 0
@@ -286,21 +297,15 @@ def _read_file(
         rows.read += len(frame)
         advance(len(frame))
 
-        def row(at: int, positions: Any = positions) -> str:
-            return row_name(separator, int(positions[at]))
-
+        kept = frame
         if columns.where:
             named = frame.rename(columns={actual: name for name, actual in asked.items()})
-            keep = columns.where.mask(named, path, row)
-            frame = frame[keep]
+            keep = columns.where.mask(named, path, _rows_named(separator, positions))
+            kept = frame[keep]
             positions = positions[backend.asarray(keep.to_numpy().astype(bool))]
-        if len(frame) == 0:
-            continue
-
-        def kept_row(at: int, positions: Any = positions) -> str:
-            return row_name(separator, int(positions[at]))
-
-        _add_batch(backend, frame, (user, item, weight), axis, users, rows, path, kept_row)
+        if len(kept):
+            place = _rows_named(separator, positions)
+            _add_batch(backend, kept, (user, item, weight), axis, users, rows, path, place)
 
 
 def _add_batch(
@@ -333,13 +338,15 @@ def _check_range(column: Any, count: int, place: str, row: Callable[[int], str],
         at = ids.first_true(text)
         remedy = "features with an id column" if kind == "item" else "--users PATH, or no --users"
         raise InputError(
-            f"{place}: {row(at)} has {kind} {column.iloc[at]!r}, but with {what} ids are row numbers; for text ids: {remedy}."
+            f"{place}: {row(at)} has {kind} {column.iloc[at]!r}, but with {what} ids are row numbers;"
+            f" for text ids: {remedy}."
         )
     outside = (column < 0) | (column >= count)
     if bool(outside.any()):
         at = ids.first_true(outside)
         raise InputError(
-            f"{place}: {row(at)} has {kind} {int(column.iloc[at])}, beyond {what}: row numbers run from 0 to {count - 1}."
+            f"{place}: {row(at)} has {kind} {int(column.iloc[at])}, beyond {what}:"
+            f" row numbers run from 0 to {count - 1}."
         )
 
 
@@ -364,6 +371,11 @@ def _weights(backend: Backend, column: Any, place: str, row: Callable[[int], str
 def row_name(separator: str | None, position: int) -> str:
     """Name a row as an editor would show it: the line of a text file, the row of a Parquet file from 0."""
     return f"row {position}" if separator is None else f"line {position + 2}"
+
+
+def _rows_named(separator: str | None, positions: Any) -> Callable[[int], str]:
+    """Names of the rows of a batch, whose places in the file are ``positions``."""
+    return lambda at: row_name(separator, int(positions[at]))
 
 
 def header(path: str) -> tuple[str | None, list[str]]:
@@ -408,7 +420,14 @@ def find_column(path: str, names: list[str], wanted: str | None, known: tuple[st
     if wanted is not None:
         found = [name for name in names if wanted in (name, bare(name))]
     else:
-        found = next((hits for one in known if (hits := [name for name in names if bare(name).lower() in (one, one.replace("_", ""))])), [])
+        found = next(
+            (
+                hits
+                for one in known
+                if (hits := [name for name in names if bare(name).lower() in (one, one.replace("_", ""))])
+            ),
+            [],
+        )
     if len(found) == 1:
         return found[0]
     listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
@@ -416,7 +435,9 @@ def find_column(path: str, names: list[str], wanted: str | None, known: tuple[st
         raise InputError(f"{path}: column {found[0]} stands there {len(found)} times; the columns are {listed}.")
     if wanted is not None:
         raise InputError(f"{path}: no column {wanted} ({flag}); the columns are {listed}.")
-    raise InputError(f"{path}: none of the columns is named {', '.join(known)}; name it with {flag}. They are {listed}.")
+    raise InputError(
+        f"{path}: none of the columns is named {', '.join(known)}; name it with {flag}. They are {listed}."
+    )
 
 
 def bare(name: str) -> str:
@@ -432,20 +453,34 @@ def _check_split(path: str, names: list[str], where: Where | None, asked: dict[s
         return
     leak = "vectors made from validation or test rows leak them into training"
     if where is None:
-        raise InputError(f'{path} has a split column, {split}: {leak}.\nSay which rows to take, such as --where "{bare(split)} == 0".')
+        raise InputError(
+            f"{path} has a split column, {split}: {leak}.\n"
+            f'Say which rows to take, such as --where "{bare(split)} == 0".'
+        )
     warned.append(f"{path} has a split column, {split}, which --where does not look at: {leak}")
 
 
-def _read_matrix(backend: Backend, path: str, columns: Columns, axis: ItemAxis, users: int | Any | None) -> InteractionTable:
+def _read_matrix(
+    backend: Backend, path: str, columns: Columns, axis: ItemAxis, users: int | Any | None
+) -> InteractionTable:
     """Interactions from scipy's .npz: rows are users, columns items, values weights."""
     import scipy.sparse
 
-    named = {"--user-column": columns.user, "--item-column": columns.item, "--weight-column": columns.weight, "--where": columns.where}
+    named = {
+        "--user-column": columns.user,
+        "--item-column": columns.item,
+        "--weight-column": columns.weight,
+        "--where": columns.where,
+    }
     for flag, given in named.items():
         if given:
-            raise InputError(f"{path}: {flag} is for tables; an .npz matrix has no columns, its values are the weights.")
+            raise InputError(
+                f"{path}: {flag} is for tables; an .npz matrix has no columns, its values are the weights."
+            )
     if axis.rows is None:
-        raise InputError(f"{path}: the columns of a matrix are row numbers of the features, but every modality has item ids.")
+        raise InputError(
+            f"{path}: the columns of a matrix are row numbers of the features, but every modality has item ids."
+        )
     try:
         matrix = scipy.sparse.load_npz(path)
         if hasattr(matrix, "check_format"):
@@ -460,7 +495,9 @@ def _read_matrix(backend: Backend, path: str, columns: Columns, axis: ItemAxis, 
     except MemoryError:
         raise InputError(f"{path}: the matrix does not fit in memory.") from None
     except Exception as error:  # zip, numpy and scipy raise many kinds for a broken file
-        raise InputError(f"{path}: not a scipy sparse matrix ({one_line(error)}); scipy.sparse.save_npz writes one.") from None
+        raise InputError(
+            f"{path}: not a scipy sparse matrix ({one_line(error)}); scipy.sparse.save_npz writes one."
+        ) from None
     if not inside:
         raise InputError(f"{path}: indices outside the matrix's own shape; the file is damaged.")
     if outside.any():
@@ -502,7 +539,9 @@ def read_user_ids(backend: Backend, path: str, user_column: str | None) -> Any:
     twice = column.duplicated()
     if bool(twice.any()):
         at = ids.first_true(twice)
-        raise InputError(f"{path}: user {column.iloc[at]!r} stands there twice (again in row {at}); a user has one row.")
+        raise InputError(
+            f"{path}: user {column.iloc[at]!r} stands there twice (again in row {at}); a user has one row."
+        )
     return backend.host_column(column)
 
 

@@ -17,20 +17,31 @@ import numpy as np
 import pandas as pd
 
 from . import features, method
-from .artifact import Staging
+from .artifact import Staging, check_modality
 from .backend import Backend, select
 from .blend import Weighting, norms, ranges
 from .config import JobConfig, settings_to_dict
 from .errors import InputError
 from .features import FeatureTable, Modality
 from .ids import is_text
-from .interactions import EXTENSIONS, TEXT_EXTENSIONS, Columns, InteractionTable, ItemAxis, positions, read, read_user_ids
+from .interactions import (
+    EXTENSIONS,
+    TEXT_EXTENSIONS,
+    Columns,
+    InteractionTable,
+    ItemAxis,
+    positions,
+    read,
+    read_user_ids,
+)
 from .progress import Progress
 from .storage import expand, fingerprint
 from .version import __version__
 from .where import parse
 
 BLOCK_BYTES = 256 << 20  # of memory for the blocks on their way out, unless --memory asks for less
+USER_BYTES = 48  # of memory for each row of R: where it starts, degrees, scales, label
+USER_EXTENSIONS = (".parquet", ".pq", ".txt", *TEXT_EXTENSIONS)
 
 
 def run(config: JobConfig, progress: Progress) -> str:
@@ -44,6 +55,7 @@ def run(config: JobConfig, progress: Progress) -> str:
         Not enough memory or disk; what was done can be resumed.
     """
     started = datetime.now(UTC)
+    _check_places(config)
     backend = select(config.backend)
     progress.say(f"backend {backend.name}: {backend.why}; kernels {backend.kernels.name}")
     with progress.step("fingerprint inputs"):
@@ -81,6 +93,20 @@ class _Data:
     source_widths: dict[str, int]
 
 
+def _check_places(config: JobConfig) -> None:
+    """Refuse names of modalities that the artifact needs itself, and an output inside a folder of inputs."""
+    for name in config.features:
+        check_modality(name)
+    out = os.path.realpath(config.out)
+    users = [config.users] if isinstance(config.users, str) else []
+    for folder in (config.interactions, *config.features.values(), *users):
+        if os.path.isdir(folder) and out != (root := os.path.realpath(folder)) and out.startswith(f"{root}{os.sep}"):
+            raise InputError(
+                f"{config.out} is inside {folder}, whose files are input, and would be read as such later;"
+                " choose another output."
+            )
+
+
 # Read.
 
 
@@ -93,10 +119,16 @@ def _read(config: JobConfig, backend: Backend, progress: Progress) -> _Data:
             tables[name] = features.read(name, path, config.item_column)
             present[name] = features.check(tables[name].values, f"{path} (modality {name})")
             rows, width = tables[name].values.shape
+            if config.settings.dim is not None and config.settings.dim > width:
+                raise InputError(
+                    f"{path}: dim {config.settings.dim} is above the {width} dimensions of modality {name}."
+                )
             step.note(items=rows, width=width, missing=rows - int(present[name].sum()))
     users = config.users
     if isinstance(users, str):
         users = read_user_ids(backend, users, config.user_column)
+    elif users is not None:
+        features.require_memory(f"users {users}", users * USER_BYTES)
     where = parse(config.where) if config.where else None
     columns = Columns(config.user_column, config.item_column, config.weight_column, where)
     with progress.step("read interactions", unit="row") as step:
@@ -113,7 +145,7 @@ def _read(config: JobConfig, backend: Backend, progress: Progress) -> _Data:
         rows = None if source.ids is None else _feature_rows(source, axis, table)
         modalities[name] = features.align(backend, source, present[name], rows, table.interactions.items)
         operators[name] = method.weighting(backend, table.interactions, modalities[name], config.settings.weighting)
-        method.check_clusters(backend, modalities[name], operators[name], config.settings)
+        method.check_clusters(modalities[name], operators[name], config.settings)
     return _Data(table, modalities, operators, {name: source.values.shape[1] for name, source in tables.items()})
 
 
@@ -142,7 +174,8 @@ def _feature_rows(source: FeatureTable, axis: ItemAxis, table: InteractionTable)
     outside = np.flatnonzero((rows < 0) | (rows >= axis.rows))
     if len(outside):
         raise InputError(
-            f"{source.path}: row {outside[0]} is item {rows[outside[0]]}, beyond the {axis.rows} rows of the modalities without ids."
+            f"{source.path}: row {outside[0]} is item {rows[outside[0]]},"
+            f" beyond the {axis.rows} rows of the modalities without ids."
         )
     return rows
 
@@ -169,10 +202,10 @@ def _run_modality(
         with writer:
             step.advance(writer.done)
             for part in ranges(matrix.users, step_rows):
-                if part.stop > writer.done:
-                    part = slice(max(part.start, writer.done), part.stop)
-                    writer.write(backend.to_host(method.rows(backend, matrix, plan, part, settings.dtype)))
-                    step.advance(part.stop - part.start)
+                left = slice(max(part.start, writer.done), part.stop)
+                if left.start < left.stop:
+                    writer.write(backend.to_host(method.rows(backend, matrix, plan, left, settings.dtype)))
+                    step.advance(left.stop - left.start)
     written = staging.load(users)
     host_labels = backend.to_host(labels[1])
     warm = int(operator.warm.sum())
@@ -202,7 +235,9 @@ def _project(config: JobConfig, backend: Backend, modality: Modality, staging: S
     """Projected items, worked out or taken from the run that is resumed; an output too."""
     items, mask = f"{modality.name}/items.npy", f"{modality.name}/items_mask.npy"
     if staging.finished(items) is not None:
-        return features.Modality(modality.name, backend.asarray(staging.load(items)), modality.present, modality.n_present)
+        return features.Modality(
+            modality.name, backend.asarray(staging.load(items)), modality.present, modality.n_present
+        )
     assert config.settings.dim is not None
     with progress.step(f"project {modality.name}") as step:
         projection = features.fit_projection(backend, modality, config.settings.dim, config.settings.whiten)
@@ -251,7 +286,10 @@ def _sizes(labels: Any, clusters: int) -> list[int]:
 
 def _save_ids(staging: Staging, table: InteractionTable) -> None:
     """users.parquet and items.parquet, where rows are not the ids."""
-    for path, kind, column in (("users.parquet", "user_id", table.user_ids), ("items.parquet", "item_id", table.item_ids)):
+    for path, kind, column in (
+        ("users.parquet", "user_id", table.user_ids),
+        ("items.parquet", "item_id", table.item_ids),
+    ):
         if column is not None:
             rows = np.arange(len(column), dtype=np.int64)
             staging.save_table(path, pd.DataFrame({"row": rows, kind: column.to_numpy()}))
@@ -262,12 +300,21 @@ def _save_ids(staging: Staging, table: InteractionTable) -> None:
 
 def _inputs(config: JobConfig) -> list[dict[str, Any]]:
     """Every input file with its size and content hash."""
-    named = [("interactions", path) for path in expand(config.interactions, EXTENSIONS)]
+    named = [("interactions", path) for path in _tables(config.interactions, EXTENSIONS)]
     for name, pattern in config.features.items():
         named += [(f"features.{name}", path) for path in expand(pattern, features.EXTENSIONS)]
     if isinstance(config.users, str):
-        named += [("users", path) for path in expand(config.users, (".parquet", ".pq", ".txt", *TEXT_EXTENSIONS))]
+        named += [("users", path) for path in _tables(config.users, USER_EXTENSIONS)]
     return [{"for": role, "path": path, **fingerprint(path)} for role, path in named]
+
+
+def _tables(pattern: str, extensions: tuple[str, ...]) -> list[str]:
+    """Files of a pattern; one named outright too must end in what says how to read it."""
+    paths = expand(pattern, extensions)
+    unknown = next((path for path in paths if not path.endswith(extensions)), None)
+    if unknown is not None:
+        raise InputError(f"{unknown}: cannot tell what it is; such files end in {', '.join(extensions)}.")
+    return paths
 
 
 def _identity(config: JobConfig, inputs: list[dict[str, Any]], backend: Backend) -> dict[str, Any]:
@@ -278,7 +325,11 @@ def _identity(config: JobConfig, inputs: list[dict[str, Any]], backend: Backend)
     }
     program = {"gpu_init": __version__, "backend": backend.name, "kernels": backend.kernels.name}
     users = config.users if isinstance(config.users, int) else None
-    columns = {"user_column": config.user_column, "item_column": config.item_column, "weight_column": config.weight_column}
+    columns = {
+        "user_column": config.user_column,
+        "item_column": config.item_column,
+        "weight_column": config.weight_column,
+    }
     return {
         "settings": settings_to_dict(config.settings),
         "columns": {**columns, "where": config.where, "users": users},
@@ -311,8 +362,14 @@ def _manifest(
             "versions": backend.versions(),
         },
         "inputs": inputs,
-        "users": {"rows": table.interactions.users, "ids": "row numbers" if table.user_ids is None else "users.parquet"},
-        "items": {"rows": table.interactions.items, "ids": "row numbers" if table.item_ids is None else "items.parquet"},
+        "users": {
+            "rows": table.interactions.users,
+            "ids": "row numbers" if table.user_ids is None else "users.parquet",
+        },
+        "items": {
+            "rows": table.interactions.items,
+            "ids": "row numbers" if table.item_ids is None else "items.parquet",
+        },
         "interactions": {
             "read": table.read,
             "kept": table.kept,

@@ -18,7 +18,7 @@ from .backend import Backend
 from .kernels import Csr
 
 BLOCK_ROWS = 4096  # fixed, so that sums run in one order whatever the memory or the number of threads
-SAMPLE_ROWS = 16_384  # that the factored form seeds on, and 64 per cluster at least
+SAMPLE_ROWS = 8192  # that the factored form starts on, and 256 per cluster at least
 SETTLING_STEPS = 1000
 _MARGIN = 1e-4  # of the mean distance: how far float32 may be off, many times over
 
@@ -112,7 +112,7 @@ def factored(backend: Backend, points: Factored, clusters: int, seed: int) -> Cl
     -------
     Clusters
     """
-    size = min(len(points), max(SAMPLE_ROWS, 64 * clusters))
+    size = min(len(points), max(SAMPLE_ROWS, 256 * clusters))
     chosen = np.sort(np.random.default_rng(seed).choice(len(points), size, replace=False))
     start, iterations = backend.kmeans(points.rows(backend.asarray(chosen)), clusters, seed)
     centroids, history = descend(backend, points, start.astype(backend.xp.float32))
@@ -227,7 +227,7 @@ class Factored:
         self._missing = item_scale == 0
         self._any_missing = bool(self._missing.any())
         parts = _parts(len(features))
-        total = sum(backend.in_order(lambda part: self._items(part, 0.0, xp.float64).sum(axis=0), parts))
+        total = sum(backend.in_order(lambda part: self._items(part, xp.float64).sum(axis=0), parts))
         self.middle = total / max(len(features) - int(self._missing.sum()), 1)
 
     @cached_property
@@ -252,68 +252,67 @@ class Factored:
         chosen = Csr(indptr, self._csr.indices[entries], weights)
         return self.backend.kernels.aggregate(chosen, self._features, self._row_scale[users], self._item_scale)
 
+    def cheap(self, count: int) -> bool:
+        """Whether making so many rows reads less than all items' features twice."""
+        return count * len(self._csr.indices) < len(self._features) * len(self)
+
     def step(self, centroids: Any) -> tuple[Any, Any, Any, Any]:
         """See `Points.step`."""
         xp = self.backend.xp
-        everyone = xp.arange(len(self))
-        labels, least, _ = self.assign(everyone, centroids, xp.float64)
-        item_sums = self.label_sums(len(centroids))
-        self.move(item_sums, everyone, xp.full(len(self), -1, xp.int32), labels)
-        counts = xp.bincount(labels, minlength=len(centroids))
-        sums = self.sums(item_sums, xp.float64) + counts[:, None] * self.middle
-        return labels, xp.maximum(least + self.squared_norms, 0.0), sums, counts
+        labels, least, _ = self.assign(xp.arange(len(self)), centroids, xp.float64)
+        sums = self.sums(labels, len(centroids), xp.float64)
+        return labels, xp.maximum(least + self.squared_norms, 0.0), sums, xp.bincount(labels, minlength=len(centroids))
 
     def assign(self, index: Any, centroids: Any, dtype: Any) -> tuple[Any, Any, Any]:
-        """Label, least and second least squared distance, both less the row's squared norm, of some rows."""
+        """Label, least and second least squared distance, both less the row's squared norm, of some rows.
+
+        ``dtype`` is that of the products of items and centroids; in float64 they are taken from the middle.
+        """
         xp = self.backend.xp
         table = centroids.astype(xp.float64) - self.middle
         columns = xp.ascontiguousarray(table.T.astype(dtype))
         products = xp.empty((len(self._features), len(centroids)), dtype)
+        exact = dtype == xp.float64
 
         def work(part: slice) -> None:
-            products[part] = self._items(part, self.middle, dtype) @ columns
+            block = self._features[part]
+            products[part] = (block.astype(dtype) - self.middle if exact else block) @ columns
 
         for _ in self.backend.in_order(work, _parts(len(self._features))):
             pass
-        lengths = (table * table).sum(axis=1)
+        lengths = (table * table).sum(axis=1) + (0.0 if exact else 2.0 * (table @ self.middle))
         kernels = self.backend.kernels
         return kernels.assign(self._csr, self.users[index], products, self._row_scale, self._item_scale, lengths)
 
-    def label_sums(self, clusters: int) -> Any:
-        """Sums of the rows of A by label, (I, K) float64, of no row yet."""
-        return self.backend.xp.zeros((len(self._features), clusters), self.backend.xp.float64)
-
-    def move(self, item_sums: Any, index: Any, before: Any, after: Any) -> None:
-        """Bring label sums up to date with some rows that change their label."""
-        kernels = self.backend.kernels
-        kernels.move(self._csr, self.users[index], before, after, self._row_scale, self._item_scale, item_sums)
-
-    def sums(self, item_sums: Any, dtype: Any) -> Any:
-        """Sums of the rows of each label less the middle, (K, D) float64, from the label sums."""
+    def sums(self, labels: Any, clusters: int, dtype: Any) -> Any:
+        """Sums of the rows of each label, (K, D) float64; products are taken in ``dtype``."""
         xp = self.backend.xp
-        total = xp.zeros((item_sums.shape[1], self._features.shape[1]), xp.float64)
+        by_item = xp.zeros((len(self._features), clusters), xp.float64)
+        kernels = self.backend.kernels
+        kernels.label_sums(self._csr, self.users, labels, self._row_scale, self._item_scale, by_item)
+        total = xp.zeros((clusters, self._features.shape[1]), xp.float64)
 
         def work(part: slice) -> Any:
-            return item_sums[part].T.astype(dtype) @ self._items(part, self.middle, dtype)
+            return by_item[part].T.astype(dtype) @ self._items(part, dtype)
 
         for partial in self.backend.in_order(work, _parts(len(self._features))):
             total += partial
         return total
 
-    def _items(self, part: slice, middle: Any, dtype: Any) -> Any:
-        """Rows of F less the middle; missing items are zero."""
-        xp = self.backend.xp
-        block = self._features[part].astype(dtype) - xp.asarray(middle, dtype)
+    def _items(self, part: slice, dtype: Any) -> Any:
+        """Rows of F; those of missing items are zero."""
+        block = self._features[part].astype(dtype, copy=self._any_missing)
         if self._any_missing:
             block[self._missing[part]] = 0
         return block
 
 
 def descend(backend: Backend, points: Factored, centroids: Any) -> tuple[Any, list[float]]:
-    """Lloyd's steps in float32 for rows that may change, until none does.
+    """Lloyd's steps in float32, looking only at rows whose label may change, until none does.
 
     A row keeps its label while its distance to its centroid, bounded above by how far centroids moved since it
-    was last looked at, stays below the bounds to the others (Hamerly, SDM 2010).
+    was last looked at, stays below the bound to the others (Hamerly, SDM 2010). Few rows in doubt are made and
+    looked at one by one; many go through the products of all items with the centroids.
 
     Returns
     -------
@@ -321,13 +320,17 @@ def descend(backend: Backend, points: Factored, centroids: Any) -> tuple[Any, li
     """
     xp = backend.xp
     clusters = len(centroids)
-    item_sums = points.label_sums(clusters)
     labels = xp.full(len(points), -1, xp.int32)
     upper, lower = xp.full(len(points), xp.inf), xp.zeros(len(points))
+    sums = xp.zeros(centroids.shape, xp.float64)
     history: list[float] = []
     doubtful = xp.arange(len(points))
     for _ in range(SETTLING_STEPS):
-        found, least, second = points.assign(doubtful, centroids, xp.float32)
+        if points.cheap(len(doubtful)):
+            table = centroids.astype(xp.float64) - points.middle
+            found, least, second = _nearest_two(xp, points.rows(doubtful) - points.middle, table)
+        else:
+            found, least, second = points.assign(doubtful, centroids, xp.float32)
         norms = points.squared_norms[doubtful]
         upper[doubtful] = xp.sqrt(xp.maximum(least + norms, 0.0))
         lower[doubtful] = xp.sqrt(xp.maximum(second + norms, 0.0))
@@ -335,20 +338,32 @@ def descend(backend: Backend, points: Factored, centroids: Any) -> tuple[Any, li
             history.append(float((upper * upper).sum()))
             margin = _MARGIN * float(upper.mean())
         changed = found != labels[doubtful]
-        moved = doubtful[changed]
+        moved, after = doubtful[changed], found[changed]
         if len(moved) == 0:
             break
-        points.move(item_sums, moved, labels[moved], found[changed])
-        labels[moved] = found[changed]
-        counts = xp.bincount(labels, minlength=clusters)
-        sums = points.sums(item_sums, xp.float32) + counts[:, None] * points.middle
-        before = centroids
-        centroids = _means(backend, points, centroids, upper * upper, sums, counts)
-        shifts = xp.sqrt(((centroids.astype(xp.float64) - before) ** 2).sum(axis=1))
+        before, labels[moved] = labels[moved], after
+        if points.cheap(len(moved)):
+            one_hot = xp.eye(clusters)
+            gone = xp.where((before >= 0)[:, None], one_hot[before], 0.0)
+            sums += (one_hot[after] - gone).T @ points.rows(moved)
+        else:
+            sums = points.sums(labels, clusters, xp.float32)
+        last = centroids
+        centroids = _means(backend, points, last, upper * upper, sums, xp.bincount(labels, minlength=clusters))
+        shifts = xp.sqrt(((centroids.astype(xp.float64) - last) ** 2).sum(axis=1))
         upper += shifts[labels]
         lower -= shifts.max()
         doubtful = xp.flatnonzero(upper + margin > lower)
     return centroids, history
+
+
+def _nearest_two(xp: Any, rows: Any, table: Any) -> tuple[Any, Any, Any]:
+    """As `Factored.assign`, for rows and centroids that are there, both less the middle."""
+    scores = (table * table).sum(axis=1) - 2.0 * (rows @ table.T)
+    found = scores.argmin(axis=1)
+    least = xp.take_along_axis(scores, found[:, None], axis=1)[:, 0]
+    xp.put_along_axis(scores, found[:, None], xp.inf, axis=1)
+    return found.astype(xp.int32), least, scores.min(axis=1)
 
 
 def _centred(xp: Any, centroids: Any) -> tuple[Any, Any]:

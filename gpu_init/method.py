@@ -57,7 +57,7 @@ def means(backend: Backend, interactions: Interactions, modality: Modality, oper
     return backend.kernels.aggregate(csr, modality.values, operator.mean_rows[rows], operator.present)
 
 
-def check_clusters(backend: Backend, modality: Modality, operator: Weighting, settings: Settings) -> None:
+def check_clusters(modality: Modality, operator: Weighting, settings: Settings) -> None:
     """Section 2.8: K is bounded by the warm users of the modality; none warm is an error.
 
     Raises
@@ -70,7 +70,8 @@ def check_clusters(backend: Backend, modality: Modality, operator: Weighting, se
         raise InputError(f"modality {modality.name}: no user has an interaction with an item that has it.")
     if settings.clusters > warm:
         raise InputError(
-            f"modality {modality.name}: {settings.clusters} clusters, but {warm} users with interactions; lower --clusters."
+            f"modality {modality.name}: {settings.clusters} clusters, but {warm} users with interactions;"
+            " lower --clusters."
         )
     if settings.cluster_on == "items" and settings.clusters > modality.n_present:
         raise InputError(
@@ -138,11 +139,16 @@ def use_factored(users: int, pairs: int, clusters: int, width: int) -> bool:
     about the mean degree times K against D times K for the ready-made matrix, at a quarter of the speed of a
     dense product.
     """
-    return users > max(kmeans.SAMPLE_ROWS, 64 * clusters) and pairs * clusters <= 4 * width * users
+    return users > max(kmeans.SAMPLE_ROWS, 256 * clusters) and pairs * clusters <= 4 * width * users
 
 
 def cold_vector(
-    backend: Backend, interactions: Interactions, operator: Weighting, centroids: Any, user_labels: Any, item_labels: Any
+    backend: Backend,
+    interactions: Interactions,
+    operator: Weighting,
+    centroids: Any,
+    user_labels: Any,
+    item_labels: Any,
 ) -> Any:
     """Section 2.8: the mean of G over the warm users, (D,) float64, from the share of each cluster in it."""
     xp = backend.xp
@@ -179,21 +185,26 @@ def fit(
     return Blend(modality, operator, settings.lam, centroids, by_user, item_labels, cold, scale)
 
 
-def rows(backend: Backend, interactions: Interactions, plan: Blend, part: slice, dtype: str) -> Any:
-    """Section 2.6: rows of X in the type they are stored in, (n, d).
+def rows(backend: Backend, interactions: Interactions, plan: Blend, part: slice, dtype: str, out: Any = None) -> Any:
+    """Section 2.6: rows of X in the type they are stored in, (n, d); into ``out`` where one is given.
 
     Raises
     ------
     InputError
         A value that float16 cannot hold, with the modality named.
     """
-    block = blend(backend, interactions, plan, part.start, part.stop)
     if dtype == "float32":
-        return block
+        return blend(backend, interactions, plan, part, out)
+    block = blend(backend, interactions, plan, part)
     largest = float(abs(block).max()) if block.size else 0.0
     if largest >= 65520.0:  # rounds beyond float16's largest number, 65504
-        raise InputError(f"modality {plan.modality.name}: a value of {largest:.6g} does not fit float16; use --dtype float32.")
-    return block.astype(dtype)
+        raise InputError(
+            f"modality {plan.modality.name}: a value of {largest:.6g} does not fit float16; use --dtype float32."
+        )
+    if out is None:
+        return block.astype(dtype)
+    out[...] = block
+    return out
 
 
 def block_rows(width: int, memory: int) -> int:
@@ -328,11 +339,13 @@ def initialize(
     sources = {name: feature_arrays.from_array(device, name, array) for name, array in features.items()}
     for name, modality in sources.items():
         if len(modality.values) != matrix.items:
-            raise InputError(f"modality {name}: {len(modality.values)} rows, but the interactions have {matrix.items} items.")
+            raise InputError(
+                f"modality {name}: {len(modality.values)} rows, but the interactions have {matrix.items} items."
+            )
     operators = {}
     for name, modality in sources.items():
         operators[name] = _weighting(device, matrix, modality, settings.weighting)
-        check_clusters(device, modality, operators[name], settings)
+        check_clusters(modality, operators[name], settings)
     return Result({name: _initialize_one(device, matrix, sources[name], operators[name], settings) for name in sources})
 
 
@@ -354,7 +367,7 @@ def _initialize_one(
     plan = fit(backend, interactions, modality, operator, settings, labels, None, step)
     users = xp.empty((interactions.users, width), settings.dtype)
     for part in ranges(interactions.users, step):
-        users[part] = rows(backend, interactions, plan, part, settings.dtype)
+        rows(backend, interactions, plan, part, settings.dtype, users[part])
     projected = settings.dim is not None
     return ModalityResult(
         users,

@@ -41,8 +41,9 @@ class Kernels(Protocol):
         mean_scale: Any,
         cold: Any,
         scale: float,
-    ) -> Any:
-        """``scale * (lam_u (A F)_u + (1 - lam_u) G_u)`` in one pass; returns (n, D) float32, C order.
+        out: Any,
+    ) -> None:
+        """``scale * (lam_u (A F)_u + (1 - lam_u) G_u)`` in one pass, into ``out`` (n, D) float32, C order.
 
         With ``user_labels`` (n,), ``G_u`` is the centroid (K, D) of the user's label. With ``item_labels``
         (I,) instead, it is the mean of the centroids of the user's items, weighted by the interactions:
@@ -55,7 +56,9 @@ class Kernels(Protocol):
     def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any) -> Any:
         """``|(A F)_u - middle|^2`` for each row; returns (n,) float64."""
 
-    def assign(self, csr: Csr, rows: Any, table: Any, row_scale: Any, item_scale: Any, lengths: Any) -> tuple[Any, Any, Any]:
+    def assign(
+        self, csr: Csr, rows: Any, table: Any, row_scale: Any, item_scale: Any, lengths: Any
+    ) -> tuple[Any, Any, Any]:
         """Nearest centroid of the given rows (m,) by ``lengths_k - 2 (A table)_uk``.
 
         ``table`` (I, K) holds the products of items and centroids, ``lengths`` (K,) the centroids' squared
@@ -63,11 +66,8 @@ class Kernels(Protocol):
         (m,) float64, the latter infinite for a single centroid.
         """
 
-    def move(self, csr: Csr, rows: Any, before: Any, after: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
-        """Keep label sums ``A^T Z`` (I, K) float64 up to date, in place, when rows (m,) change their label.
-
-        ``before`` and ``after`` (m,) int32 are the labels; before -1, the row was in no sum yet.
-        """
+    def label_sums(self, csr: Csr, rows: Any, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
+        """Add ``A^T Z`` of the given rows (m,), Z their labels (m,) one-hot, to ``sums`` (I, K) float64."""
 
 
 def cpu_kernels() -> Kernels:

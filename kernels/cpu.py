@@ -17,7 +17,6 @@ from numba import njit, prange
 from .csr import Csr
 
 _PARTS_PER_THREAD = 16
-_FEW_ROWS = 1 << 14  # fewer rows that change their label are not worth a table each
 _PARTIAL_BYTES = 256 << 20
 _MOST_PARTS = 8
 _NO_WEIGHTS = np.empty(0, np.float32)
@@ -42,13 +41,14 @@ def _cache_folder() -> str | None:
 
 def _compiled(function: Any) -> Any:
     """Compile in parallel, keeping the machine code where `_cache_folder` says, or where NUMBA_CACHE_DIR does."""
-    before = numba.config.CACHE_DIR
+    config: Any = numba.config
+    before = config.CACHE_DIR
     folder = before or _cache_folder()
     try:
-        numba.config.CACHE_DIR = folder or ""  # read when the decorator runs, so it need not stay set for others
+        config.CACHE_DIR = folder or ""  # read when the decorator runs, so it need not stay set for others
         return njit(parallel=True, cache=folder is not None, nogil=True, error_model="numpy")(function)
     finally:
-        numba.config.CACHE_DIR = before
+        config.CACHE_DIR = before
 
 
 @_compiled
@@ -217,23 +217,21 @@ def _assign(  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _move(  # type: ignore[no-untyped-def]
-    rows, indptr, indices, weights, row_scale, item_scale, before, after, partial
+def _label_sums(  # type: ignore[no-untyped-def]
+    rows, indptr, indices, weights, labels, row_scale, item_scale, partial
 ):
     weighted = weights.size > 0
     parts = partial.shape[0]
     for part in prange(parts):
         for at in range(part * rows.size // parts, (part + 1) * rows.size // parts):
             row = rows[at]
-            old, new = before[at], after[at]
+            label = labels[at]
             for entry in range(indptr[row], indptr[row + 1]):
                 item = indices[entry]
                 factor = row_scale[row] * item_scale[item]
                 if weighted:
                     factor *= weights[entry]
-                partial[part, item, new] += factor
-                if old >= 0:
-                    partial[part, item, old] -= factor
+                partial[part, item, label] += factor
 
 
 class NumbaKernels:
@@ -267,9 +265,9 @@ class NumbaKernels:
         mean_scale: Any,
         cold: Any,
         scale: float,
-    ) -> Any:
+        out: Any,
+    ) -> None:
         """See `Kernels.aggregate_blend`."""
-        out = np.empty((len(csr.indptr) - 1, features.shape[1]), np.float32)
         _aggregate_blend(
             _bounds(csr.indptr),
             csr.indptr,
@@ -287,7 +285,6 @@ class NumbaKernels:
             float(scale),
             out,
         )
-        return out
 
     def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any) -> Any:
         """See `Kernels.squared_norms`."""
@@ -298,25 +295,37 @@ class NumbaKernels:
         )
         return out
 
-    def assign(self, csr: Csr, rows: Any, table: Any, row_scale: Any, item_scale: Any, lengths: Any) -> tuple[Any, Any, Any]:
+    def assign(
+        self, csr: Csr, rows: Any, table: Any, row_scale: Any, item_scale: Any, lengths: Any
+    ) -> tuple[Any, Any, Any]:
         """See `Kernels.assign`."""
         labels, least, second = np.empty(len(rows), np.int32), np.empty(len(rows)), np.empty(len(rows))
         work = np.concatenate([[0], np.cumsum(csr.indptr[rows + 1] - csr.indptr[rows])])
         weights = _or(csr.weights, _NO_WEIGHTS)
         _assign(
-            _bounds(work), rows, csr.indptr, csr.indices, weights, table, row_scale, item_scale, lengths, labels, least, second
+            _bounds(work),
+            rows,
+            csr.indptr,
+            csr.indices,
+            weights,
+            table,
+            row_scale,
+            item_scale,
+            lengths,
+            labels,
+            least,
+            second,
         )
         return labels, least, second
 
-    def move(self, csr: Csr, rows: Any, before: Any, after: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
-        """See `Kernels.move`: fixed ranges of the rows, added up in order."""
+    def label_sums(self, csr: Csr, rows: Any, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
+        """See `Kernels.label_sums`: fixed ranges of the rows, added up in order."""
         weights = _or(csr.weights, _NO_WEIGHTS)
-        few = len(rows) < _FEW_ROWS or 2 * sums.nbytes > _PARTIAL_BYTES
-        partial = sums[None] if few else np.zeros((min(_MOST_PARTS, _PARTIAL_BYTES // sums.nbytes), *sums.shape))
-        _move(rows, csr.indptr, csr.indices, weights, row_scale, item_scale, before, after, partial)
-        if not few:
-            for part in partial:
-                sums += part
+        parts = max(1, min(_MOST_PARTS, _PARTIAL_BYTES // sums.nbytes))
+        partial = np.zeros((parts, *sums.shape))
+        _label_sums(rows, csr.indptr, csr.indices, weights, labels, row_scale, item_scale, partial)
+        for part in partial:
+            sums += part
 
 
 def _or(array: Any, empty: Any) -> Any:

@@ -40,7 +40,8 @@ class ReferenceKernels:
         mean_scale: Any,
         cold: Any,
         scale: float,
-    ) -> Any:
+        out: Any,
+    ) -> None:
         """See `Kernels.aggregate_blend`."""
         xp = self._xp
         if item_labels is None:
@@ -51,14 +52,16 @@ class ReferenceKernels:
         share = lam[:, None]
         blended = share * self._product(csr, features, row_scale, item_scale) + (1.0 - share) * cluster_level
         blended[row_scale == 0] = cold
-        return (scale * blended).astype(xp.float32)
+        out[...] = scale * blended
 
     def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any) -> Any:
         """See `Kernels.squared_norms`."""
         rows = self._product(csr, features, row_scale, item_scale) - middle
         return (rows * rows).sum(axis=1)
 
-    def assign(self, csr: Csr, rows: Any, table: Any, row_scale: Any, item_scale: Any, lengths: Any) -> tuple[Any, Any, Any]:
+    def assign(
+        self, csr: Csr, rows: Any, table: Any, row_scale: Any, item_scale: Any, lengths: Any
+    ) -> tuple[Any, Any, Any]:
         """See `Kernels.assign`."""
         xp = self._xp
         scores = lengths - 2.0 * self._product(csr, table, row_scale, item_scale)[rows]
@@ -67,15 +70,10 @@ class ReferenceKernels:
         xp.put_along_axis(scores, labels[:, None], xp.inf, axis=1)
         return labels.astype(xp.int32), least, scores.min(axis=1)
 
-    def move(self, csr: Csr, rows: Any, before: Any, after: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
-        """See `Kernels.move`."""
-        xp = self._xp
-        operator = self._operator(csr, row_scale, item_scale)[rows].T.tocsr()
-        for labels, sign in ((after, 1.0), (before, -1.0)):
-            one_hot = xp.zeros((len(rows), sums.shape[1]))
-            counted = xp.flatnonzero(labels >= 0)
-            one_hot[counted, labels[counted]] = sign
-            sums += operator @ one_hot
+    def label_sums(self, csr: Csr, rows: Any, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
+        """See `Kernels.label_sums`."""
+        one_hot = self._xp.eye(sums.shape[1])[labels]
+        sums += self._operator(csr, row_scale, item_scale)[rows].T.tocsr() @ one_hot
 
     def _product(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any) -> Any:
         operator = self._operator(csr, row_scale, item_scale)

@@ -16,7 +16,7 @@ def random_csr(rng, users, items, mean_degree=4.0, weighted=False):
         degrees[1] = items
     rows = [np.sort(rng.choice(items, degree, replace=False)) for degree in degrees]
     indptr = np.concatenate([[0], np.cumsum(degrees)]).astype(np.int64)
-    indices = np.concatenate(rows).astype(np.int32) if len(rows) else np.empty(0, np.int32)
+    indices = np.concatenate(rows).astype(np.int32) if rows else np.empty(0, np.int32)
     weights = rng.uniform(0.1, 5, len(indices)).astype(np.float32) if weighted else None
     return Csr(indptr, indices, weights)
 

@@ -797,7 +797,8 @@ def test_tiktok(name, whiten):
     modality = features.align(CPU, table, features.check(table.values, name), None, len(table.values))
     found = features.project(CPU, modality, features.fit_projection(CPU, modality, 64, whiten)).values
     X = table.values.astype(np.float64)
-    _, singular, rotation = np.linalg.svd(X - X.mean(axis=0), full_matrices=False)
+    with CPU.deterministic():  # one thread: several can be far slower on a busy machine
+        _, singular, rotation = np.linalg.svd(X - X.mean(axis=0), full_matrices=False)
     rotation = rotation[:64] * np.sign(rotation[np.arange(64), np.abs(rotation[:64]).argmax(axis=1)])[:, None]
     expected = (X - X.mean(axis=0)) @ rotation.T
     if whiten:

@@ -64,7 +64,10 @@ def test_formats_agree(tmp_path, name, as_text):
     assert (table.read, table.kept) == (5, 5)
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=30), st.integers(0, 2**32))
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=30),
+    st.integers(0, 2**32),
+)
 @settings(max_examples=40, deadline=None)
 def test_any_order_and_any_split_over_files_give_the_same_rows(tmp_path_factory, rows, seed):
     folder = tmp_path_factory.mktemp("split")
@@ -222,7 +225,9 @@ def test_no_item_with_features_is_an_error(tmp_path):
 def test_recbole_headers(tmp_path):
     path = tmp_path / "ml.inter"
     path.write_text("user_id:token\titem_id:token\trating:float\ttimestamp:float\n0\t1\t4.5\t1\n1\t0\t2\t2\n")
-    np.testing.assert_array_equal(matrix(take(path, axis=2, weight="rating", where="timestamp >= 1")), [[0, 4.5], [2, 0]])
+    np.testing.assert_array_equal(
+        matrix(take(path, axis=2, weight="rating", where="timestamp >= 1")), [[0, 4.5], [2, 0]]
+    )
     np.testing.assert_array_equal(matrix(take(path, axis=2, user="user_id", item="item_id:token")), [[0, 1], [1, 0]])
 
 
@@ -263,7 +268,9 @@ def test_where_that_keeps_nothing(tmp_path):
 # Rows.
 
 
-@pytest.mark.parametrize(("value", "words"), [("-1", "-1.0"), ("x", "'x'"), ("", "no weight"), ("inf", "inf"), ("nan", "nan|number")])
+@pytest.mark.parametrize(
+    ("value", "words"), [("-1", "-1.0"), ("x", "'x'"), ("", "no weight"), ("inf", "inf"), ("nan", "nan|number")]
+)
 def test_wrong_weights_in_text(tmp_path, value, words):
     path = tmp_path / "a.csv"
     path.write_text(f"user_id,item_id,w\n0,0,1\n0,1,{value}\n")
@@ -273,7 +280,13 @@ def test_wrong_weights_in_text(tmp_path, value, words):
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [([1.0, -2], "row 1.*-2"), ([1.0, None], "row 1"), ([1.0, np.inf], "row 1.*inf"), (["1", "two"], "row 1.*'two'"), ([True, False], "bool")],
+    [
+        ([1.0, -2], "row 1.*-2"),
+        ([1.0, None], "row 1"),
+        ([1.0, np.inf], "row 1.*inf"),
+        (["1", "two"], "row 1.*'two'"),
+        ([True, False], "bool"),
+    ],
 )
 def test_wrong_weights_in_parquet(tmp_path, values, words):
     with pytest.raises(InputError, match=words):
@@ -330,7 +343,9 @@ def test_nothing_there(tmp_path):
 
 
 def test_byte_order_mark_and_quotes(tmp_path):
-    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbf"user_id","item_id","note"\r\n"0","1","two\nlines, and ""more"""\r\n"1","0",""\r\n')
+    (tmp_path / "a.csv").write_bytes(
+        b'\xef\xbb\xbf"user_id","item_id","note"\r\n"0","1","two\nlines, and ""more"""\r\n"1","0",""\r\n'
+    )
     np.testing.assert_array_equal(matrix(take(tmp_path / "a.csv", axis=2)), [[0, 1], [1, 0]])
 
 
@@ -398,7 +413,9 @@ def test_build_is_scipy(entries, weighted, random):
     users, items, weights = (np.array([entry[k] for entry in entries]) for k in range(3))
     users, items, weights = users.astype(np.int64), items.astype(np.int64), weights.astype(np.float64)
     built = build(CPU, users, items, weights if weighted else None, (10, 7))
-    expected = scipy.sparse.coo_array((weights if weighted else np.ones(len(users)), (users, items)), shape=(10, 7)).toarray()
+    expected = scipy.sparse.coo_array(
+        (weights if weighted else np.ones(len(users)), (users, items)), shape=(10, 7)
+    ).toarray()
     csr = built.csr
     data = np.ones(len(csr.indices), np.float32) if csr.weights is None else csr.weights
     found = scipy.sparse.csr_array((data, csr.indices, csr.indptr), shape=(10, 7))

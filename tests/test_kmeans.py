@@ -28,7 +28,11 @@ def users(rng, count=3000, items=200, width=10, weighted=True, shift=0.0, missin
     degrees = np.bincount(rows, weights * item_scale[csr.indices], minlength=count)
     row_scale = np.divide(1, degrees, out=np.zeros(count), where=degrees > 0)
     M = np.zeros((count, width))
-    np.add.at(M, rows, (row_scale[rows] * weights * item_scale[csr.indices])[:, None] * features[csr.indices].astype(np.float64))
+    np.add.at(
+        M,
+        rows,
+        (row_scale[rows] * weights * item_scale[csr.indices])[:, None] * features[csr.indices].astype(np.float64),
+    )
     features[absent] = np.nan
     return kmeans.Factored(CPU, csr, features, row_scale, item_scale), M[degrees > 0]
 
@@ -37,7 +41,9 @@ def lloyd(M, centroids, steps):
     """Plain Lloyd in float64, nothing clever."""
     for _ in range(steps):
         labels = oracle.squared_distances(M, centroids).argmin(axis=1)
-        centroids = np.stack([M[labels == k].mean(axis=0) if (labels == k).any() else centroids[k] for k in range(len(centroids))])
+        centroids = np.stack(
+            [M[labels == k].mean(axis=0) if (labels == k).any() else centroids[k] for k in range(len(centroids))]
+        )
     return centroids
 
 
@@ -72,7 +78,7 @@ def test_same_start_and_steps_same_centroids_as_scikit_learn(rng, groups):
     for steps in (1, 2, 5):
         centroids = start
         for _ in range(steps):
-            labels, distances, sums, counts = points.step(centroids)
+            _, distances, sums, counts = points.step(centroids)
             centroids = kmeans._means(CPU, points, centroids, distances, sums, counts)
         theirs = KMeans(6, init=start, n_init=1, max_iter=steps, tol=0).fit(M.astype(np.float32)).cluster_centers_
         oracle.assert_close(centroids, theirs, 1e-4)

@@ -57,18 +57,34 @@ def check(R, F, one, *, lam, cluster_on, weighting, dim, whiten, scale):
 
 @pytest.mark.parametrize(
     ("weighting", "cluster_on", "projection", "scale"),
-    list(itertools.product(["mean", "sym"], ["users", "items"], [(None, False), (5, False), (5, True)], ["none", "items"])),
+    list(
+        itertools.product(
+            ["mean", "sym"], ["users", "items"], [(None, False), (5, False), (5, True)], ["none", "items"]
+        )
+    ),
 )
 def test_every_form_is_the_method(weighting, cluster_on, projection, scale):
     R, F = catalogue()
-    form = {"cluster_on": cluster_on, "weighting": weighting, "dim": projection[0], "whiten": projection[1], "scale": scale}
+    form = {
+        "cluster_on": cluster_on,
+        "weighting": weighting,
+        "dim": projection[0],
+        "whiten": projection[1],
+        "scale": scale,
+    }
     result = gpu_init.initialize(R, F, lam=0.7, clusters=5, **form)
     assert list(result) == ["image", "text"]
     for name, one in result.items():
         check(R, F[name], one, lam=0.7, **form)
 
 
-@given(seed=st.integers(0, 2**32), users=st.integers(3, 60), items=st.integers(3, 30), lam=st.floats(0, 1), weighted=st.booleans())
+@given(
+    seed=st.integers(0, 2**32),
+    users=st.integers(3, 60),
+    items=st.integers(3, 30),
+    lam=st.floats(0, 1),
+    weighted=st.booleans(),
+)
 @settings(max_examples=25, deadline=None)
 def test_any_catalogue(seed, users, items, lam, weighted):
     R, F = catalogue(seed, users, items, 6, weighted)
@@ -242,6 +258,6 @@ def test_arrays_given_are_not_changed():
     R = R.tocsr()
     before = R.copy(), {name: values.copy() for name, values in F.items()}
     gpu_init.initialize(R, F, dim=4)
-    assert (R != before[0]).nnz == 0
+    assert (before[0] != R).nnz == 0
     for name, values in F.items():
         np.testing.assert_array_equal(values, before[1][name])

@@ -61,7 +61,9 @@ def test_artifact_is_the_method(tmp_path, train, weighting, cluster_on, projecti
         warm = expected.warm
         assert (~warm).sum() == COLD
         np.testing.assert_array_equal(one.labels == -1, ~warm)
-        points, labels = (expected.M[warm], one.labels[warm]) if cluster_on == "users" else (expected.F, one.item_labels)
+        points, labels = (
+            (expected.M[warm], one.labels[warm]) if cluster_on == "users" else (expected.F, one.item_labels)
+        )
         oracle.assert_nearest(points, one.centroids, labels)
         oracle.assert_means(points, one.centroids, labels)
         oracle.assert_nearest(expected.M[warm], one.centroids, one.labels[warm])

@@ -356,8 +356,8 @@ def test_any_text_gives_a_condition_or_an_input_error(text):
     try:
         where = parse(text)
     except InputError as error:
-        assert str(error).startswith("--where: ")  # noqa: PT017
-        assert len(str(error).splitlines()) == 1  # noqa: PT017
+        assert str(error).startswith("--where: ")
+        assert len(str(error).splitlines()) == 1
         return
     frame = pd.DataFrame({name: arrow(["1", None, "0"], pa.string()) for name in where.columns})
     with warnings.catch_warnings():
