@@ -59,8 +59,8 @@ class Backend(Protocol):
     def in_order(self, function: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
         """``function`` of each part, in order; parts run side by side, each as `deterministic` has it."""
 
-    def kmeans(self, points: Any, clusters: int, seed: int) -> tuple[Any, int]:
-        """K-means on points (n, D) float32, k-means++ seeding, one start; returns centroids (K, D), iterations."""
+    def kmeans(self, points: Any, clusters: int, seed: int) -> Any:
+        """K-means on points (n, D) float32, k-means++ seeding, one start; returns centroids (K, D)."""
 
     def batches(self, path: str, separator: str | None, columns: list[str]) -> Iterator[Any]:
         """Data frames of a file's columns, in file order: Parquet as typed, text files (a separator) as text."""
@@ -101,12 +101,15 @@ class CpuBackend:
     def __init__(self, why: str) -> None:
         import pandas as pd
         import scipy.sparse
+        from threadpoolctl import ThreadpoolController
 
         self.why = why
         self.xp: Any = np
         self.sparse: Any = scipy.sparse
         self.tables: Any = pd
         self.kernels = cpu_kernels()
+        self._threads = ThreadpoolController()  # of the libraries loaded by now, numpy's BLAS among them
+        self._pool = ThreadPoolExecutor(cores(), thread_name_prefix="gpu-init")
 
     def asarray(self, array: Any) -> Any:
         """See `Backend.asarray`."""
@@ -118,33 +121,31 @@ class CpuBackend:
 
     def deterministic(self) -> contextlib.AbstractContextManager[Any]:
         """See `Backend.deterministic`: BLAS, LAPACK and OpenMP split sums by thread, so one thread."""
-        from threadpoolctl import threadpool_limits
-
-        return threadpool_limits(limits=1)  # type: ignore[no-any-return]
+        return self._threads.limit(limits=1)  # type: ignore[no-any-return]
 
     def in_order(self, function: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
         """See `Backend.in_order`: a thread per core, a few results ahead of their use."""
-        threads = cores()
-        with self.deterministic(), ThreadPoolExecutor(threads) as pool:
-            ahead: deque[Future[Any]] = deque()
+        ahead: deque[Future[Any]] = deque()
+        with self.deterministic():
             for part in parts:
-                ahead.append(pool.submit(function, part))
-                if len(ahead) > 2 * threads:
+                ahead.append(self._pool.submit(function, part))
+                if len(ahead) > 2 * cores():
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
 
-    def kmeans(self, points: Any, clusters: int, seed: int) -> tuple[Any, int]:
+    def kmeans(self, points: Any, clusters: int, seed: int) -> Any:
         """See `Backend.kmeans`."""
         from sklearn.cluster import KMeans
         from sklearn.exceptions import ConvergenceWarning
+        from threadpoolctl import threadpool_limits
 
-        with self.deterministic(), warnings.catch_warnings():
+        with threadpool_limits(limits=1), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters; seen in the sizes
             model = KMeans(
                 clusters, init="k-means++", n_init=1, max_iter=KMEANS_ITERATIONS, tol=1e-4, random_state=seed
             ).fit(points)
-        return model.cluster_centers_, int(model.n_iter_)
+        return model.cluster_centers_
 
     def batches(self, path: str, separator: str | None, columns: list[str]) -> Iterator[Any]:
         """See `Backend.batches`."""
@@ -225,7 +226,7 @@ class CudaBackend:
         """See `Backend.in_order`: one after another, a device being busy with one."""
         return map(function, parts)
 
-    def kmeans(self, points: Any, clusters: int, seed: int) -> tuple[Any, int]:
+    def kmeans(self, points: Any, clusters: int, seed: int) -> Any:
         """See `Backend.kmeans`: every setting given, since cuML's own seed is None and its init another."""
         from cuml.cluster import KMeans
 
@@ -238,7 +239,7 @@ class CudaBackend:
             random_state=seed,
             output_type="cupy",
         ).fit(points)
-        return self.asarray(model.cluster_centers_), int(model.n_iter_)
+        return self.asarray(model.cluster_centers_)
 
     def batches(self, path: str, separator: str | None, columns: list[str]) -> Iterator[Any]:
         """See `Backend.batches`."""

@@ -1,16 +1,18 @@
-"""K-means on users' means or on items: dense, by the library; factored, without the U x D matrix.
+"""K-means on rows that are there, that are made tile by tile, or that never are.
 
-Section 2.4 of the design (k-means++ seeding, Lloyd) and its "two facts that make it scale". Either form ends
-with `settle`: Lloyd's steps in float64 until no label changes, so that each label is the nearest centroid and
-each centroid the mean of its members.
+Section 2.4 of the design (k-means++ seeding, Lloyd) and its "two facts that make it scale". The three forms of
+`Points` differ in how they assign rows and sum clusters; what drives them is one: the library's K-means on a
+sample, Lloyd's steps on all rows from there (`descend`), and the last steps in float64 until no label changes
+(`settle`), so that each label is the nearest centroid and each centroid the mean of its members.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +20,9 @@ from .backend import Backend
 from .kernels import Csr
 
 BLOCK_ROWS = 4096  # fixed, so that sums run in one order whatever the memory or the number of threads
-SAMPLE_ROWS = 8192  # that the factored form starts on, and 256 per cluster at least
-SETTLING_STEPS = 1000
+TILE_ROWS = 16 * BLOCK_ROWS  # rows made at a time by the tiled form
+SAMPLE_ROWS = 8192  # that the library clusters, 256 per cluster at least
+STEPS = 1000
 _MARGIN = 1e-4  # of the mean distance: how far float32 may be off, many times over
 
 
@@ -34,13 +37,14 @@ class Clusters:
     labels : array, shape (n,), int32
         Nearest centroid of each row.
     inertia : list of float
-        Sum of squared distances to the nearest centroid at each of our own steps; the last is final.
+        Sum of squared distances to the nearest centroid, at the first step on all rows and at each of the last
+        ones; the last is final.
     iterations : int
-        Lloyd iterations, the library's included.
+        Lloyd iterations on all rows.
     settled : bool
         Whether labels stopped changing within the limit.
     form : str
-        ``dense`` or ``factored``.
+        ``dense``, ``tiled`` or ``factored``.
     """
 
     centroids: Any
@@ -51,78 +55,41 @@ class Clusters:
     form: str
 
 
-class Points(Protocol):
-    """Rows to cluster, in whatever form they are held."""
+def fit(backend: Backend, points: Points, clusters: int, seed: int) -> Clusters:
+    """K-means on some points.
 
-    def __len__(self) -> int: ...
-
-    def rows(self, index: Any) -> Any:
-        """Some of the rows, (len(index), D) float32."""
-
-    def step(self, centroids: Any) -> tuple[Any, Any, Any, Any]:
-        """One Lloyd step in float64.
-
-        Returns
-        -------
-        labels (n,) int32, the first of equals; squared distances (n,) float64; the sums of the rows of each
-        label (K, D) float64; their counts (K,)
-        """
-
-
-def dense(backend: Backend, matrix: Any, clusters: int, seed: int) -> Clusters:
-    """K-means on the rows of a matrix that exists.
-
-    The library stops at its tolerance, where centroids are not quite the means of their members, and sums in
-    float32 in an order of its own; `settle` takes the last steps.
+    The library clusters a sample; few of all rows disagree with what it finds, and the steps on all rows are few.
 
     Parameters
     ----------
     backend : Backend
-        Where ``matrix`` lies.
-    matrix : array, shape (n, D), float32, C order
-        Rows to cluster, n >= K.
+        Where the points lie.
+    points : Points
+        n rows, n >= K.
     clusters : int
         K.
     seed : int
-        Of the k-means++ seeding.
+        Of the sample and of the k-means++ seeding.
 
     Returns
     -------
     Clusters
     """
-    start, iterations = backend.kmeans(matrix, clusters, seed)
-    centroids, labels, inertia, settled = settle(backend, Dense(backend, matrix), start.astype(backend.xp.float32))
-    return Clusters(centroids, labels, inertia, iterations + len(inertia), settled, "dense")
-
-
-def factored(backend: Backend, points: Factored, clusters: int, seed: int) -> Clusters:
-    """K-means on rows of ``M = A F`` that are never made, but for a sample that seeds it.
-
-    The library's K-means on the sample gives centroids that few of all rows disagree with; `descend` goes on
-    from there on all rows, and `settle` ends it.
-
-    Parameters
-    ----------
-    backend, clusters, seed
-        As in `dense`.
-    points : Factored
-        The rows, n >= K.
-
-    Returns
-    -------
-    Clusters
-    """
-    size = min(len(points), max(SAMPLE_ROWS, 256 * clusters))
-    chosen = np.sort(np.random.default_rng(seed).choice(len(points), size, replace=False))
-    start, iterations = backend.kmeans(points.rows(backend.asarray(chosen)), clusters, seed)
-    centroids, history = descend(backend, points, start.astype(backend.xp.float32))
+    size = min(sample_size(clusters), len(points))
+    sample = np.sort(np.random.default_rng(seed).choice(len(points), size, replace=False))
+    centroids = backend.kmeans(points.rows(backend.asarray(sample)), clusters, seed).astype(backend.xp.float32)
+    centroids, start, steps = descend(backend, points, centroids)
     centroids, labels, inertia, settled = settle(backend, points, centroids)
-    steps = iterations + len(history) + len(inertia)
-    return Clusters(centroids, labels, history + inertia, steps, settled, "factored")
+    return Clusters(centroids, labels, [start, *inertia], steps + len(inertia), settled, points.form)
+
+
+def sample_size(clusters: int) -> int:
+    """Rows of the sample."""
+    return max(SAMPLE_ROWS, 256 * clusters)
 
 
 def settle(backend: Backend, points: Points, centroids: Any) -> tuple[Any, Any, list[float], bool]:
-    """Lloyd's steps until no label changes.
+    """Lloyd's steps in float64 until no label changes.
 
     Returns
     -------
@@ -130,7 +97,7 @@ def settle(backend: Backend, points: Points, centroids: Any) -> tuple[Any, Any, 
     """
     inertia: list[float] = []
     before = None
-    for _ in range(SETTLING_STEPS):
+    for _ in range(STEPS):
         labels, distances, sums, counts = points.step(centroids)
         inertia.append(float(distances.sum()))
         if before is not None and bool((labels == before).all()):
@@ -139,6 +106,51 @@ def settle(backend: Backend, points: Points, centroids: Any) -> tuple[Any, Any, 
         before = labels
     labels, distances, _, _ = points.step(centroids)
     return centroids, labels, [*inertia, float(distances.sum())], False
+
+
+def descend(backend: Backend, points: Points, centroids: Any) -> tuple[Any, float, int]:
+    """Lloyd's steps in float32, looking only at rows whose label may change, until none does.
+
+    A row keeps its label while its distance to its centroid, bounded above by how far centroids moved since it
+    was last looked at, stays below the bound to the others (Hamerly, SDM 2010). Few rows in doubt are made and
+    looked at one by one; many go the way of the form.
+
+    Returns
+    -------
+    centroids (K, D) float32, inertia at the first step, number of steps
+    """
+    xp = backend.xp
+    clusters = len(centroids)
+    labels = xp.full(len(points), -1, xp.int32)
+    upper, lower = xp.full(len(points), xp.inf), xp.zeros(len(points))
+    sums = xp.zeros(centroids.shape, xp.float64)
+    doubtful = xp.arange(len(points))
+    start = margin = 0.0
+    for step in range(STEPS):
+        look = points.look_at if points.few(len(doubtful)) else points.assign
+        found, least, second = look(doubtful, centroids, xp.float32)
+        norms = points.squared_norms[doubtful]
+        upper[doubtful] = xp.sqrt(xp.maximum(least + norms, 0.0))
+        lower[doubtful] = xp.sqrt(xp.maximum(second + norms, 0.0))
+        if step == 0:
+            start = float((upper * upper).sum())
+            margin = _MARGIN * float(upper.mean())
+        changed = found != labels[doubtful]
+        moved, after = doubtful[changed], found[changed]
+        if len(moved) == 0:
+            return centroids, start, step
+        before, labels[moved] = labels[moved], after
+        if points.few(len(moved)):
+            sums += _moves(xp, before, after, clusters) @ points.rows(moved)
+        else:
+            sums = points.sums(labels, clusters, xp.float32)
+        last = centroids
+        centroids = _means(backend, points, last, upper * upper, sums, xp.bincount(labels, minlength=clusters))
+        shifts = xp.sqrt(((centroids.astype(xp.float64) - last) ** 2).sum(axis=1))
+        upper += shifts[labels]
+        lower -= shifts.max()
+        doubtful = xp.flatnonzero(upper + margin > lower)
+    return centroids, start, STEPS
 
 
 def _means(backend: Backend, points: Points, centroids: Any, distances: Any, sums: Any, counts: Any) -> Any:
@@ -154,56 +166,149 @@ def _means(backend: Backend, points: Points, centroids: Any, distances: Any, sum
     return means.astype(xp.float32)
 
 
-class Dense:
-    """Rows of a matrix (n, D) float32."""
+def _moves(xp: Any, before: Any, after: Any, clusters: int) -> Any:
+    """What rows that change their label do to the clusters' sums: a (K, m) matrix of 1, -1 and 0."""
+    one_hot = xp.eye(clusters)
+    return (one_hot[after] - xp.where((before >= 0)[:, None], one_hot[before], 0.0)).T
 
-    def __init__(self, backend: Backend, matrix: Any) -> None:
-        self._backend = backend
-        self._matrix = matrix
+
+class Points(ABC):
+    """Rows to cluster, (n, D): what all forms share, going through the rows tile by tile.
+
+    A form gives `rows`, `middle` and `squared_norms`, and may assign and sum in a way of its own.
+    """
+
+    form: str
+
+    def __init__(self, backend: Backend, count: int) -> None:
+        self.backend = backend
+        self._count = count
 
     def __len__(self) -> int:
-        return len(self._matrix)
+        return self._count
+
+    @property
+    @abstractmethod
+    def middle(self) -> Any:
+        """A point amid the rows, (D,) float64: distances taken from there keep their digits."""
+
+    @property
+    @abstractmethod
+    def squared_norms(self) -> Any:
+        """Squared length of each row less the middle, (n,) float64."""
+
+    @abstractmethod
+    def rows(self, index: Any) -> Any:
+        """Some of the rows, (len(index), D) float32."""
+
+    def few(self, count: int) -> bool:
+        """Whether so many rows are better made than sent the way of the form."""
+        return count <= TILE_ROWS
+
+    def look_at(self, index: Any, centroids: Any, dtype: Any) -> tuple[Any, Any, Any]:
+        """As `assign`, for rows that are made all at once."""
+        xp = self.backend.xp
+        labels, least, second = xp.empty(len(index), xp.int32), xp.empty(len(index)), xp.empty(len(index))
+        rows = self.rows(index)
+        table = centroids.astype(xp.float64) - self.middle
+        lengths = (table * table).sum(axis=1)
+
+        def work(part: slice) -> None:
+            block = rows[part].astype(dtype) - self.middle.astype(dtype)
+            scores = lengths - 2.0 * (block @ table.T.astype(dtype))
+            found = scores.argmin(axis=1)[:, None]
+            labels[part] = found[:, 0]
+            least[part] = xp.take_along_axis(scores, found, axis=1)[:, 0]
+            xp.put_along_axis(scores, found, xp.inf, axis=1)
+            second[part] = scores.min(axis=1)
+
+        for _ in self.backend.in_order(work, _parts(len(index))):
+            pass
+        return labels, least, second
+
+    def assign(self, index: Any, centroids: Any, dtype: Any) -> tuple[Any, Any, Any]:
+        """Nearest centroid of some rows.
+
+        Returns
+        -------
+        labels (m,) int32, the first of equals; the least and second least squared distance, both less the
+        row's squared norm, (m,) float64; products are taken in ``dtype``
+        """
+        tiles = [self.look_at(index[part], centroids, dtype) for part in _parts(len(index), TILE_ROWS)]
+        return tuple(map(self.backend.xp.concatenate, zip(*tiles, strict=True)))
+
+    def sums(self, labels: Any, clusters: int, dtype: Any) -> Any:
+        """Sums of the rows of each label, (K, D) float64; products are taken in ``dtype``."""
+        xp = self.backend.xp
+        total = xp.zeros((clusters, len(self.middle)), xp.float64)
+        for tile in _parts(len(self), TILE_ROWS):
+            rows = self.rows(xp.arange(tile.start, tile.stop))
+            own = labels[tile]
+
+            def work(part: slice, rows: Any = rows, own: Any = own) -> Any:
+                return self._one_hot(own[part], clusters).astype(dtype) @ rows[part].astype(dtype)
+
+            for partial in self.backend.in_order(work, _parts(len(own))):
+                total += partial
+        return total
+
+    def step(self, centroids: Any) -> tuple[Any, Any, Any, Any]:
+        """One Lloyd step in float64.
+
+        Returns
+        -------
+        labels (n,) int32, the first of equals; squared distances (n,) float64; the sums of the rows of each
+        label (K, D) float64; their counts (K,)
+        """
+        xp = self.backend.xp
+        labels, least, _ = self.assign(xp.arange(len(self)), centroids, xp.float64)
+        sums = self.sums(labels, len(centroids), xp.float64)
+        distances = xp.maximum(least + self.squared_norms, 0.0)
+        return labels, distances, sums, xp.bincount(labels, minlength=len(centroids))
+
+    def _one_hot(self, labels: Any, clusters: int) -> Any:
+        """Labels as a sparse K x n matrix, made by rows: a transposed product varies between runs on CUDA."""
+        xp = self.backend.xp
+        members = xp.argsort(labels, kind="stable")
+        indptr = xp.searchsorted(labels[members], xp.arange(clusters + 1))
+        values = (xp.ones(len(members)), members.astype(xp.int32), indptr.astype(xp.int32))
+        return self.backend.sparse.csr_matrix(values, shape=(clusters, len(members)))
+
+
+class Dense(Points):
+    """Rows of a matrix (n, D) float32, C order."""
+
+    form = "dense"
+
+    def __init__(self, backend: Backend, matrix: Any) -> None:
+        super().__init__(backend, len(matrix))
+        self._matrix = matrix
+
+    @cached_property
+    def middle(self) -> Any:
+        """See `Points.middle`."""
+        xp = self.backend.xp
+        totals = self.backend.in_order(lambda part: self._matrix[part].sum(axis=0, dtype=xp.float64), _parts(len(self)))
+        return sum(totals) / len(self)
+
+    @cached_property
+    def squared_norms(self) -> Any:
+        """See `Points.squared_norms`."""
+        xp = self.backend.xp
+
+        def work(part: slice) -> Any:
+            block = self._matrix[part].astype(xp.float64) - self.middle
+            return (block * block).sum(axis=1)
+
+        return xp.concatenate(list(self.backend.in_order(work, _parts(len(self)))))
 
     def rows(self, index: Any) -> Any:
         """See `Points.rows`."""
         return self._matrix[index]
 
-    def step(self, centroids: Any) -> tuple[Any, Any, Any, Any]:
-        """See `Points.step`."""
-        xp = self._backend.xp
-        labels, distances = xp.empty(len(self), xp.int32), xp.empty(len(self), xp.float64)
-        middle, table = _centred(xp, centroids)
-        lengths = (table * table).sum(axis=1)
 
-        def work(part: slice) -> Any:
-            block = self._matrix[part].astype(xp.float64) - middle
-            scores = lengths - 2.0 * (block @ table.T)
-            found = scores.argmin(axis=1)
-            labels[part] = found
-            least = xp.take_along_axis(scores, found[:, None], axis=1)[:, 0]
-            distances[part] = xp.maximum(least + (block * block).sum(axis=1), 0.0)
-            return self._one_hot(found, len(centroids)) @ block
-
-        sums = xp.zeros(centroids.shape, xp.float64)
-        for partial in self._backend.in_order(work, _parts(len(self))):
-            sums += partial
-        counts = xp.bincount(labels, minlength=len(centroids))
-        return labels, distances, sums + counts[:, None] * middle, counts
-
-    def _one_hot(self, labels: Any, clusters: int) -> Any:
-        """Labels as a sparse K x n matrix, made by rows: a transposed product varies between runs on CUDA."""
-        xp = self._backend.xp
-        members = xp.argsort(labels, kind="stable")
-        indptr = xp.searchsorted(labels[members], xp.arange(clusters + 1))
-        values = (xp.ones(len(members)), members.astype(xp.int32), indptr.astype(xp.int32))
-        return self._backend.sparse.csr_matrix(values, shape=(clusters, len(members)))
-
-
-class Factored:
-    """Rows of ``M = A F``, ``A = diag(row_scale) R diag(item_scale)``, of the users whose ``row_scale`` is not 0.
-
-    Assignment needs only ``A (F C^T)``, K columns and not D, and the update ``(Z^T A) F``, Z the one-hot
-    labels: sums by item and label, then a small dense product.
+class Tiled(Points):
+    """Rows of ``M = A F``, ``A = diag(row_scale) R diag(item_scale)``, made when they are looked at.
 
     Parameters
     ----------
@@ -213,61 +318,72 @@ class Factored:
     features : array, shape (I, D), float32
         Rows of missing items may be NaN.
     row_scale, item_scale : arrays, shapes (U,) and (I,), float64
-        0 for cold users and for missing items; rows of A must sum to 1, so that ``A (F - m) = M - m``.
+        0 for cold users, who are not among the rows, and for missing items; rows of A sum to 1, so that
+        ``A (F - m) = M - m``.
     """
 
+    form = "tiled"
+
     def __init__(self, backend: Backend, csr: Csr, features: Any, row_scale: Any, item_scale: Any) -> None:
-        xp = backend.xp
-        self.backend = backend
-        self.users = xp.flatnonzero(row_scale)
+        self.users = backend.xp.flatnonzero(row_scale)
+        super().__init__(backend, len(self.users))
         self._csr = csr
         self._features = features
         self._row_scale = row_scale
         self._item_scale = item_scale
         self._missing = item_scale == 0
         self._any_missing = bool(self._missing.any())
-        parts = _parts(len(features))
-        total = sum(backend.in_order(lambda part: self._items(part, xp.float64).sum(axis=0), parts))
-        self.middle = total / max(len(features) - int(self._missing.sum()), 1)
+
+    @cached_property
+    def middle(self) -> Any:
+        """See `Points.middle`: the mean of the items."""
+        parts = _parts(len(self._features))
+        totals = self.backend.in_order(lambda part: self._items(part, self.backend.xp.float64).sum(axis=0), parts)
+        return sum(totals) / max(len(self._features) - int(self._missing.sum()), 1)
 
     @cached_property
     def squared_norms(self) -> Any:
-        """Squared length of each row less the middle, (n,) float64: one gather pass."""
+        """See `Points.squared_norms`: one gather pass."""
         kernels = self.backend.kernels
         norms = kernels.squared_norms(self._csr, self._features, self._row_scale, self._item_scale, self.middle)
         return norms[self.users]
-
-    def __len__(self) -> int:
-        return len(self.users)
 
     def rows(self, index: Any) -> Any:
         """See `Points.rows`."""
         xp = self.backend.xp
         users = self.users[index]
-        lengths = self._csr.indptr[users + 1] - self._csr.indptr[users]
-        indptr = xp.concatenate([xp.zeros(1, xp.int64), xp.cumsum(lengths)])
-        own = xp.searchsorted(indptr, xp.arange(int(indptr[-1])), side="right") - 1
-        entries = self._csr.indptr[users][own] + xp.arange(int(indptr[-1])) - indptr[own]
+        starts = self._csr.indptr[users]
+        indptr = xp.concatenate([xp.zeros(1, xp.int64), xp.cumsum(self._csr.indptr[users + 1] - starts)])
+        entries = xp.arange(int(indptr[-1]))
+        own = xp.searchsorted(indptr, entries, side="right") - 1
+        entries += (starts - indptr[:-1])[own]
         weights = None if self._csr.weights is None else self._csr.weights[entries]
         chosen = Csr(indptr, self._csr.indices[entries], weights)
         return self.backend.kernels.aggregate(chosen, self._features, self._row_scale[users], self._item_scale)
 
-    def cheap(self, count: int) -> bool:
-        """Whether making so many rows reads less than all items' features twice."""
-        return count * len(self._csr.indices) < len(self._features) * len(self)
+    def _items(self, part: slice, dtype: Any) -> Any:
+        """Rows of F; those of missing items are zero."""
+        block = self._features[part].astype(dtype, copy=self._any_missing)
+        if self._any_missing:
+            block[self._missing[part]] = 0
+        return block
 
-    def step(self, centroids: Any) -> tuple[Any, Any, Any, Any]:
-        """See `Points.step`."""
-        xp = self.backend.xp
-        labels, least, _ = self.assign(xp.arange(len(self)), centroids, xp.float64)
-        sums = self.sums(labels, len(centroids), xp.float64)
-        return labels, xp.maximum(least + self.squared_norms, 0.0), sums, xp.bincount(labels, minlength=len(centroids))
+
+class Factored(Tiled):
+    """The same rows, never made but for a few.
+
+    Assignment needs only ``A (F C^T)``, K columns and not D, and the update ``(Z^T A) F``, Z the one-hot
+    labels: sums by item and label, then a small dense product.
+    """
+
+    form = "factored"
+
+    def few(self, count: int) -> bool:
+        """See `Points.few`: making the rows reads less than all items' features."""
+        return count <= TILE_ROWS and count * len(self._csr.indices) < len(self._features) * len(self)
 
     def assign(self, index: Any, centroids: Any, dtype: Any) -> tuple[Any, Any, Any]:
-        """Label, least and second least squared distance, both less the row's squared norm, of some rows.
-
-        ``dtype`` is that of the products of items and centroids; in float64 they are taken from the middle.
-        """
+        """See `Points.assign`. In float64 items are taken from the middle; in float32 the lengths make up for it."""
         xp = self.backend.xp
         table = centroids.astype(xp.float64) - self.middle
         columns = xp.ascontiguousarray(table.T.astype(dtype))
@@ -285,7 +401,7 @@ class Factored:
         return kernels.assign(self._csr, self.users[index], products, self._row_scale, self._item_scale, lengths)
 
     def sums(self, labels: Any, clusters: int, dtype: Any) -> Any:
-        """Sums of the rows of each label, (K, D) float64; products are taken in ``dtype``."""
+        """See `Points.sums`."""
         xp = self.backend.xp
         by_item = xp.zeros((len(self._features), clusters), xp.float64)
         kernels = self.backend.kernels
@@ -299,79 +415,6 @@ class Factored:
             total += partial
         return total
 
-    def _items(self, part: slice, dtype: Any) -> Any:
-        """Rows of F; those of missing items are zero."""
-        block = self._features[part].astype(dtype, copy=self._any_missing)
-        if self._any_missing:
-            block[self._missing[part]] = 0
-        return block
 
-
-def descend(backend: Backend, points: Factored, centroids: Any) -> tuple[Any, list[float]]:
-    """Lloyd's steps in float32, looking only at rows whose label may change, until none does.
-
-    A row keeps its label while its distance to its centroid, bounded above by how far centroids moved since it
-    was last looked at, stays below the bound to the others (Hamerly, SDM 2010). Few rows in doubt are made and
-    looked at one by one; many go through the products of all items with the centroids.
-
-    Returns
-    -------
-    centroids (K, D) float32, inertia at the first step
-    """
-    xp = backend.xp
-    clusters = len(centroids)
-    labels = xp.full(len(points), -1, xp.int32)
-    upper, lower = xp.full(len(points), xp.inf), xp.zeros(len(points))
-    sums = xp.zeros(centroids.shape, xp.float64)
-    history: list[float] = []
-    doubtful = xp.arange(len(points))
-    for _ in range(SETTLING_STEPS):
-        if points.cheap(len(doubtful)):
-            table = centroids.astype(xp.float64) - points.middle
-            found, least, second = _nearest_two(xp, points.rows(doubtful) - points.middle, table)
-        else:
-            found, least, second = points.assign(doubtful, centroids, xp.float32)
-        norms = points.squared_norms[doubtful]
-        upper[doubtful] = xp.sqrt(xp.maximum(least + norms, 0.0))
-        lower[doubtful] = xp.sqrt(xp.maximum(second + norms, 0.0))
-        if not history:
-            history.append(float((upper * upper).sum()))
-            margin = _MARGIN * float(upper.mean())
-        changed = found != labels[doubtful]
-        moved, after = doubtful[changed], found[changed]
-        if len(moved) == 0:
-            break
-        before, labels[moved] = labels[moved], after
-        if points.cheap(len(moved)):
-            one_hot = xp.eye(clusters)
-            gone = xp.where((before >= 0)[:, None], one_hot[before], 0.0)
-            sums += (one_hot[after] - gone).T @ points.rows(moved)
-        else:
-            sums = points.sums(labels, clusters, xp.float32)
-        last = centroids
-        centroids = _means(backend, points, last, upper * upper, sums, xp.bincount(labels, minlength=clusters))
-        shifts = xp.sqrt(((centroids.astype(xp.float64) - last) ** 2).sum(axis=1))
-        upper += shifts[labels]
-        lower -= shifts.max()
-        doubtful = xp.flatnonzero(upper + margin > lower)
-    return centroids, history
-
-
-def _nearest_two(xp: Any, rows: Any, table: Any) -> tuple[Any, Any, Any]:
-    """As `Factored.assign`, for rows and centroids that are there, both less the middle."""
-    scores = (table * table).sum(axis=1) - 2.0 * (rows @ table.T)
-    found = scores.argmin(axis=1)
-    least = xp.take_along_axis(scores, found[:, None], axis=1)[:, 0]
-    xp.put_along_axis(scores, found[:, None], xp.inf, axis=1)
-    return found.astype(xp.int32), least, scores.min(axis=1)
-
-
-def _centred(xp: Any, centroids: Any) -> tuple[Any, Any]:
-    """Mean of the centroids, and the centroids less it, float64: a large common mean would take the digits."""
-    table = centroids.astype(xp.float64)
-    middle = table.mean(axis=0)
-    return middle, table - middle
-
-
-def _parts(count: int) -> Iterator[slice]:
-    return (slice(start, min(start + BLOCK_ROWS, count)) for start in range(0, count, BLOCK_ROWS))
+def _parts(count: int, step: int = BLOCK_ROWS) -> Iterator[slice]:
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))

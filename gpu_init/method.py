@@ -18,6 +18,7 @@ from .errors import InputError
 from .features import Modality
 from .interactions import Interactions, from_matrix
 
+DENSE_BYTES = 1 << 30  # that the users' means may take as a matrix
 ARRAY_BLOCK_BYTES = 64 << 20  # of the result, per kernel call, where nobody says how much memory there is
 
 
@@ -102,44 +103,43 @@ def clusters(
     warm = xp.flatnonzero(operator.warm)
     user_labels = xp.full(interactions.users, -1, xp.int32)
     if settings.cluster_on == "users":
-        found = _cluster_users(backend, interactions, modality, operator, settings, warm)
+        found = _cluster_users(backend, interactions, modality, operator, settings)
         user_labels[warm] = found.labels
         return Clustering(found.centroids, user_labels, None, found)
     kept = xp.flatnonzero(modality.present)
-    found = kmeans.dense(backend, modality.values[kept], settings.clusters, settings.seed)
+    points = kmeans.Dense(backend, modality.values[kept])
+    found = kmeans.fit(backend, points, settings.clusters, settings.seed)
     item_labels = xp.full(interactions.items, -1, xp.int32)
     item_labels[kept] = found.labels
-    points = kmeans.Factored(backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
-    user_labels[warm], _, _ = points.assign(xp.arange(len(points)), found.centroids, xp.float64)
+    users = kmeans.Factored(backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
+    user_labels[warm], _, _ = users.assign(xp.arange(len(users)), found.centroids, xp.float64)
     return Clustering(found.centroids, user_labels, item_labels, found)
 
 
 def _cluster_users(
-    backend: Backend, interactions: Interactions, modality: Modality, operator: Weighting, settings: Settings, warm: Any
+    backend: Backend, interactions: Interactions, modality: Modality, operator: Weighting, settings: Settings
 ) -> kmeans.Clusters:
-    """K-means on the warm users' means, in the form that costs less (see `use_factored`)."""
-    xp = backend.xp
-    width = modality.values.shape[1]
-    if use_factored(len(warm), interactions.pairs, settings.clusters, width):
-        points = kmeans.Factored(backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
-        return kmeans.factored(backend, points, settings.clusters, settings.seed)
-    matrix = xp.empty((len(warm), width), xp.float32)
-    filled = 0
-    for part in ranges(interactions.users, kmeans.BLOCK_ROWS):
-        block = means(backend, interactions, modality, operator, part)[operator.warm[part]]
-        matrix[filled : filled + len(block)] = block
-        filled += len(block)
-    return kmeans.dense(backend, matrix, settings.clusters, settings.seed)
+    """K-means on the warm users' means, in the form that `kmeans_form` gives."""
+    arguments = (backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
+    points: kmeans.Points = kmeans.Tiled(*arguments)
+    form = kmeans_form(len(points), interactions.pairs, settings.clusters, modality.values.shape[1])
+    if form == "factored":
+        points = kmeans.Factored(*arguments)
+    elif form == "dense":
+        points = kmeans.Dense(backend, points.rows(backend.xp.arange(len(points))))
+    return kmeans.fit(backend, points, settings.clusters, settings.seed)
 
 
-def use_factored(users: int, pairs: int, clusters: int, width: int) -> bool:
-    """Whether to cluster without making the users' means.
+def kmeans_form(users: int, pairs: int, clusters: int, width: int) -> str:
+    """Form of K-means on users' means that costs least.
 
-    Not where the sample that the factored form starts on would be everyone. Beyond that a step of it costs
-    about the mean degree times K against D times K for the ready-made matrix, at a quarter of the speed of a
-    dense product.
+    A step of the factored form costs the mean degree times K per user, of the other two D times K in a dense
+    product, which is some four times as fast. The dense form needs the matrix, made once, where the tiled one
+    makes it in each step.
     """
-    return users > max(kmeans.SAMPLE_ROWS, 256 * clusters) and pairs * clusters <= 4 * width * users
+    if users > kmeans.sample_size(clusters) and pairs * clusters <= 4 * width * users:
+        return "factored"
+    return "dense" if 4 * users * width <= DENSE_BYTES else "tiled"
 
 
 def cold_vector(

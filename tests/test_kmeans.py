@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
-from gpu_init import kmeans
+from gpu_init import kmeans, method
 from gpu_init.backend import CpuBackend
 
 from . import oracle
@@ -15,7 +15,7 @@ from .conftest import random_csr
 CPU = CpuBackend("test")
 
 
-def users(rng, count=3000, items=200, width=10, weighted=True, shift=0.0, missing=0.2, groups=0):
+def users(rng, count=3000, items=200, width=10, weighted=True, shift=0.0, missing=0.2, groups=0, form=kmeans.Factored):
     """A factored problem and its rows in float64."""
     csr = random_csr(rng, count, items, weighted=weighted)
     features = (rng.standard_normal((items, width)) + shift).astype(np.float32)
@@ -34,7 +34,9 @@ def users(rng, count=3000, items=200, width=10, weighted=True, shift=0.0, missin
         (row_scale[rows] * weights * item_scale[csr.indices])[:, None] * features[csr.indices].astype(np.float64),
     )
     features[absent] = np.nan
-    return kmeans.Factored(CPU, csr, features, row_scale, item_scale), M[degrees > 0]
+    if form is kmeans.Dense:
+        return kmeans.Dense(CPU, M[degrees > 0].astype(np.float32)), M[degrees > 0]
+    return form(CPU, csr, features, row_scale, item_scale), M[degrees > 0]
 
 
 def lloyd(M, centroids, steps):
@@ -47,22 +49,27 @@ def lloyd(M, centroids, steps):
     return centroids
 
 
+FORMS = [kmeans.Dense, kmeans.Tiled, kmeans.Factored]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shift", [0.0, 1000.0])
 @pytest.mark.parametrize("missing", [0.0, 0.2])
-def test_a_factored_step_is_a_dense_step(rng, weighted, shift, missing):
-    points, M = users(rng, weighted=weighted, shift=shift, missing=missing)
+def test_a_step_is_the_definition(rng, monkeypatch, form, weighted, shift, missing):
+    monkeypatch.setattr(kmeans, "TILE_ROWS", 1000)
+    points, M = users(rng, weighted=weighted, shift=shift, missing=missing, form=form)
     start = M[:7].astype(np.float32)
     labels, distances, sums, counts = points.step(start)
     expected = oracle.squared_distances(M, start)
-    np.testing.assert_allclose(distances, expected.min(axis=1), rtol=1e-6, atol=1e-6 * expected.mean())
+    tolerance = (
+        1e-3 if shift and form is not kmeans.Factored else 1e-6
+    )  # float32 rows of length 3000 have lost these digits
+    np.testing.assert_allclose(distances, expected.min(axis=1), rtol=tolerance, atol=tolerance * expected.mean())
     oracle.assert_nearest(M, start, labels)
     for k in range(7):
         np.testing.assert_allclose(sums[k], M[labels == k].sum(axis=0), rtol=1e-6, atol=1e-6 * counts[k])
     np.testing.assert_array_equal(counts, np.bincount(labels, minlength=7))
-    again = kmeans.Dense(CPU, M.astype(np.float32)).step(start)
-    np.testing.assert_array_equal(again[3], counts)
-    np.testing.assert_allclose(again[2], sums, rtol=1e-5, atol=1e-6 * abs(sums).max())
 
 
 def test_rows_are_made_on_demand(rng):
@@ -71,9 +78,10 @@ def test_rows_are_made_on_demand(rng):
     oracle.assert_close(points.rows(index), M[index], 1e-6)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("groups", [0, 6])
-def test_same_start_and_steps_same_centroids_as_scikit_learn(rng, groups):
-    points, M = users(rng, groups=groups)
+def test_same_start_and_steps_same_centroids_as_scikit_learn(rng, groups, form):
+    points, M = users(rng, groups=groups, form=form)
     start = M[rng.choice(len(M), 6, replace=False)].astype(np.float32)
     for steps in (1, 2, 5):
         centroids = start
@@ -85,37 +93,47 @@ def test_same_start_and_steps_same_centroids_as_scikit_learn(rng, groups):
         oracle.assert_close(centroids, lloyd(M, start.astype(np.float64), steps), 1e-4)
 
 
-def test_bounds_change_nothing(rng):
-    points, M = users(rng, count=8000, groups=5)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tile", [500, 1 << 16])
+def test_bounds_change_nothing(rng, monkeypatch, form, tile):
+    monkeypatch.setattr(kmeans, "TILE_ROWS", tile)
+    points, M = users(rng, count=8000, groups=5, form=form)
     start = M[:9].astype(np.float32)
-    fast, _ = kmeans.descend(CPU, points, start)
+    fast, _, _ = kmeans.descend(CPU, points, start)
     plain, _, _, settled = kmeans.settle(CPU, points, start)
     assert settled
     oracle.assert_close(fast, plain, 1e-4)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("groups", [0, 6])
 @pytest.mark.parametrize("clusters", [2, 8, 30])
-def test_factored_is_settled_and_as_good_as_scikit_learn(rng, monkeypatch, groups, clusters):
-    monkeypatch.setattr(kmeans, "SAMPLE_ROWS", 1000)
-    points, M = users(rng, count=6000, groups=groups)
-    found = kmeans.factored(CPU, points, clusters, seed=0)
+def test_fit_is_settled_and_as_good_as_scikit_learn(rng, monkeypatch, form, groups, clusters):
+    monkeypatch.setattr(kmeans, "SAMPLE_ROWS", 250)
+    monkeypatch.setattr(kmeans, "TILE_ROWS", 1000)
+    points, M = users(rng, count=6000, groups=groups, form=form)
+    found = kmeans.fit(CPU, points, clusters, seed=0)
     assert found.settled
-    assert found.form == "factored"
+    assert found.form == form.form
     oracle.assert_nearest(M, found.centroids, found.labels)
     oracle.assert_means(M, found.centroids, found.labels)
     assert found.inertia[-1] == pytest.approx(oracle.squared_distances(M, found.centroids).min(axis=1).sum(), rel=1e-6)
     theirs = np.mean([KMeans(clusters, n_init=1, random_state=seed).fit(M).inertia_ for seed in range(5)])
-    ours = np.mean([kmeans.factored(CPU, points, clusters, seed).inertia[-1] for seed in range(5)])
+    ours = np.mean([kmeans.fit(CPU, points, clusters, seed).inertia[-1] for seed in range(5)])
     assert ours <= theirs * 1.02
 
 
-def test_dense_is_settled(rng):
-    _, M = users(rng, groups=4)
-    found = kmeans.dense(CPU, M.astype(np.float32), 8, seed=1)
-    assert found.settled
-    oracle.assert_nearest(M, found.centroids, found.labels)
-    oracle.assert_means(M, found.centroids, found.labels)
+@pytest.mark.parametrize(
+    ("users_", "pairs", "clusters", "width", "form"),
+    [
+        (5_000, 50_000, 8, 64, "dense"),  # the sample would be everyone
+        (300_000, 4_000_000, 8, 384, "factored"),
+        (100_000, 5_000_000, 64, 64, "dense"),  # K columns cost more than D, and the matrix is small
+        (30_000_000, 1_500_000_000, 64, 64, "tiled"),
+    ],
+)
+def test_the_form_that_costs_least(users_, pairs, clusters, width, form):
+    assert method.kmeans_form(users_, pairs, clusters, width) == form
 
 
 def test_a_cluster_left_empty_takes_the_farthest_row(rng):
@@ -129,6 +147,6 @@ def test_a_cluster_left_empty_takes_the_farthest_row(rng):
 
 def test_fewer_distinct_rows_than_clusters_ends():
     M = np.repeat(np.eye(2, dtype=np.float32), 5, axis=0)
-    found = kmeans.dense(CPU, M, 4, seed=0)
+    found = kmeans.fit(CPU, kmeans.Dense(CPU, M), 4, seed=0)
     assert found.inertia[-1] == 0
     assert np.bincount(found.labels, minlength=4).sum() == 10
