@@ -222,7 +222,7 @@ def check_modality(name: str) -> None:
         Not letters, digits, "_", "-" and "." after a letter or digit, longer than 64, or a name that is taken.
     """
     if name.lower() in _RESERVED:
-        raise InputError(f"modality {name}: a file of the artifact has that name; choose another.")
+        raise InputError(f"modality {name}: a file of the artifact has that name; choose another name.")
     if not re.fullmatch(r"[^\W_][\w.-]{0,63}", name):
         raise InputError(
             f"modality {_shown(name)}: choose another name of at most 64 letters, digits, '_', '-' or '.',"

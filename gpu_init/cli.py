@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
 from . import config
 from .errors import GpuInitError, InputError, ResourceError, Stopped
+from .progress import Progress
 from .version import __version__
 
 
@@ -39,23 +40,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = _parser().parse_args(arguments)
         with _signals():
             code: int = given.command(given)
+            if sys.stdout is not None:  # as it is where the process has none
+                sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute()
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        _mute()
+        return _complain(ResourceError(f"{error.filename or 'standard output'}: {error.strerror or error}."))
     except KeyboardInterrupt:
         return _complain(Stopped(signal.SIGINT))
-    except MemoryError as error:
-        return _complain(ResourceError(f"not enough memory: {error or 'an allocation failed'}."))
-    except GpuInitError as error:
+    except (MemoryError, GpuInitError) as error:
         return _complain(error)
 
 
-def _complain(error: GpuInitError) -> int:
-    text = str(error)
-    if isinstance(error, Stopped):
-        text += "; --resume goes on from the last whole block."
-    print(f"gpu-init: {text}", file=sys.stderr)
+def _mute() -> None:
+    """Let what is still to be printed go nowhere, so that Python's own last flush does not fail as well."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _complain(error: MemoryError | GpuInitError, progress: Progress | None = None) -> int:
+    """Tell why the program ends, as a line of the job's own log where there is one, and give the exit code."""
+    if isinstance(error, MemoryError):
+        error = ResourceError(f"not enough memory: {error or 'an allocation failed'}.")
+    text = str(error) + ("; --resume goes on from the last whole block." if isinstance(error, Stopped) else "")
+    if progress is not None:
+        progress.error(text)
+    else:
+        lines = [
+            "".join(letter if letter.isprintable() else "?" for letter in line[:1500]) for line in text.split("\n")
+        ]
+        with suppress(OSError, ValueError):  # nobody listens
+            print("gpu-init:", "\n".join(lines), file=sys.stderr, flush=True)
     return error.exit_code
 
 
@@ -64,6 +82,8 @@ def _signals() -> Iterator[None]:
     """SIGTERM and SIGINT end the job as an exception, so that everything opened is closed."""
 
     def stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        for one in before:  # once is enough: a second one would break off the closing
+            signal.signal(one, signal.SIG_IGN)
         raise Stopped(signum)
 
     before = {one: signal.signal(one, stop) for one in (signal.SIGTERM, signal.SIGINT)}
@@ -108,17 +128,21 @@ def _parser() -> argparse.ArgumentParser:
 def _run(given: argparse.Namespace) -> int:
     flags = {key: value for key, value in vars(given).items() if key not in ("command", "job")}
     job = config.load(given.job, os.environ, flags)
-    path = _run_job(job)
+    with Progress(job.log_format) as progress:
+        try:
+            path = _run_job(job, progress)
+        except (MemoryError, GpuInitError) as error:
+            if job.log_format != "json":
+                raise
+            return _complain(error, progress)
     _print_summary(path)
     return 0
 
 
-def _run_job(job: config.JobConfig) -> str:
+def _run_job(job: config.JobConfig, progress: Progress) -> str:
     from .job import run
-    from .progress import Progress
 
-    with Progress(job.log_format) as progress:
-        return run(job, progress)
+    return run(job, progress)
 
 
 def _print_summary(path: str) -> None:
@@ -147,13 +171,16 @@ def _inspect(given: argparse.Namespace) -> int:
 def _demo(given: argparse.Namespace) -> int:
     from . import artifact, demo, features
 
+    if given.seed < 0:
+        raise InputError(f"--seed: found {given.seed}; wanted is a whole number, 0 or more.")
     data = demo.make(given.folder, users=given.users, items=given.items, seed=given.seed)
     print(
         f"made {given.users} users and {given.items} items in {given.folder}/ ({data.interactions.name},"
         f" {data.image.name}, {data.text.name}); the job is {data.job}"
     )
     job = config.load(str(data.job), {}, {"overwrite": True})
-    path = _run_job(job)
+    with Progress(job.log_format) as progress:
+        path = _run_job(job, progress)
     _print_summary(path)
     made = artifact.load(path)
     vectors = {

@@ -128,6 +128,7 @@ class JobConfig:
 
 _SETTINGS = frozenset(field.name for field in fields(Settings))
 _REQUIRED = ("interactions", "features", "out")
+_FEATURES_WANTED = 'one NAME=PATH or more, or in TOML a table [features] of name = "path"'
 
 
 class _WrongValueError(ValueError):
@@ -222,7 +223,7 @@ def _check_features(value: Any) -> dict[str, str]:
             raise _WrongValueError(f"{name} is there twice; names must differ in more than case.")
         lowered.add(name.lower())
         if not isinstance(value[name], str) or not value[name].strip() or "\0" in value[name]:
-            raise _WrongValueError(f"{name}: found {_shown(value[name])}; wanted is a path.")
+            raise _WrongValueError(f"found {_shown(value[name])} for {name}; wanted is {_FEATURES_WANTED}.")
     return {str(name): str(path) for name, path in value.items()}
 
 
@@ -231,7 +232,7 @@ def _named_paths(parts: Sequence[Any]) -> dict[str, str]:
     for part in parts:
         name, equals, path = (side.strip() for side in _check_text(part).partition("="))
         if not equals or not path:
-            raise _WrongValueError(f"found {_shown(part)}; wanted is NAME=PATH, such as image=image.npy.")
+            raise _WrongValueError(f"found {_shown(part)}; wanted is {_FEATURES_WANTED}.")
         if name in found:
             raise _WrongValueError(f"{_shown(name)} is given twice.")
         found[name] = path
@@ -362,7 +363,7 @@ KEYS: tuple[Key, ...] = (
     Key(
         "features",
         _check_features,
-        'one NAME=PATH or more, or in TOML a table [features] of name = "path"',
+        _FEATURES_WANTED,
         "item features of one modality: .npy, .npz, .parquet, .safetensors or .pt; repeat it for more modalities",
         "NAME=PATH",
         is_path=True,

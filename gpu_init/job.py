@@ -35,7 +35,7 @@ from .interactions import (
     read_user_ids,
 )
 from .progress import Progress
-from .storage import expand, fingerprint
+from .storage import expand, fingerprint, require_utf8
 from .version import __version__
 from .where import parse
 
@@ -98,6 +98,7 @@ def _check_places(config: JobConfig) -> None:
     for name in config.features:
         check_modality(name)
     out = os.path.realpath(config.out)
+    require_utf8(out)
     users = [config.users] if isinstance(config.users, str) else []
     for folder in (config.interactions, *config.features.values(), *users):
         if os.path.isdir(folder) and out != (root := os.path.realpath(folder)) and out.startswith(f"{root}{os.sep}"):

@@ -123,6 +123,10 @@ class Progress:
         """Tell the user, on one line, what may be wrong."""
         self._view.message("warning", line)
 
+    def error(self, line: str) -> None:
+        """Tell the user, on one line, why the job ends."""
+        self._view.message("error", line)
+
 
 # Views.
 

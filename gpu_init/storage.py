@@ -103,6 +103,7 @@ def expand(pattern: str, extensions: tuple[str, ...]) -> list[str]:
     """
     if "://" in pattern:
         raise InputError(f"{pattern}: this version reads local paths only; copy the files to a disk, or mount them.")
+    require_utf8(pattern)
     if os.path.isfile(pattern):
         return [pattern]
     is_glob = not os.path.lexists(pattern) and not _GLOB.isdisjoint(pattern)
@@ -112,11 +113,19 @@ def expand(pattern: str, extensions: tuple[str, ...]) -> list[str]:
             found.update(_below(path, extensions))
         elif is_glob and path.endswith(extensions) and os.path.isfile(path):
             found.add(path)
+    for path in sorted(found):
+        require_utf8(path)
     if found:
         return sorted(found)
     if is_glob or os.path.isdir(pattern):
         raise InputError(f"{pattern}: no files there that end in {', '.join(extensions)}.")
     raise InputError(f"{pattern or 'the empty path'}: there is no such file or folder.")
+
+
+def require_utf8(path: str) -> None:
+    """Refuse a name of bytes that are no text: the manifest and the libraries that read tables know only UTF-8."""
+    if any("\ud800" <= letter <= "\udfff" for letter in path):
+        raise InputError(f"{path!a}: its name is not UTF-8; rename it.")
 
 
 def _matches(pattern: str) -> Iterator[str]:
