@@ -12,7 +12,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-BENCHMARKS = $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py))
+BENCHMARKS = $(filter-out benchmarks/common.py benchmarks/baselines.py,$(wildcard benchmarks/*.py))
 
 .PHONY: demo test test-slow lint bench clean
 .SECONDARY:
@@ -35,7 +35,7 @@ lint: $(VENV)/dev.stamp
 	cd build/types && $(abspath $(VENV))/bin/mypy --config-file ../../pyproject.toml gpu_init $(addprefix ../../,$(wildcard benchmarks/*.py)) \
 		| sed -e 's#^gpu_init/kernels/#kernels/#' -e 's#^\.\./\.\./##'
 
-bench: $(VENV)/test.stamp
+bench: $(VENV)/bench.stamp
 	for script in $(BENCHMARKS); do $(VENV)/bin/python $$script; done
 
 clean:

@@ -1,30 +1,56 @@
-"""What every benchmark shares: rows with machine and versions, runs in turn, the machine's copy bandwidth."""
+"""What every benchmark shares: data, rows with machine and versions, runs in turn, costs of a process, plots."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
+import importlib
 import importlib.metadata
+import importlib.util
 import itertools
 import os
 import platform
 import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from scipy.sparse import csr_matrix
 
 from gpu_init.version import __version__
 
 RESULTS = Path(__file__).parent / "results"
 
-_PACKAGES = ("numpy", "scipy", "scikit-learn", "numba")
+VARIANTS = ("groups", "noise")
+
+_PACKAGES = ("numpy", "scipy", "scikit-learn", "numba", "pandas", "pyarrow", "torch")
+_GROUPS = 20  # of items that have a place of their own among the features
+_POPULARITY_EXPONENT = 0.8  # Zipf exponent of an item's popularity, by rank
+_CHUNK = 1 << 22  # interactions drawn at a time
+_PAUSE = 0.25  # seconds: threads of the function before may spin on for 0.2
+# Linux counts the memory of whoever starts a process as the process's own, so a small one has to start it.
+_LAUNCHER = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.call(sys.argv[2:])
+seconds = time.perf_counter() - start
+with open(sys.argv[1], "w") as file:
+    print(seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=file)
+sys.exit(code)
+"""
 
 
 class Timing(NamedTuple):
@@ -32,6 +58,76 @@ class Timing(NamedTuple):
 
     median: float
     ratio: float
+
+
+class Cost(NamedTuple):
+    """Seconds that a process took, and most bytes that it had in memory."""
+
+    seconds: float
+    peak: int
+
+
+def arguments(description: str | None, *, variants: bool = False) -> argparse.Namespace:
+    """Read the flags that all benchmarks take: ``size``, ``results`` and, where K-means matters, ``features``."""
+    parser = argparse.ArgumentParser(description=description)
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", dest="size", action="store_const", const="quick", help="seconds: does it run?")
+    sizes.add_argument("--large", dest="size", action="store_const", const="large", help="more than 2 cores and 24 GB")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files and plots")
+    if variants:
+        words = "kinds of features: 20 groups of items plus noise, or noise alone (default: both)"
+        parser.add_argument("--features", nargs="+", choices=VARIANTS, default=VARIANTS, help=words)
+    parser.set_defaults(size="default")
+    return parser.parse_args()
+
+
+# Data.
+
+
+def interactions(
+    users: int, items: int, count: int, seed: int = 0
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Users and items of ``count`` interactions, in no order, a chunk at a time.
+
+    A user has one interaction and a Poisson number more; items are drawn with a power law of popularity.
+    """
+    rng = np.random.default_rng(seed)
+    everyone, by_rank = rng.permutation(users), rng.permutation(items)
+    popularity = np.cumsum(np.arange(1.0, items + 1) ** -_POPULARITY_EXPONENT)
+    popularity /= popularity[-1]
+    for first in range(0, count, _CHUNK):
+        size = min(_CHUNK, count - first)
+        who = rng.integers(users, size=size)
+        once = everyone[first : first + size]
+        who[: len(once)] = once
+        yield who, by_rank[np.searchsorted(popularity, rng.random(size), side="right")]
+
+
+def matrix(users: int, items: int, count: int, seed: int = 0) -> csr_matrix:
+    """Pairs of `interactions`, each once, as ones (U, I) float32."""
+    who, what = map(np.concatenate, zip(*interactions(users, items, count, seed), strict=True))
+    pairs = np.unique(who * items + what)
+    return csr_matrix((np.ones(len(pairs), np.float32), (pairs // items, pairs % items)), shape=(users, items))
+
+
+def features(variant: str, items: int, width: int, seed: int = 0) -> NDArray[np.float32]:
+    """Items' features (I, D): standard normal noise, and under ``groups`` one of 20 standard normal centres more."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal((items, width), dtype=np.float32)
+    if variant == "groups":
+        values += rng.standard_normal((_GROUPS, width), dtype=np.float32)[rng.integers(_GROUPS, size=items)]
+    return values
+
+
+def write_interactions(path: Path, users: int, items: int, count: int) -> None:
+    """Write `interactions` as Parquet: ``user_id`` and ``item_id``, int64."""
+    names = ("user_id", "item_id")
+    with pq.ParquetWriter(path, pa.schema([(name, pa.int64()) for name in names])) as writer:
+        for columns in interactions(users, items, count):
+            writer.write_table(pa.table(dict(zip(names, columns, strict=True))))
+
+
+# Rows and tables.
 
 
 def environment() -> dict[str, str]:
@@ -43,7 +139,7 @@ def environment() -> dict[str, str]:
         "cores": str(cores()),
         "memory_gib": f"{memory / 2**30:.0f}",
         "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in _PACKAGES},
+        **{package: _version(package) for package in _PACKAGES},
         "gpu_init": __version__,
     }
 
@@ -77,40 +173,81 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
         table.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
     for each in rows:
         table.add_row(*map(_text, each))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def alternate(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+def plot(path: Path, title: str, unit: str, groups: Sequence[str], series: Mapping[str, Sequence[float]]) -> None:
+    """Draw bars, a group of them side by side for each of ``groups``, on a logarithmic axis; needs matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"no plot {path.name}: matplotlib is not installed (pip install 'gpu-init[bench]')")
+        return
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(groups))
+    share = 0.8 / len(series)
+    for position, (name, values) in enumerate(series.items()):
+        bars = axes.bar(places + position * share, values, share, label=name)
+        axes.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=6, rotation=90, padding=2)
+    axes.set_xticks(places + 0.4 - share / 2, groups)
+    axes.set_yscale("log")
+    axes.margins(y=0.15)
+    axes.set_ylabel(unit)
+    axes.set_title(title, loc="left")
+    figure.legend(fontsize=7, loc="outside right upper")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+# Time and memory.
+
+
+def alternate(
+    functions: Mapping[str, Callable[[], object]], repeats: int, *, warm_up: bool = True
+) -> dict[str, Timing]:
     """Run the functions in turn, ``repeats`` rounds after one that is not counted, all in this process.
 
-    Taking turns spreads what else the machine does evenly over all of them.
+    Taking turns spreads what else the machine does evenly over all of them. Results are let go outside the
+    time taken. ``warm_up=False``, where each has run before, leaves the first round out.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(repeats + 1):
+    for turn in range(repeats + warm_up):
         for name, function in functions.items():
+            time.sleep(_PAUSE)
             start = time.perf_counter()
-            function()
-            if turn:
+            result = function()
+            if turn >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
+            del result
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     first = next(iter(medians.values()))
     return {name: Timing(median, median / first) for name, median in medians.items()}
 
 
-def copy_bandwidth(n_bytes: int, repeats: int = 5) -> float:
-    """Bytes per second, read plus written, of the best copy of ``n_bytes`` on all the cores."""
+def copier(n_bytes: int) -> Callable[[], None]:
+    """Give a function that copies ``n_bytes`` on all the cores: reads so many bytes, and writes as many."""
     source = np.ones(n_bytes, np.uint8)
-    target = np.zeros(n_bytes, np.uint8)  # touched by the round that is not counted
+    target = np.zeros(n_bytes, np.uint8)
+    target.fill(1)  # pages are there before the first copy
     edges = np.linspace(0, n_bytes, cores() + 1).astype(np.int64)
     parts = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
-    best = float("inf")
-    with ThreadPoolExecutor(cores()) as pool:
-        for turn in range(repeats + 1):
-            start = time.perf_counter()
+
+    def copy() -> None:
+        with ThreadPoolExecutor(cores()) as pool:
             list(pool.map(lambda part: np.copyto(target[part], source[part]), parts))
-            if turn:
-                best = min(best, time.perf_counter() - start)
-    return 2 * n_bytes / best
+
+    return copy
+
+
+def process_cost(command: Sequence[str]) -> Cost:
+    """Run a command, whose output is kept back unless it fails, once what others wrote has reached the disk."""
+    os.sync()
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as report:
+        launched = [sys.executable, "-c", _LAUNCHER, report.name, *command]
+        done = subprocess.run(launched, check=False, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        seconds, peak = report.read().split()
+    return Cost(float(seconds), int(peak) * 1024)  # Linux counts in KiB
 
 
 def peak_memory(*, children: bool = False) -> int:
@@ -122,6 +259,19 @@ def peak_memory(*, children: bool = False) -> int:
 def cores() -> int:
     """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def cache_bytes() -> int:
+    """Size of the last-level cache; 32 MiB where the system does not say."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size.rstrip("K")) << 10 for size in sizes if size.endswith("K")), default=32 << 20)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _cpu_model() -> str:

@@ -21,7 +21,7 @@ import os
 import platform
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,7 +32,8 @@ from .errors import InputError
 from .kernels import Kernels, cpu_kernels
 
 TEXT_BLOCK_BYTES = 16 << 20  # of a text file read at a time; no line may be longer
-PARQUET_BATCH_ROWS = 1 << 20
+PARQUET_BATCH_ROWS = 1 << 18
+PARQUET_BUFFER_BYTES = 1 << 20  # of a column read at a time, however large its row groups are
 KMEANS_ITERATIONS = 300  # as scikit-learn's default
 
 
@@ -148,7 +149,18 @@ class CpuBackend:
         return model.cluster_centers_
 
     def batches(self, path: str, separator: str | None, columns: list[str]) -> Iterator[Any]:
-        """See `Backend.batches`."""
+        """See `Backend.batches`: the next one is read while the caller works on this one."""
+        with ThreadPoolExecutor(1) as reader:
+            frames = self._frames(path, separator, columns)
+            ahead = reader.submit(next, frames, None)
+            try:
+                while (frame := ahead.result()) is not None:
+                    ahead = reader.submit(next, frames, None)
+                    yield frame
+            finally:
+                reader.submit(frames.close)  # whoever stops early leaves no file open
+
+    def _frames(self, path: str, separator: str | None, columns: list[str]) -> Generator[Any, None, None]:
         import pandas as pd
         import pyarrow as pa
 
@@ -159,7 +171,7 @@ class CpuBackend:
             if separator is None:
                 import pyarrow.parquet as pq
 
-                with pq.ParquetFile(path) as file:
+                with pq.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES) as file:
                     for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=columns):
                         yield frame(batch.select(columns))
                 return

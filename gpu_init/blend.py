@@ -77,11 +77,16 @@ def scale_to_items(backend: Backend, interactions: Interactions, fit: Blend, blo
 
     Cold rows count, items without the modality do not. 1 where either norm is 0.
     """
-    kept = fit.modality.present
-    items = norms(backend.xp, (fit.modality.values[part][kept[part]] for part in ranges(len(kept), NORM_ROWS)))
+    items = item_norms(backend, fit.modality)
     parts = ranges(interactions.users, block_rows)
     users = norms(backend.xp, (blend(backend, interactions, fit, part) for part in parts))
     return items["mean"] / users["mean"] if items["mean"] > 0 and users["mean"] > 0 else 1.0
+
+
+def item_norms(backend: Backend, modality: Modality) -> dict[str, float]:
+    """`norms` of the items that have a modality."""
+    kept = modality.present
+    return norms(backend.xp, (modality.values[part][kept[part]] for part in ranges(len(kept), NORM_ROWS)))
 
 
 def norms(xp: Any, blocks: Iterator[Any]) -> dict[str, float]:

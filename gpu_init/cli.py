@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(ResourceError(f"{error.filename or 'standard output'}: {error.strerror or error}."))
     except KeyboardInterrupt:
         return _complain(Stopped(signal.SIGINT))
-    except (MemoryError, GpuInitError) as error:
+    except (MemoryError, GpuInitError, Stopped) as error:
         return _complain(error)
 
 
@@ -61,16 +61,16 @@ def _mute() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _complain(error: MemoryError | GpuInitError, progress: Progress | None = None) -> int:
+def _complain(error: MemoryError | GpuInitError | Stopped, progress: Progress | None = None) -> int:
     """Tell why the program ends, as a line of the job's own log where there is one, and give the exit code."""
     if isinstance(error, MemoryError):
         error = ResourceError(f"not enough memory: {error or 'an allocation failed'}.")
-    text = str(error) + ("; --resume goes on from the last whole block." if isinstance(error, Stopped) else "")
     if progress is not None:
-        progress.error(text)
+        progress.error(str(error))
     else:
         lines = [
-            "".join(letter if letter.isprintable() else "?" for letter in line[:1500]) for line in text.split("\n")
+            "".join(letter if letter.isprintable() else "?" for letter in line[:1500])
+            for line in str(error).split("\n")
         ]
         with suppress(OSError, ValueError):  # nobody listens
             print("gpu-init:", "\n".join(lines), file=sys.stderr, flush=True)
@@ -131,7 +131,7 @@ def _run(given: argparse.Namespace) -> int:
     with Progress(job.log_format) as progress:
         try:
             path = _run_job(job, progress)
-        except (MemoryError, GpuInitError) as error:
+        except (MemoryError, GpuInitError, Stopped) as error:
             if job.log_format != "json":
                 raise
             return _complain(error, progress)

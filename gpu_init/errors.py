@@ -21,8 +21,10 @@ class ResourceError(GpuInitError):
     exit_code = 3
 
 
-class Stopped(GpuInitError):
+class Stopped(BaseException):
     """A signal asked the job to end; what is written so far can be resumed.
+
+    No `Exception`, as KeyboardInterrupt is none: whoever catches everything a library raises lets it through.
 
     Parameters
     ----------
@@ -31,5 +33,5 @@ class Stopped(GpuInitError):
     """
 
     def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by signal {signum}")
+        super().__init__(f"stopped by signal {signum}; --resume goes on from the last whole block.")
         self.exit_code = 128 + signum

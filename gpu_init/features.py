@@ -648,7 +648,16 @@ def as_float32(backend: Backend, values: Any) -> Any:
     return backend.asarray(values.astype(np.float32, order="C", copy=False))
 
 
-def align(backend: Backend, table: FeatureTable, present: Any, rows: Any, items: int) -> Modality:
+def align_mask(present: Any, rows: Any, items: int) -> NDArray[np.bool_]:
+    """Which of the items (I,) have a modality, from which rows of its table do; arguments as of `align`."""
+    if rows is None:
+        return np.asarray(present)
+    mask = np.zeros(items, bool)
+    mask[rows] = present
+    return mask
+
+
+def align(backend: Backend, table: FeatureTable, mask: NDArray[np.bool_], rows: Any) -> Modality:
     """Place a table's rows at their items.
 
     Parameters
@@ -657,12 +666,10 @@ def align(backend: Backend, table: FeatureTable, present: Any, rows: Any, items:
         Where the modality shall lie.
     table : FeatureTable
         As `read` gives it.
-    present : numpy array, shape (n,), bool
-        As `check` gives it.
+    mask : numpy array, shape (I,), bool
+        As `align_mask` gives it. An item that no row is placed at is missing.
     rows : numpy array, shape (n,), int64, or None
         Item row of each row of the table, each once; None: row i is item i.
-    items : int
-        I, the number of items. An item that no row is placed at is missing.
 
     Returns
     -------
@@ -674,18 +681,17 @@ def align(backend: Backend, table: FeatureTable, present: Any, rows: Any, items:
         Not enough memory.
     """
     values = table.values
-    count = int(present.sum())
     if rows is None:
         if values.dtype != np.float32 or not values.flags.c_contiguous:
             require_memory(table.path, 4 * values.size)
-        return Modality(table.name, as_float32(backend, values), backend.asarray(present), count)
-    require_memory(table.path, 4 * items * values.shape[1])
-    placed = np.zeros((items, values.shape[1]), np.float32)
-    for start in range(0, len(values), _BLOCK_ROWS):
-        placed[rows[start : start + _BLOCK_ROWS]] = values[start : start + _BLOCK_ROWS]
-    has = np.zeros(items, bool)
-    has[rows] = present
-    return Modality(table.name, backend.asarray(placed), backend.asarray(has), count)
+        aligned = as_float32(backend, values)
+    else:
+        require_memory(table.path, 4 * len(mask) * values.shape[1])
+        placed = np.zeros((len(mask), values.shape[1]), np.float32)
+        for start in range(0, len(values), _BLOCK_ROWS):
+            placed[rows[start : start + _BLOCK_ROWS]] = values[start : start + _BLOCK_ROWS]
+        aligned = backend.asarray(placed)
+    return Modality(table.name, aligned, backend.asarray(mask), int(mask.sum()))
 
 
 def from_array(backend: Backend, name: str, array: Any) -> Modality:

@@ -5,28 +5,52 @@ Section 2.1 (weights) and section 4 (inputs) of the design.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import ids
+from .axes import Codes, ItemAxis, Resolve, RowNumbers, check_range, item_axis, positions, user_axis
 from .backend import Backend, one_line
 from .errors import InputError
-from .kernels import Csr
+from .kernels import Builder, Csr
 from .storage import expand
+from .tables import (
+    EXTENSIONS,
+    TEXT_EXTENSIONS,
+    Batch,
+    Columns,
+    Table,
+    batches,
+    file_state,
+    find_column,
+    joined,
+    open_table,
+    read_user_ids,
+)
 from .where import Where
 
-TEXT_EXTENSIONS = (".csv", ".tsv", ".inter", ".csv.gz", ".tsv.gz", ".inter.gz")
-EXTENSIONS = (".parquet", ".pq", ".npz", *TEXT_EXTENSIONS)
+__all__ = [
+    "EXTENSIONS",
+    "TEXT_EXTENSIONS",
+    "Columns",
+    "InteractionTable",
+    "Interactions",
+    "ItemAxis",
+    "build",
+    "check_weights",
+    "find_column",
+    "from_matrix",
+    "positions",
+    "read",
+    "read_user_ids",
+]
 
-USER_NAMES = ("user_id", "userid", "user", "uid", "visitor_id", "session_id")
-ITEM_NAMES = ("item_id", "itemid", "item", "iid", "product_id", "asin")
-SPLIT_NAMES = ("x_label", "split")
 _SUM_USERS = 1 << 16
-_RECBOLE_TYPES = (":token", ":float", ":token_seq", ":float_seq")
+_ENTRIES = 1 << 20  # of a matrix, put into R at a time
 
 
 @dataclass(frozen=True)
@@ -86,8 +110,8 @@ def build(backend: Backend, users: Any, items: Any, weights: Any, shape: tuple[i
         Where the arrays lie.
     users, items : array, shape (n,), int64
         Row and column of each interaction, within ``shape``.
-    weights : array, shape (n,), float64, or None
-        None: 1 per interaction.
+    weights : array, shape (n,), float, or None
+        Taken as float32 and summed in float64; None: 1 per interaction.
     shape : tuple of int
         U and I; their product must be below 2^63.
 
@@ -103,6 +127,7 @@ def build(backend: Backend, users: Any, items: Any, weights: Any, shape: tuple[i
         if not bool((key[1:] >= key[:-1]).all()):
             key = xp.sort(key)
     else:
+        weights = weights.astype(xp.float32).astype(xp.float64)
         order = xp.argsort(key, kind="stable")
         if bool((key[order][1:] == key[order][:-1]).any()):  # sums must not depend on the order of the rows read
             by_weight = xp.argsort(weights, kind="stable")
@@ -118,9 +143,8 @@ def build(backend: Backend, users: Any, items: Any, weights: Any, shape: tuple[i
         key, summed = key[summed > 0], summed[summed > 0]
     indptr = xp.searchsorted(key, xp.arange(shape[0] + 1, dtype=xp.int64) * shape[1]).astype(xp.int64)
     indices = (key % shape[1]).astype(xp.int32)
-    return Interactions(
-        Csr(indptr, indices, None if bool((summed == 1).all()) else summed.astype(xp.float32)), shape[1]
-    )
+    summed = summed.astype(xp.float32)
+    return Interactions(Csr(indptr, indices, None if bool((summed == 1).all()) else summed), shape[1])
 
 
 def check_weights(backend: Backend, weights: Any, place: str, row: Callable[[int], str]) -> None:
@@ -155,40 +179,30 @@ def from_matrix(backend: Backend, matrix: Any, place: str) -> Interactions:
     if matrix.format == "csr" and matrix.has_canonical_format and matrix.nnz and bool((matrix.data > 0).all()):
         weights = backend.asarray(matrix.data)
         check_weights(backend, weights, place, lambda k: f"entry {k}")
-        one = bool((weights == 1).all())
-        indptr, indices = backend.asarray(matrix.indptr), backend.asarray(matrix.indices)
-        csr = Csr(indptr.astype("int64"), indices.astype("int32"), None if one else weights.astype("float32"))
-        return Interactions(csr, matrix.shape[1])
+        weights = weights.astype("float32")
+        if bool((weights > 0).all()):
+            one = bool((weights == 1).all())
+            indptr, indices = backend.asarray(matrix.indptr), backend.asarray(matrix.indices)
+            csr = Csr(indptr.astype("int64"), indices.astype("int32"), None if one else weights)
+            return Interactions(csr, matrix.shape[1])
     entries = matrix.tocoo()
     weights = backend.asarray(entries.data.astype("float64"))
     check_weights(backend, weights, place, lambda k: f"entry ({int(entries.row[k])}, {int(entries.col[k])})")
-    rows, columns = (backend.asarray(index.astype("int64")) for index in (entries.row, entries.col))
-    return build(backend, rows, columns, weights, matrix.shape)
+    rows, columns = backend.asarray(entries.row), backend.asarray(entries.col)
+    builder = backend.kernels.builder()
+    if builder is None:
+        return build(backend, rows.astype("int64"), columns.astype("int64"), weights, matrix.shape)
+    starts = np.zeros(matrix.shape[0] + 1, np.int64)
+    parts = [slice(first, first + _ENTRIES) for first in range(0, len(rows), _ENTRIES)]
+    for part in parts:
+        builder.count(rows[part].astype("int64"), starts[1:])
+    filling = builder.rows(np.cumsum(starts, out=starts), weighted=True)
+    for part in parts:
+        filling.add(rows[part].astype("int64"), columns[part].astype("int64"), weights[part].astype("float32"))
+    return Interactions(filling.finish(), matrix.shape[1])
 
 
 # Reading.
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a table hold what; None: known names are tried."""
-
-    user: str | None = None
-    item: str | None = None
-    weight: str | None = None
-    where: Where | None = None
-
-
-@dataclass(frozen=True)
-class ItemAxis:
-    """How item ids find their column of R.
-
-    ``rows``: ids are row numbers of the features, below this count. None: ``known`` are the ids (pandas
-    Series) of the features of each modality, and the columns are these and the interactions' own, sorted.
-    """
-
-    rows: int | None
-    known: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -204,17 +218,6 @@ class InteractionTable:
     item_ids: Any
     read: int
     kept: int
-    warnings: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Rows:
-    """Rows read so far, batch by batch."""
-
-    users: list[Any] = field(default_factory=list)
-    items: list[Any] = field(default_factory=list)
-    weights: list[Any] = field(default_factory=list)
-    read: int = 0
     warnings: list[str] = field(default_factory=list)
 
 
@@ -258,96 +261,173 @@ def read(
         if len(paths) > 1:
             raise InputError(f"{pattern}: {len(paths)} files, an .npz among them; give the .npz alone.")
         return _read_matrix(backend, paths[0], columns, axis, users)
-    rows = _Rows()
-    for path in paths:
-        _read_file(backend, path, columns, axis, users, rows, advance)
-    kept = sum(len(batch) for batch in rows.users)
-    if kept == 0:
-        found = f"{rows.read} rows, none of which --where keeps" if rows.read else "no rows"
+    warnings: list[str] = []
+    tables = [open_table(path, columns, warnings) for path in paths]
+    checks = _Checks(backend, columns.where, axis, users, advance)
+    builder = backend.kernels.builder()
+    held = _Hold(checks) if builder is None else _Stream(checks, builder, tables)
+    for table in tables:
+        held.take(table)
+    if held.kept == 0:
+        found = f"{held.read} rows, none of which --where keeps" if held.read else "no rows"
         raise InputError(f"{pattern}: {found}; there is nothing to make vectors from.")
-    user_rows, user_count, user_ids = _user_rows(backend, _joined(backend, rows.users), users, pattern)
-    item_rows, item_count, item_ids = _item_rows(backend, _joined(backend, rows.items), axis, pattern)
-    weights = backend.xp.concatenate(rows.weights) if columns.weight else None
-    matrix = build(backend, user_rows, item_rows, weights, (user_count, item_count))
-    return InteractionTable(matrix, user_ids, item_ids, rows.read, kept, rows.warnings)
+    matrix, user_ids, item_ids = held.finish(pattern)
+    for table in tables:
+        if file_state(table.path) != table.state:
+            raise InputError(f"{table.path}: changed while it was read; run again when it is complete.")
+    return InteractionTable(matrix, user_ids, item_ids, held.read, held.kept, warnings)
 
 
-def _read_file(
-    backend: Backend,
-    path: str,
-    columns: Columns,
-    axis: ItemAxis,
-    users: int | Any | None,
-    rows: _Rows,
-    advance: Callable[[int], None],
-) -> None:
-    separator, names = header(path)
-    user = find_column(path, names, columns.user, USER_NAMES, "--user-column")
-    item = find_column(path, names, columns.item, ITEM_NAMES, "--item-column")
-    weight = find_column(path, names, columns.weight, (), "--weight-column") if columns.weight else None
-    asked = {
-        name: find_column(path, names, name, (), "--where") for name in (columns.where.columns if columns.where else ())
-    }
-    _check_split(path, names, columns.where, asked, rows.warnings)
-    wanted = list(dict.fromkeys([user, item, *([weight] if weight else []), *asked.values()]))
-    before = 0
-    for frame in backend.batches(path, separator, wanted):
-        positions = backend.xp.arange(before, before + len(frame))
-        before += len(frame)
-        rows.read += len(frame)
-        advance(len(frame))
+@dataclass(frozen=True)
+class _Checks:
+    """What every row must satisfy, whatever becomes of it."""
 
-        kept = frame
-        if columns.where:
-            named = frame.rename(columns={actual: name for name, actual in asked.items()})
-            keep = columns.where.mask(named, path, _rows_named(separator, positions))
-            kept = frame[keep]
-            positions = positions[backend.asarray(keep.to_numpy().astype(bool))]
-        if len(kept):
-            place = _rows_named(separator, positions)
-            _add_batch(backend, kept, (user, item, weight), axis, users, rows, path, place)
+    backend: Backend
+    where: Where | None
+    axis: ItemAxis
+    listed: int | Any | None
+    advance: Callable[[int], None]
 
+    def users(self, table: Table, batch: Batch) -> Any:
+        """User ids of a batch, int64 or text."""
+        place = f"{table.path}, column {table.user}"
+        column = ids.normalize(batch.frame[table.user], place, batch.row)
+        if isinstance(self.listed, int):
+            check_range(column, self.listed, place, batch.row, f"--users {self.listed}", "user")
+        return column
 
-def _add_batch(
-    backend: Backend,
-    frame: Any,
-    names: tuple[str, str, str | None],
-    axis: ItemAxis,
-    users: int | Any | None,
-    rows: _Rows,
-    path: str,
-    row: Callable[[int], str],
-) -> None:
-    user, item, weight = names
-    user_ids = ids.normalize(frame[user].reset_index(drop=True), f"{path}, column {user}", row)
-    item_ids = ids.normalize(frame[item].reset_index(drop=True), f"{path}, column {item}", row)
-    if isinstance(users, int):
-        _check_range(user_ids, users, f"{path}, column {user}", row, f"--users {users}", "user")
-    if axis.rows is not None:
-        _check_range(item_ids, axis.rows, f"{path}, column {item}", row, f"the features' {axis.rows} rows", "item")
-    rows.users.append(user_ids)
-    rows.items.append(item_ids)
-    if weight:
-        rows.weights.append(_weights(backend, frame[weight].reset_index(drop=True), f"{path}, column {weight}", row))
+    def items(self, table: Table, batch: Batch) -> Any:
+        """Item ids of a batch, int64 or text."""
+        place = f"{table.path}, column {table.item}"
+        column = ids.normalize(batch.frame[table.item], place, batch.row)
+        if self.axis.rows is not None:
+            check_range(column, self.axis.rows, place, batch.row, f"the features' {self.axis.rows} rows", "item")
+        return column
+
+    def weights(self, table: Table, batch: Batch) -> Any:
+        """Weights of a batch, (n,) float32, or None."""
+        if table.weight is None:
+            return None
+        place = f"{table.path}, column {table.weight}"
+        return _weights(self.backend, batch.frame[table.weight], place, batch.row).astype("float32")
+
+    def batches(self, table: Table, *wanted: str | None) -> Iterator[Batch]:
+        """Batches with these columns."""
+        return batches(self.backend, table, self.where, [name for name in wanted if name])
 
 
-def _check_range(column: Any, count: int, place: str, row: Callable[[int], str], what: str, kind: str) -> None:
-    """Ids that are row numbers: whole numbers in [0, count)."""
-    if ids.is_text(str(column.dtype)):
-        text = ~column.str.match(ids.WHOLE_NUMBER)
-        at = ids.first_true(text)
-        remedy = "features with an id column" if kind == "item" else "--users PATH, or no --users"
-        raise InputError(
-            f"{place}: {row(at)} has {kind} {column.iloc[at]!r}, but with {what} ids are row numbers;"
-            f" for text ids: {remedy}."
-        )
-    outside = (column < 0) | (column >= count)
-    if bool(outside.any()):
-        at = ids.first_true(outside)
-        raise InputError(
-            f"{place}: {row(at)} has {kind} {int(column.iloc[at])}, beyond {what}:"
-            f" row numbers run from 0 to {count - 1}."
-        )
+class _Hold:
+    """All rows held until the end, then sorted: on any device."""
+
+    def __init__(self, checks: _Checks) -> None:
+        self.read = self.kept = 0
+        self._checks = checks
+        self._users: list[Any] = []
+        self._items: list[Any] = []
+        self._weights: list[Any] = []
+
+    def take(self, table: Table) -> None:
+        """Read a table."""
+        checks = self._checks
+        for batch in checks.batches(table, table.user, table.item, table.weight):
+            self.read += batch.read
+            checks.advance(batch.read)
+            if len(batch.frame) == 0:
+                continue
+            self.kept += len(batch.frame)
+            self._users.append(checks.users(table, batch))
+            self._items.append(checks.items(table, batch))
+            if table.weight:
+                self._weights.append(checks.weights(table, batch))
+
+    def finish(self, place: str) -> tuple[Interactions, Any, Any]:
+        """R, and the ids of its rows and columns where they are not the row numbers."""
+        backend, axis, listed = self._checks.backend, self._checks.axis, self._checks.listed
+
+        def rows(parts: list[Any], resolve: Resolve) -> tuple[Any, int, Any]:
+            codes, found = joined(backend, parts).factorize()
+            rows, count, row_ids = resolve(backend.host_column(found))
+            return backend.asarray(rows)[backend.asarray(codes)], count, row_ids
+
+        if isinstance(listed, int):
+            users, user_count, user_ids = backend.asarray(joined(backend, self._users).values), listed, None
+        else:
+            users, user_count, user_ids = rows(self._users, lambda found: user_axis(found, place, listed))
+        if axis.rows is not None:
+            items, item_count, item_ids = backend.asarray(joined(backend, self._items).values), axis.rows, None
+        else:
+            items, item_count, item_ids = rows(self._items, lambda found: item_axis(found, place, axis))
+        weights = backend.xp.concatenate(self._weights) if self._weights else None
+        return build(backend, users, items, weights, (user_count, item_count)), user_ids, item_ids
+
+
+class _Stream:
+    """Rows counted as they are read, then put into R in place.
+
+    Tables whose ids are whole numbers are read twice, first for the users alone; of others each id is kept as
+    an int32 code.
+    """
+
+    def __init__(self, checks: _Checks, builder: Builder, tables: list[Table]) -> None:
+        self.read = self.kept = 0
+        self._checks = checks
+        self._builder = builder
+        axis, listed = checks.axis, checks.listed
+        self._again: list[Table] = []
+        self._coded: deque[tuple[Any, Any, Any]] = deque()
+        self._weighted = False
+        self._users: RowNumbers | Codes
+        self._items: RowNumbers | Codes
+        if isinstance(listed, int):
+            self._users = RowNumbers(listed, builder)
+        else:
+            rows = sum(table.whole or 0 for table in tables) if listed is None else 0
+            self._users = Codes(builder, rows)
+        self._items = RowNumbers(axis.rows, builder) if axis.rows is not None else Codes(builder, 0)
+
+    def take(self, table: Table) -> None:
+        """Read a table, or the columns of it that say how R is laid out."""
+        checks = self._checks
+        self._weighted = table.weight is not None
+        if table.whole is None:
+            for batch in checks.batches(table, table.user, table.item, table.weight):
+                self.read += batch.read
+                checks.advance(batch.read)
+                if len(batch.frame):
+                    self.kept += len(batch.frame)
+                    users = self._users.encode(checks.users(table, batch))
+                    items = self._items.encode(checks.items(table, batch))
+                    self._coded.append((users, items, checks.weights(table, batch)))
+            return
+        self._again.append(table)
+        join = isinstance(self._items, Codes)
+        for batch in checks.batches(table, table.user, table.item if join else None):
+            self.read += batch.read
+            checks.advance(batch.read // 2)  # the other half when it is read again
+            if len(batch.frame):
+                self.kept += len(batch.frame)
+                self._users.count(checks.users(table, batch).to_numpy())
+                if join:
+                    self._items.count(checks.items(table, batch).to_numpy())
+
+    def finish(self, place: str) -> tuple[Interactions, Any, Any]:
+        """R, and the ids of its rows and columns where they are not the row numbers."""
+        checks = self._checks
+        users, items = self._users, self._items
+        users.settle(lambda found: user_axis(found, place, checks.listed))
+        items.settle(lambda found: item_axis(found, place, checks.axis))
+        filling = self._builder.rows(users.starts(), self._weighted)
+        while self._coded:
+            user_codes, item_codes, weights = self._coded.popleft()
+            filling.add(users.rows_of_codes(user_codes), items.rows_of_codes(item_codes), weights)
+        for table in self._again:
+            for batch in checks.batches(table, table.user, table.item, table.weight):
+                if len(batch.frame):
+                    rows = users.rows(checks.users(table, batch).to_numpy())
+                    columns = items.rows(checks.items(table, batch).to_numpy())
+                    filling.add(rows, columns, checks.weights(table, batch))
+                checks.advance(batch.read - batch.read // 2)
+        return Interactions(filling.finish(), items.size), users.ids, items.ids
 
 
 def _weights(backend: Backend, column: Any, place: str, row: Callable[[int], str]) -> Any:
@@ -366,98 +446,6 @@ def _weights(backend: Backend, column: Any, place: str, row: Callable[[int], str
             raise InputError(f"{place}: {row(at)} has weight {column.iloc[at]!r}, which is not a number.")
     check_weights(backend, weights, place, row)
     return weights
-
-
-def row_name(separator: str | None, position: int) -> str:
-    """Name a row as an editor would show it: the line of a text file, the row of a Parquet file from 0."""
-    return f"row {position}" if separator is None else f"line {position + 2}"
-
-
-def _rows_named(separator: str | None, positions: Any) -> Callable[[int], str]:
-    """Names of the rows of a batch, whose places in the file are ``positions``."""
-    return lambda at: row_name(separator, int(positions[at]))
-
-
-def header(path: str) -> tuple[str | None, list[str]]:
-    """Separator (None for Parquet) and column names of a table.
-
-    Raises
-    ------
-    InputError
-        The file cannot be read, or is not a table.
-    """
-    import pyarrow as pa
-    import pyarrow.csv as pc
-    import pyarrow.parquet as pq
-
-    try:
-        if path.endswith((".parquet", ".pq")):
-            return None, list(pq.read_schema(path).names)
-        with pa.input_stream(path, compression="detect") as stream:
-            first = stream.read(1 << 20).split(b"\n", 1)[0].decode("utf-8-sig").rstrip("\r")
-        if not first.strip():
-            raise InputError(f"{path}: no header line; the first line names the columns.")
-        separator = "\t" if "\t" in first else ","
-        quoted = pa.BufferReader((first + "\n").encode())
-        table = pc.read_csv(quoted, parse_options=pc.ParseOptions(delimiter=separator))
-        return separator, list(table.column_names)
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: the first line is not UTF-8 text.") from None
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: {one_line(error)}") from None
-
-
-def find_column(path: str, names: list[str], wanted: str | None, known: tuple[str, ...], flag: str) -> str:
-    """Give the column that a name means; RecBole's typed headers (``user_id:token``) count as their bare name.
-
-    Raises
-    ------
-    InputError
-        No such column, or several.
-    """
-    if wanted is not None and names.count(wanted) == 1:
-        return wanted
-    if wanted is not None:
-        found = [name for name in names if wanted in (name, bare(name))]
-    else:
-        found = next(
-            (
-                hits
-                for one in known
-                if (hits := [name for name in names if bare(name).lower() in (one, one.replace("_", ""))])
-            ),
-            [],
-        )
-    if len(found) == 1:
-        return found[0]
-    listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    if found:
-        raise InputError(f"{path}: column {found[0]} stands there {len(found)} times; the columns are {listed}.")
-    if wanted is not None:
-        raise InputError(f"{path}: no column {wanted} ({flag}); the columns are {listed}.")
-    raise InputError(
-        f"{path}: none of the columns is named {', '.join(known)}; name it with {flag}. They are {listed}."
-    )
-
-
-def bare(name: str) -> str:
-    """Column name without RecBole's type."""
-    ending = next((ending for ending in _RECBOLE_TYPES if name.endswith(ending)), "")
-    return name.removesuffix(ending)
-
-
-def _check_split(path: str, names: list[str], where: Where | None, asked: dict[str, str], warned: list[str]) -> None:
-    """Refuse a table that says which rows are for validation and test, unless the caller says which to take."""
-    split = next((name for name in names if bare(name).lower() in SPLIT_NAMES), None)
-    if split is None or split in asked.values():
-        return
-    leak = "vectors made from validation or test rows leak them into training"
-    if where is None:
-        raise InputError(
-            f"{path} has a split column, {split}: {leak}.\n"
-            f'Say which rows to take, such as --where "{bare(split)} == 0".'
-        )
-    warned.append(f"{path} has a split column, {split}, which --where does not look at: {leak}")
 
 
 def _read_matrix(
@@ -514,128 +502,3 @@ def _read_matrix(
     count = users if isinstance(users, int) else user_count
     matrix = scipy.sparse.coo_array((matrix.data, (matrix.row, matrix.col)), shape=(count, axis.rows))
     return InteractionTable(from_matrix(backend, matrix, path), user_ids, None, read_rows, read_rows)
-
-
-def read_user_ids(backend: Backend, path: str, user_column: str | None) -> Any:
-    """Read ``--users PATH``: the ids of the users' rows, in order.
-
-    Parquet, CSV or TSV with a header (the user column, a known name, or the only column there is), or a .txt
-    of one id per line.
-
-    Returns
-    -------
-    pandas Series, shape (U,)
-
-    Raises
-    ------
-    InputError
-        Nothing there, a missing id, or one id twice.
-    """
-    paths = expand(path, (".parquet", ".pq", ".txt", *TEXT_EXTENSIONS))
-    parts = [part for one in paths for part in _user_id_batches(backend, one, user_column)]
-    if sum(map(len, parts)) == 0:
-        raise InputError(f"{path}: no user ids.")
-    column = _joined(backend, parts)
-    twice = column.duplicated()
-    if bool(twice.any()):
-        at = ids.first_true(twice)
-        raise InputError(
-            f"{path}: user {column.iloc[at]!r} stands there twice (again in row {at}); a user has one row."
-        )
-    return backend.host_column(column)
-
-
-def _user_id_batches(backend: Backend, path: str, user_column: str | None) -> Iterator[Any]:
-    if path.endswith(".txt"):
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: {one_line(error)}") from None
-        column = backend.tables.Series([line if line else None for line in lines], dtype="str")
-        yield ids.normalize(column, path, lambda at: f"line {at + 1}")
-        return
-    separator, names = header(path)
-    only = names[0] if len(names) == 1 and user_column is None else None
-    name = only or find_column(path, names, user_column, USER_NAMES, "--user-column")
-    before = 0
-    for frame in backend.batches(path, separator, [name]):
-
-        def row(at: int, before: int = before) -> str:
-            return row_name(separator, before + at)
-
-        yield ids.normalize(frame[name].reset_index(drop=True), f"{path}, column {name}", row)
-        before += len(frame)
-
-
-# Ids to rows and columns.
-
-
-def _joined(backend: Backend, parts: list[Any]) -> Any:
-    """One column from those of the batches; whole numbers become text where any batch holds text."""
-    if any(ids.is_text(str(part.dtype)) for part in parts):
-        parts = [part.astype("str") for part in parts]
-    return parts[0] if len(parts) == 1 else backend.tables.concat(parts, ignore_index=True)
-
-
-def _user_rows(backend: Backend, column: Any, users: int | Any | None, place: str) -> tuple[Any, int, Any]:
-    """Row of each interaction, U, and the ids of the rows where they are not the row numbers."""
-    if isinstance(users, int):
-        return backend.asarray(column.values), users, None
-    if users is None:
-        if not ids.is_text(str(column.dtype)):
-            count = int(column.max()) + 1
-            if int(column.min()) == 0 and count <= len(column) and column.nunique() == count:
-                return backend.asarray(column.values), count, None
-        codes, found = column.factorize(sort=True)
-        return backend.asarray(codes.astype("int64")), len(found), backend.host_column(found)
-    codes, found = column.factorize()
-    rows, outside = _positions(backend.host_column(found), users)
-    if outside is not None:
-        raise InputError(f"{place}: user {outside!r} is not among the {len(users)} of --users.")
-    return backend.asarray(rows)[backend.asarray(codes)], len(users), users
-
-
-def _item_rows(backend: Backend, column: Any, axis: ItemAxis, place: str) -> tuple[Any, int, Any]:
-    """Column of each interaction, I, and the ids of the columns where they are not the row numbers."""
-    if axis.rows is not None:
-        return backend.asarray(column.values), axis.rows, None
-    import pandas as pd
-
-    codes, found = column.factorize()
-    found = backend.host_column(found)
-    every = [found, *axis.known]
-    if any(ids.is_text(str(one.dtype)) for one in every):
-        every = [one.astype("str") for one in every]
-    axis_ids = pd.Series(pd.concat(every, ignore_index=True).unique()).sort_values(ignore_index=True)
-    known = pd.Index(pd.concat(every[1:], ignore_index=True).unique())
-    if not every[0].isin(known).any():
-        raise InputError(
-            f"{place}: none of the {len(found)} items has features: ids such as {every[0].iloc[0]!r} here,"
-            f" {known[0]!r} in the features."
-        )
-    rows, _ = _positions(found, axis_ids)
-    return backend.asarray(rows)[backend.asarray(codes)], len(axis_ids), axis_ids
-
-
-def positions(found: Any, axis_ids: Any) -> Any:
-    """Row of each id of ``found`` in ``axis_ids``, both pandas Series; every id must be there.
-
-    Returns
-    -------
-    numpy array, shape (n,), int64
-    """
-    rows, outside = _positions(found, axis_ids)
-    if outside is not None:
-        raise InputError(f"item {outside!r} of the features is not a row of the items.")
-    return rows
-
-
-def _positions(found: Any, axis_ids: Any) -> tuple[Any, Any]:
-    """Row of each id, -1 where there is none, and the first id without one."""
-    import pandas as pd
-
-    if ids.is_text(str(found.dtype)) or ids.is_text(str(axis_ids.dtype)):
-        found, axis_ids = found.astype("str"), axis_ids.astype("str")
-    rows = pd.Index(axis_ids).get_indexer(pd.Index(found)).astype(np.int64)
-    absent = np.flatnonzero(rows < 0)
-    return rows, found.iloc[absent[0]] if len(absent) else None

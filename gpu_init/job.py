@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -19,7 +20,7 @@ import pandas as pd
 from . import features, method
 from .artifact import Staging, check_modality
 from .backend import Backend, select
-from .blend import Weighting, norms, ranges
+from .blend import Weighting, item_norms, norms, ranges
 from .config import JobConfig, settings_to_dict
 from .errors import InputError
 from .features import FeatureTable, Modality
@@ -60,6 +61,7 @@ def run(config: JobConfig, progress: Progress) -> str:
     progress.say(f"backend {backend.name}: {backend.why}; kernels {backend.kernels.name}")
     with progress.step("fingerprint inputs"):
         inputs = _inputs(config)
+    _check_inputs(config, inputs)
     identity = _identity(config, inputs, backend)
     with Staging.open(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
         if staging.complete:
@@ -68,8 +70,14 @@ def run(config: JobConfig, progress: Progress) -> str:
         if staging.discarded:
             progress.say("an unfinished run was discarded; --resume would have gone on with it")
         data = _read(config, backend, progress)
+        projected = {}
+        if config.settings.dim is not None:  # all of them first: one that cannot be projected ends the job
+            projected = {name: _project(config, backend, data, name, staging, progress) for name in data.sources}
         statistics = {
-            name: _run_modality(config, backend, data, name, staging, progress) for name in list(data.modalities)
+            name: _run_modality(
+                config, backend, data, projected.get(name) or data.modality(backend, name), staging, progress
+            )
+            for name in data.sources
         }
         _save_ids(staging, data.table)
         manifest = _manifest(config, inputs, backend, data, statistics)
@@ -78,19 +86,31 @@ def run(config: JobConfig, progress: Progress) -> str:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round((datetime.now(UTC) - started).total_seconds(), 3),
             "steps": progress.timings,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": _peak_memory(),
         }
         return staging.commit(manifest)
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Source:
+    """One modality's features as read and checked; which items have it; where its rows stand among them."""
+
+    table: FeatureTable
+    mask: Any
+    rows: Any
+
+
+@dataclass(frozen=True)
 class _Data:
-    """All inputs, checked, on the device."""
+    """All inputs, checked. Features are taken to the device one modality at a time."""
 
     table: InteractionTable
-    modalities: dict[str, Modality]
+    sources: dict[str, _Source]
     operators: dict[str, Weighting]
-    source_widths: dict[str, int]
+
+    def modality(self, backend: Backend, name: str) -> Modality:
+        source = self.sources[name]
+        return features.align(backend, source.table, source.mask, source.rows)
 
 
 def _check_places(config: JobConfig) -> None:
@@ -100,12 +120,22 @@ def _check_places(config: JobConfig) -> None:
     out = os.path.realpath(config.out)
     require_utf8(out)
     users = [config.users] if isinstance(config.users, str) else []
-    for folder in (config.interactions, *config.features.values(), *users):
-        if os.path.isdir(folder) and out != (root := os.path.realpath(folder)) and out.startswith(f"{root}{os.sep}"):
+    for pattern in (config.interactions, *config.features.values(), *users):
+        root = os.path.realpath(pattern)
+        if os.path.isdir(pattern) and out != root and out.startswith(f"{root}{os.sep}"):
             raise InputError(
-                f"{config.out} is inside {folder}, whose files are input, and would be read as such later;"
+                f"{config.out} is inside {pattern}, whose files are input, and would be read as such later;"
                 " choose another output."
             )
+
+
+def _check_inputs(config: JobConfig, inputs: list[dict[str, Any]]) -> None:
+    """Refuse an output whose files are inputs too."""
+    out = os.path.realpath(config.out)
+    for one in inputs:
+        path = os.path.realpath(one["path"])
+        if path == out or path.startswith(f"{out}{os.sep}"):
+            raise InputError(f"{config.out} is the output, but {one['path']} is an input; choose another output.")
 
 
 # Read.
@@ -140,14 +170,16 @@ def _read(config: JobConfig, backend: Backend, progress: Progress) -> _Data:
         progress.warn(line)
     if table.user_ids is not None and config.users is None and not is_text(str(table.user_ids.dtype)):
         progress.say("user ids have gaps: rows follow the sorted ids, in users.parquet; --users N makes ids the rows")
-    modalities = {}
-    operators = {}
+    sources, operators = {}, {}
     for name, source in tables.items():
         rows = None if source.ids is None else _feature_rows(source, axis, table)
-        modalities[name] = features.align(backend, source, present[name], rows, table.interactions.items)
-        operators[name] = method.weighting(backend, table.interactions, modalities[name], config.settings.weighting)
-        method.check_clusters(modalities[name], operators[name], config.settings)
-    return _Data(table, modalities, operators, {name: source.values.shape[1] for name, source in tables.items()})
+        mask = features.align_mask(present[name], rows, table.interactions.items)
+        sources[name] = _Source(source, mask, rows)
+        operators[name] = method.weighting(
+            backend, table.interactions, backend.asarray(mask), config.settings.weighting
+        )
+        method.check_clusters(name, int(mask.sum()), operators[name], config.settings)
+    return _Data(table, sources, operators)
 
 
 def _item_axis(tables: Mapping[str, FeatureTable]) -> ItemAxis:
@@ -185,13 +217,11 @@ def _feature_rows(source: FeatureTable, axis: ItemAxis, table: InteractionTable)
 
 
 def _run_modality(
-    config: JobConfig, backend: Backend, data: _Data, name: str, staging: Staging, progress: Progress
+    config: JobConfig, backend: Backend, data: _Data, modality: Modality, staging: Staging, progress: Progress
 ) -> dict[str, Any]:
-    """Project, cluster, and write every user's row; returns the modality's part of the manifest."""
-    settings = config.settings
-    modality, operator, matrix = data.modalities.pop(name), data.operators[name], data.table.interactions
-    if settings.dim is not None:
-        modality = _project(config, backend, modality, staging, progress)
+    """Cluster, and write every user's row; returns the modality's part of the manifest."""
+    settings, name = config.settings, modality.name
+    operator, matrix = data.operators[name], data.table.interactions
     width = modality.values.shape[1]
     step_rows = method.block_rows(width, min(config.memory or BLOCK_BYTES, BLOCK_BYTES))
     facts, labels = _cluster(config, backend, data, modality, staging, progress)
@@ -210,10 +240,9 @@ def _run_modality(
     written = staging.load(users)
     host_labels = backend.to_host(labels[1])
     warm = int(operator.warm.sum())
-    items = backend.asarray(modality.values)[modality.present]
     return {
         "width": width,
-        "source_width": data.source_widths[name],
+        "source_width": data.sources[name].table.values.shape[1],
         "items": modality.n_present,
         "missing_items": matrix.items - modality.n_present,
         "warm_users": warm,
@@ -224,7 +253,7 @@ def _run_modality(
         "kmeans": facts["kmeans"],
         "norms": {
             "users": norms(np, (written[part] for part in ranges(matrix.users, 4096))),
-            "items": norms(backend.xp, iter([items])),
+            "items": item_norms(backend, modality),
             "centroids": norms(backend.xp, iter([labels[0]])),
         },
         "scale": plan.scale,
@@ -232,22 +261,23 @@ def _run_modality(
     }
 
 
-def _project(config: JobConfig, backend: Backend, modality: Modality, staging: Staging, progress: Progress) -> Modality:
+def _project(
+    config: JobConfig, backend: Backend, data: _Data, name: str, staging: Staging, progress: Progress
+) -> Modality:
     """Projected items, worked out or taken from the run that is resumed; an output too."""
-    items, mask = f"{modality.name}/items.npy", f"{modality.name}/items_mask.npy"
-    if staging.finished(items) is not None:
-        return features.Modality(
-            modality.name, backend.asarray(staging.load(items)), modality.present, modality.n_present
-        )
     assert config.settings.dim is not None
-    with progress.step(f"project {modality.name}") as step:
-        projection = features.fit_projection(backend, modality, config.settings.dim, config.settings.whiten)
-        projected = features.project(backend, modality, projection)
-        step.note(width=config.settings.dim)
-    staging.save(items, backend.to_host(projected.values))
-    staging.save(mask, backend.to_host(projected.present))
-    staging.finish(items, {})
-    return projected
+    items, mask = f"{name}/items.npy", f"{name}/items_mask.npy"
+    if staging.finished(items) is None:
+        with progress.step(f"project {name}") as step:
+            modality = data.modality(backend, name)
+            projection = features.fit_projection(backend, modality, config.settings.dim, config.settings.whiten)
+            values = backend.to_host(features.project(backend, modality, projection).values)
+            step.note(width=config.settings.dim)
+        staging.save(items, values)
+        staging.save(mask, data.sources[name].mask)
+        staging.finish(items, {})
+    present = data.sources[name].mask
+    return Modality(name, backend.asarray(staging.load(items)), backend.asarray(present), int(present.sum()))
 
 
 def _cluster(
@@ -279,6 +309,15 @@ def _cluster(
     }
     staging.finish(f"{name}/clusters", facts)
     return facts, labels
+
+
+def _peak_memory() -> int:
+    """Most bytes that were resident. Not `ru_maxrss` where Linux tells: that includes the process that started this."""
+    with suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _sizes(labels: Any, clusters: int) -> list[int]:

@@ -22,7 +22,9 @@ from .kernels import Csr
 BLOCK_ROWS = 4096  # fixed, so that sums run in one order whatever the memory or the number of threads
 TILE_ROWS = 16 * BLOCK_ROWS  # rows made at a time by the tiled form
 SAMPLE_ROWS = 8192  # that the library clusters, 256 per cluster at least
-STEPS = 1000
+STEPS = 300  # of Lloyd until the tolerance is met, as scikit-learn's default
+TOLERANCE = 1e-4  # of the mean variance that centroids may move in all, likewise
+SETTLING_WORK = 1 << 36  # multiplications that may go into steps after that, until no label changes
 _MARGIN = 1e-4  # of the mean distance: how far float32 may be off, many times over
 
 
@@ -37,12 +39,11 @@ class Clusters:
     labels : array, shape (n,), int32
         Nearest centroid of each row.
     inertia : list of float
-        Sum of squared distances to the nearest centroid, at the first step on all rows and at each of the last
-        ones; the last is final.
+        Sum of squared distances to the centroid of each row's label after each step on all rows; the last is final.
     iterations : int
         Lloyd iterations on all rows.
     settled : bool
-        Whether labels stopped changing within the limit.
+        Whether no label changed any more; else centroids moved less than the tolerance, or steps ran out.
     form : str
         ``dense``, ``tiled`` or ``factored``.
     """
@@ -75,12 +76,15 @@ def fit(backend: Backend, points: Points, clusters: int, seed: int) -> Clusters:
     -------
     Clusters
     """
+    xp = backend.xp
     size = min(sample_size(clusters), len(points))
     sample = np.sort(np.random.default_rng(seed).choice(len(points), size, replace=False))
-    centroids = backend.kmeans(points.rows(backend.asarray(sample)), clusters, seed).astype(backend.xp.float32)
-    centroids, start, steps = descend(backend, points, centroids)
-    centroids, labels, inertia, settled = settle(backend, points, centroids)
-    return Clusters(centroids, labels, [start, *inertia], steps + len(inertia), settled, points.form)
+    centroids = backend.kmeans(points.rows(backend.asarray(sample), xp.float32), clusters, seed)
+    centroids = (centroids.astype(xp.float64) + points.middle).astype(xp.float32)
+    more = SETTLING_WORK // (len(points) * clusters * len(points.middle))
+    centroids, history, settled = descend(backend, points, centroids, more)
+    centroids, labels, inertia, settled = settle(backend, points, centroids, STEPS if settled else 2)
+    return Clusters(centroids, labels, history + inertia, len(history) + len(inertia), settled, points.form)
 
 
 def sample_size(clusters: int) -> int:
@@ -88,81 +92,93 @@ def sample_size(clusters: int) -> int:
     return max(SAMPLE_ROWS, 256 * clusters)
 
 
-def settle(backend: Backend, points: Points, centroids: Any) -> tuple[Any, Any, list[float], bool]:
-    """Lloyd's steps in float64 until no label changes.
+def settle(backend: Backend, points: Points, centroids: Any, steps: int = STEPS) -> tuple[Any, Any, list[float], bool]:
+    """Lloyd's steps in float64 until no label changes, at most so many.
 
     Returns
     -------
-    centroids (K, D) float32, labels (n,) int32, inertia per step, whether labels settled
+    centroids (K, D) float32, labels (n,) int32, the nearest of them, inertia per step, whether labels settled
     """
     inertia: list[float] = []
     before = None
-    for _ in range(STEPS):
+    for step in range(steps + 1):
         labels, distances, sums, counts = points.step(centroids)
         inertia.append(float(distances.sum()))
-        if before is not None and bool((labels == before).all()):
-            return centroids, labels, inertia, True
+        settled = before is not None and bool((labels == before).all())
+        if settled or step == steps:
+            break
         centroids = _means(backend, points, centroids, distances, sums, counts)
         before = labels
-    labels, distances, _, _ = points.step(centroids)
-    return centroids, labels, [*inertia, float(distances.sum())], False
+    return centroids, labels, inertia, settled
 
 
-def descend(backend: Backend, points: Points, centroids: Any) -> tuple[Any, float, int]:
+def descend(backend: Backend, points: Points, centroids: Any, more: int = STEPS) -> tuple[Any, list[float], bool]:
     """Lloyd's steps in float32, looking only at rows whose label may change, until none does.
 
     A row keeps its label while its distance to its centroid, bounded above by how far centroids moved since it
     was last looked at, stays below the bound to the others (Hamerly, SDM 2010). Few rows in doubt are made and
-    looked at one by one; many go the way of the form.
+    looked at one by one; many go the way of the form. Once centroids move less than `TOLERANCE`, or after
+    `STEPS`, at most ``more`` steps follow.
 
     Returns
     -------
-    centroids (K, D) float32, inertia at the first step, number of steps
+    centroids (K, D) float32, inertia after each step, whether labels settled
     """
     xp = backend.xp
-    clusters = len(centroids)
+    clusters, middle = len(centroids), points.middle
     labels = xp.full(len(points), -1, xp.int32)
     upper, lower = xp.full(len(points), xp.inf), xp.zeros(len(points))
-    sums = xp.zeros(centroids.shape, xp.float64)
+    sums = xp.zeros(centroids.shape, xp.float64)  # of rows less the middle
+    spread = float(points.squared_norms.sum())
     doubtful = xp.arange(len(points))
-    start = margin = 0.0
-    for step in range(STEPS):
+    history: list[float] = []
+    margin = 0.0
+    limit = STEPS + more
+    while len(history) < limit:
         look = points.look_at if points.few(len(doubtful)) else points.assign
         found, least, second = look(doubtful, centroids, xp.float32)
         norms = points.squared_norms[doubtful]
         upper[doubtful] = xp.sqrt(xp.maximum(least + norms, 0.0))
         lower[doubtful] = xp.sqrt(xp.maximum(second + norms, 0.0))
-        if step == 0:
-            start = float((upper * upper).sum())
-            margin = _MARGIN * float(upper.mean())
         changed = found != labels[doubtful]
         moved, after = doubtful[changed], found[changed]
         if len(moved) == 0:
-            return centroids, start, step
+            return centroids, history, True
         before, labels[moved] = labels[moved], after
         if points.few(len(moved)):
-            sums += _moves(xp, before, after, clusters) @ points.rows(moved)
+            sums += _moves(xp, before, after, clusters) @ points.rows(moved, xp.float32)
         else:
             sums = points.sums(labels, clusters, xp.float32)
+        counts = xp.bincount(labels, minlength=clusters)
+        if not history:
+            margin = _MARGIN * float(upper.mean())
+        history.append(spread - float(((sums * sums).sum(axis=1) / xp.maximum(counts, 1)).sum()))
         last = centroids
-        centroids = _means(backend, points, last, upper * upper, sums, xp.bincount(labels, minlength=clusters))
+        centroids = _means(backend, points, last, upper * upper, sums, counts)
         shifts = xp.sqrt(((centroids.astype(xp.float64) - last) ** 2).sum(axis=1))
+        mean = sums.sum(axis=0) / len(points)
+        variance = (spread / len(points) - float(mean @ mean)) / len(middle)
+        if limit > len(history) + more and float((shifts * shifts).sum()) <= TOLERANCE * variance:
+            limit = len(history) + more
         upper += shifts[labels]
         lower -= shifts.max()
         doubtful = xp.flatnonzero(upper + margin > lower)
-    return centroids, start, STEPS
+    return centroids, history, False
 
 
 def _means(backend: Backend, points: Points, centroids: Any, distances: Any, sums: Any, counts: Any) -> Any:
-    """New centroids, (K, D) float32; clusters left empty take the farthest rows, as scikit-learn has it."""
+    """New centroids, (K, D) float32, from sums of rows less the middle.
+
+    Clusters left empty take the farthest rows, as scikit-learn has it.
+    """
     xp = backend.xp
     filled = counts > 0
-    means = xp.where(filled[:, None], sums / xp.maximum(counts, 1)[:, None], centroids)
+    means = xp.where(filled[:, None], sums / xp.maximum(counts, 1)[:, None] + points.middle, centroids)
     empty = xp.flatnonzero(~filled)
     if len(empty):
         farthest = xp.argsort(-distances, kind="stable")[: len(empty)]
         farthest = farthest[distances[farthest] > 0]  # none where distinct rows are fewer than clusters
-        means[empty[: len(farthest)]] = points.rows(farthest)
+        means[empty[: len(farthest)]] = points.rows(farthest, xp.float64) + points.middle
     return means.astype(xp.float32)
 
 
@@ -198,8 +214,8 @@ class Points(ABC):
         """Squared length of each row less the middle, (n,) float64."""
 
     @abstractmethod
-    def rows(self, index: Any) -> Any:
-        """Some of the rows, (len(index), D) float32."""
+    def rows(self, index: Any, dtype: Any) -> Any:
+        """Some of the rows less the middle, (len(index), D) float32 or float64."""
 
     def few(self, count: int) -> bool:
         """Whether so many rows are better made than sent the way of the form."""
@@ -209,18 +225,14 @@ class Points(ABC):
         """As `assign`, for rows that are made all at once."""
         xp = self.backend.xp
         labels, least, second = xp.empty(len(index), xp.int32), xp.empty(len(index)), xp.empty(len(index))
-        rows = self.rows(index)
+        rows = self.rows(index, dtype)
         table = centroids.astype(xp.float64) - self.middle
         lengths = (table * table).sum(axis=1)
+        columns = table.T.astype(dtype)
 
         def work(part: slice) -> None:
-            block = rows[part].astype(dtype) - self.middle.astype(dtype)
-            scores = lengths - 2.0 * (block @ table.T.astype(dtype))
-            found = scores.argmin(axis=1)[:, None]
-            labels[part] = found[:, 0]
-            least[part] = xp.take_along_axis(scores, found, axis=1)[:, 0]
-            xp.put_along_axis(scores, found, xp.inf, axis=1)
-            second[part] = scores.min(axis=1)
+            products = xp.ascontiguousarray(rows[part] @ columns)
+            labels[part], least[part], second[part] = self.backend.kernels.nearest_two(products, lengths)
 
         for _ in self.backend.in_order(work, _parts(len(index))):
             pass
@@ -238,15 +250,15 @@ class Points(ABC):
         return tuple(map(self.backend.xp.concatenate, zip(*tiles, strict=True)))
 
     def sums(self, labels: Any, clusters: int, dtype: Any) -> Any:
-        """Sums of the rows of each label, (K, D) float64; products are taken in ``dtype``."""
+        """Sums of the rows less the middle of each label, (K, D) float64; products are taken in ``dtype``."""
         xp = self.backend.xp
         total = xp.zeros((clusters, len(self.middle)), xp.float64)
         for tile in _parts(len(self), TILE_ROWS):
-            rows = self.rows(xp.arange(tile.start, tile.stop))
+            rows = self.rows(xp.arange(tile.start, tile.stop), dtype)
             own = labels[tile]
 
             def work(part: slice, rows: Any = rows, own: Any = own) -> Any:
-                return self._one_hot(own[part], clusters).astype(dtype) @ rows[part].astype(dtype)
+                return self._one_hot(own[part], clusters).astype(dtype) @ rows[part]
 
             for partial in self.backend.in_order(work, _parts(len(own))):
                 total += partial
@@ -257,8 +269,8 @@ class Points(ABC):
 
         Returns
         -------
-        labels (n,) int32, the first of equals; squared distances (n,) float64; the sums of the rows of each
-        label (K, D) float64; their counts (K,)
+        labels (n,) int32, the first of equals; squared distances (n,) float64; the sums of the rows less the
+        middle of each label (K, D) float64; their counts (K,)
         """
         xp = self.backend.xp
         labels, least, _ = self.assign(xp.arange(len(self)), centroids, xp.float64)
@@ -276,7 +288,7 @@ class Points(ABC):
 
 
 class Dense(Points):
-    """Rows of a matrix (n, D) float32, C order."""
+    """Rows of a matrix (n, D), float32 or float64."""
 
     form = "dense"
 
@@ -286,10 +298,10 @@ class Dense(Points):
 
     @cached_property
     def middle(self) -> Any:
-        """See `Points.middle`."""
+        """See `Points.middle`: the mean."""
         xp = self.backend.xp
-        totals = self.backend.in_order(lambda part: self._matrix[part].sum(axis=0, dtype=xp.float64), _parts(len(self)))
-        return sum(totals) / len(self)
+        sums = self.backend.in_order(lambda part: self._matrix[part].sum(axis=0, dtype=xp.float64), _parts(len(self)))
+        return sum(sums) / len(self)
 
     @cached_property
     def squared_norms(self) -> Any:
@@ -297,14 +309,14 @@ class Dense(Points):
         xp = self.backend.xp
 
         def work(part: slice) -> Any:
-            block = self._matrix[part].astype(xp.float64) - self.middle
+            block = self._matrix[part] - self.middle
             return (block * block).sum(axis=1)
 
         return xp.concatenate(list(self.backend.in_order(work, _parts(len(self)))))
 
-    def rows(self, index: Any) -> Any:
+    def rows(self, index: Any, dtype: Any) -> Any:
         """See `Points.rows`."""
-        return self._matrix[index]
+        return (self._matrix[index] - self.middle).astype(dtype, copy=False)
 
 
 class Tiled(Points):
@@ -348,7 +360,7 @@ class Tiled(Points):
         norms = kernels.squared_norms(self._csr, self._features, self._row_scale, self._item_scale, self.middle)
         return norms[self.users]
 
-    def rows(self, index: Any) -> Any:
+    def rows(self, index: Any, dtype: Any) -> Any:
         """See `Points.rows`."""
         xp = self.backend.xp
         users = self.users[index]
@@ -359,7 +371,9 @@ class Tiled(Points):
         entries += (starts - indptr[:-1])[own]
         weights = None if self._csr.weights is None else self._csr.weights[entries]
         chosen = Csr(indptr, self._csr.indices[entries], weights)
-        return self.backend.kernels.aggregate(chosen, self._features, self._row_scale[users], self._item_scale)
+        kernels = self.backend.kernels
+        scales = (self._row_scale[users], self._item_scale)
+        return kernels.aggregate(chosen, self._features, *scales, self.middle, dtype)
 
     def _items(self, part: slice, dtype: Any) -> Any:
         """Rows of F; those of missing items are zero."""
@@ -413,7 +427,7 @@ class Factored(Tiled):
 
         for partial in self.backend.in_order(work, _parts(len(self._features))):
             total += partial
-        return total
+        return total - by_item.sum(axis=0)[:, None] * self.middle
 
 
 def _parts(count: int, step: int = BLOCK_ROWS) -> Iterator[slice]:

@@ -18,20 +18,22 @@ from .errors import InputError
 from .features import Modality
 from .interactions import Interactions, from_matrix
 
-DENSE_BYTES = 1 << 30  # that the users' means may take as a matrix
+DENSE_BYTES = 1 << 30  # that the users' means may take as a matrix of float64
 ARRAY_BLOCK_BYTES = 64 << 20  # of the result, per kernel call, where nobody says how much memory there is
 
 
-def weighting(backend: Backend, interactions: Interactions, modality: Modality, kind: str) -> Weighting:
+def weighting(backend: Backend, interactions: Interactions, present: Any, kind: str) -> Weighting:
     """Sections 2.1, 2.3 and 2.8: degrees over the items that have the modality, and A from them.
 
     Parameters
     ----------
+    present : array, shape (I,), bool
+        Which items have the modality.
     kind : {"mean", "sym"}
         ``mean``: A = D_U^-1 R; ``sym``: A = D_U^-1/2 R D_I^-1/2.
     """
     xp = backend.xp
-    present = modality.present.astype(xp.float64)
+    present = present.astype(xp.float64)
     degrees = interactions.user_degrees(backend, present)
     mean_rows = _power(xp, degrees, -1.0)
     if kind == "mean":
@@ -46,19 +48,7 @@ def _power(xp: Any, degrees: Any, exponent: float) -> Any:
     return xp.where(used, xp.where(used, degrees, 1.0) ** exponent, 0.0)
 
 
-def local(backend: Backend, interactions: Interactions, modality: Modality, operator: Weighting, rows: slice) -> Any:
-    """Section 2.3: ``L = A F`` for a range of users, (n, D) float32."""
-    csr = interactions.csr.rows(rows.start, rows.stop)
-    return backend.kernels.aggregate(csr, modality.values, operator.local_rows[rows], operator.local_items)
-
-
-def means(backend: Backend, interactions: Interactions, modality: Modality, operator: Weighting, rows: slice) -> Any:
-    """Interaction-weighted means ``M = D_U^-1 R F`` for a range of users, (n, D) float32."""
-    csr = interactions.csr.rows(rows.start, rows.stop)
-    return backend.kernels.aggregate(csr, modality.values, operator.mean_rows[rows], operator.present)
-
-
-def check_clusters(modality: Modality, operator: Weighting, settings: Settings) -> None:
+def check_clusters(name: str, n_present: int, operator: Weighting, settings: Settings) -> None:
     """Section 2.8: K is bounded by the warm users of the modality; none warm is an error.
 
     Raises
@@ -68,16 +58,14 @@ def check_clusters(modality: Modality, operator: Weighting, settings: Settings) 
     """
     warm = int(operator.warm.sum())
     if warm == 0:
-        raise InputError(f"modality {modality.name}: no user has an interaction with an item that has it.")
+        raise InputError(f"modality {name}: no user has an interaction with an item that has it.")
     if settings.clusters > warm:
         raise InputError(
-            f"modality {modality.name}: {settings.clusters} clusters, but {warm} users with interactions;"
-            " lower --clusters."
+            f"modality {name}: {settings.clusters} clusters, but {warm} users with interactions; lower --clusters."
         )
-    if settings.cluster_on == "items" and settings.clusters > modality.n_present:
+    if settings.cluster_on == "items" and settings.clusters > n_present:
         raise InputError(
-            f"modality {modality.name}: {settings.clusters} clusters, but {modality.n_present} items that have it;"
-            " lower --clusters."
+            f"modality {name}: {settings.clusters} clusters, but {n_present} items that have it; lower --clusters."
         )
 
 
@@ -107,7 +95,7 @@ def clusters(
         user_labels[warm] = found.labels
         return Clustering(found.centroids, user_labels, None, found)
     kept = xp.flatnonzero(modality.present)
-    points = kmeans.Dense(backend, modality.values[kept])
+    points = kmeans.Dense(backend, modality.values if len(kept) == interactions.items else modality.values[kept])
     found = kmeans.fit(backend, points, settings.clusters, settings.seed)
     item_labels = xp.full(interactions.items, -1, xp.int32)
     item_labels[kept] = found.labels
@@ -126,7 +114,9 @@ def _cluster_users(
     if form == "factored":
         points = kmeans.Factored(*arguments)
     elif form == "dense":
-        points = kmeans.Dense(backend, points.rows(backend.xp.arange(len(points))))
+        matrix = points.rows(backend.xp.arange(len(points)), backend.xp.float64)
+        matrix += points.middle
+        points = kmeans.Dense(backend, matrix)
     return kmeans.fit(backend, points, settings.clusters, settings.seed)
 
 
@@ -139,7 +129,7 @@ def kmeans_form(users: int, pairs: int, clusters: int, width: int) -> str:
     """
     if users > kmeans.sample_size(clusters) and pairs * clusters <= 4 * width * users:
         return "factored"
-    return "dense" if 4 * users * width <= DENSE_BYTES else "tiled"
+    return "dense" if 8 * users * width <= DENSE_BYTES else "tiled"
 
 
 def cold_vector(
@@ -344,8 +334,8 @@ def initialize(
             )
     operators = {}
     for name, modality in sources.items():
-        operators[name] = _weighting(device, matrix, modality, settings.weighting)
-        check_clusters(modality, operators[name], settings)
+        operators[name] = _weighting(device, matrix, modality.present, settings.weighting)
+        check_clusters(name, modality.n_present, operators[name], settings)
     return Result({name: _initialize_one(device, matrix, sources[name], operators[name], settings) for name in sources})
 
 

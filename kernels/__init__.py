@@ -9,7 +9,7 @@ from gpu_init.errors import InputError
 
 from .csr import Csr
 
-__all__ = ["Csr", "Kernels", "cpu_kernels"]
+__all__ = ["Builder", "Csr", "Kernels", "Numbers", "Rows", "cpu_kernels"]
 
 
 class Kernels(Protocol):
@@ -25,8 +25,8 @@ class Kernels(Protocol):
     def row_sums(self, csr: Csr, item_values: Any) -> Any:
         """``R v`` for one column ``v`` (I,) float64; returns (n,) float64."""
 
-    def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any) -> Any:
-        """``A F`` for features (I, D); returns (n, D) float32, C order."""
+    def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any, dtype: Any) -> Any:
+        """``A F - middle`` for features (I, D) and a point (D,) float64; returns (n, D) of the dtype, C order."""
 
     def aggregate_blend(
         self,
@@ -66,8 +66,60 @@ class Kernels(Protocol):
         (m,) float64, the latter infinite for a single centroid.
         """
 
+    def nearest_two(self, products: Any, lengths: Any) -> tuple[Any, Any, Any]:
+        """As `assign`, for rows whose products with the centroids (m, K) are there; safe in several threads."""
+
     def label_sums(self, csr: Csr, rows: Any, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
         """Add ``A^T Z`` of the given rows (m,), Z their labels (m,) one-hot, to ``sums`` (I, K) float64."""
+
+    def builder(self) -> Builder | None:
+        """What makes R from batches of interactions, or None: then the caller holds them all and sorts."""
+
+
+class Builder(Protocol):
+    """Makes R from batches of interactions in little more memory than R takes: counts first, then fills."""
+
+    def count(self, rows: Any, degrees: Any) -> None:
+        """Add 1 to ``degrees`` (U,) int64 for each of ``rows`` (n,) int64, all within [0, U)."""
+
+    def numbers(self) -> Numbers:
+        """Start with no number known."""
+
+    def rows(self, starts: Any, weighted: bool) -> Rows:
+        """Start R from ``starts`` (U + 1,) int64, where each row starts and the last ends; it becomes `indptr`.
+
+        Raises
+        ------
+        ResourceError
+            R does not fit in memory.
+        """
+
+
+class Numbers(Protocol):
+    """Distinct whole numbers, coded 0, 1, ... in order of appearance, and how often each came."""
+
+    def encode(self, numbers: Any) -> Any:
+        """Codes (n,) int32 of ``numbers`` (n,) int64, new ones for those not seen before; counts them."""
+
+    def find(self, numbers: Any) -> Any:
+        """Codes (n,) int32 of ``numbers`` (n,) int64, -1 for those not seen before."""
+
+    def known(self) -> tuple[Any, Any]:
+        """The numbers (m,) int64 in order of their codes, and how often each came (m,) int64."""
+
+
+class Rows(Protocol):
+    """Interactions on their way into R."""
+
+    def add(self, rows: Any, columns: Any, weights: Any) -> None:
+        """Put rows and columns (n,) int64 and weights (n,) float32 or None where they belong.
+
+        Over all calls each row must come as often as ``starts`` says; what does not fit is left out,
+        and so is a call with rows outside R.
+        """
+
+    def finish(self) -> Csr:
+        """Canonical rows: sorted by item; duplicates summed in float64, in order of weight; no zeros."""
 
 
 def cpu_kernels() -> Kernels:

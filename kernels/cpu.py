@@ -6,14 +6,14 @@ number of threads.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 from numba import njit, prange
 
+from .build import NumbaBuilder
+from .compiled import compiled, compiled_serial
 from .csr import Csr
 
 _PARTS_PER_THREAD = 16
@@ -24,34 +24,7 @@ _NO_LABELS = np.empty(0, np.int32)
 _NO_SCALE = np.empty(0, np.float64)
 
 
-def _cache_folder() -> str | None:
-    """A folder of the user's own for compiled code, or None: then every process compiles anew.
-
-    numba's own choice fails on a read-only installation, and a shared folder would be a way in: its index
-    is unpickled.
-    """
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(base) / "gpu-init" / "numba"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return None
-    return str(folder) if os.access(folder, os.W_OK | os.X_OK) and folder.stat().st_uid == os.getuid() else None
-
-
-def _compiled(function: Any) -> Any:
-    """Compile in parallel, keeping the machine code where `_cache_folder` says, or where NUMBA_CACHE_DIR does."""
-    config: Any = numba.config
-    before = config.CACHE_DIR
-    folder = before or _cache_folder()
-    try:
-        config.CACHE_DIR = folder or ""  # read when the decorator runs, so it need not stay set for others
-        return njit(parallel=True, cache=folder is not None, nogil=True, error_model="numpy")(function)
-    finally:
-        config.CACHE_DIR = before
-
-
-@_compiled
+@compiled
 def _row_sums(bounds, indptr, indices, weights, item_values, out):  # type: ignore[no-untyped-def]
     weighted = weights.size > 0
     for part in prange(bounds.size - 1):
@@ -108,19 +81,22 @@ def _add_items(  # type: ignore[no-untyped-def]
         entry += 1
 
 
-@_compiled
-def _aggregate(bounds, indptr, indices, weights, features, row_scale, item_scale, out):  # type: ignore[no-untyped-def]
+@compiled
+def _aggregate(  # type: ignore[no-untyped-def]
+    bounds, indptr, indices, weights, features, row_scale, item_scale, middle, out
+):
     width = features.shape[1]
     for part in prange(bounds.size - 1):
         total = np.empty(width, np.float64)
         for row in range(bounds[part], bounds[part + 1]):
-            total[:] = 0.0
+            for column in range(width):
+                total[column] = -middle[column]
             _add_items(total, row_scale[row], indptr[row], indptr[row + 1], indices, weights, item_scale, features)
             for column in range(width):
                 out[row, column] = total[column]
 
 
-@_compiled
+@compiled
 def _aggregate_blend(  # type: ignore[no-untyped-def]
     bounds,
     indptr,
@@ -165,7 +141,7 @@ def _aggregate_blend(  # type: ignore[no-untyped-def]
                 out[row, column] = total[column]
 
 
-@_compiled
+@compiled
 def _squared_norms(  # type: ignore[no-untyped-def]
     bounds, indptr, indices, weights, features, row_scale, item_scale, middle, out
 ):
@@ -182,9 +158,26 @@ def _squared_norms(  # type: ignore[no-untyped-def]
             out[row] = squares
 
 
-@_compiled
+@njit(inline="always")
+def _two_least(products, factor, lengths):  # type: ignore[no-untyped-def]
+    """Where ``lengths - factor * products`` is least, first of equals, the value there, and the second least."""
+    label = 0
+    best = np.inf
+    runner_up = np.inf
+    for cluster in range(lengths.size):
+        score = lengths[cluster] - factor * products[cluster]
+        if score < best:
+            runner_up = best
+            best = score
+            label = cluster
+        elif score < runner_up:
+            runner_up = score
+    return label, best, runner_up
+
+
+@compiled
 def _assign(  # type: ignore[no-untyped-def]
-    bounds, rows, indptr, indices, weights, table, row_scale, item_scale, lengths, labels, least, second
+    bounds, indptr, indices, weights, rows, table, row_scale, item_scale, lengths, labels, least, second
 ):
     weighted = weights.size > 0
     clusters = table.shape[1]
@@ -200,25 +193,18 @@ def _assign(  # type: ignore[no-untyped-def]
                     factor *= weights[entry]
                 if factor != 0.0:
                     _add_row(products, factor, table, item)
-            label = 0
-            best = np.inf
-            runner_up = np.inf
-            for cluster in range(clusters):
-                score = lengths[cluster] - 2.0 * row_scale[row] * products[cluster]
-                if score < best:
-                    runner_up = best
-                    best = score
-                    label = cluster
-                elif score < runner_up:
-                    runner_up = score
-            labels[at] = label
-            least[at] = best
-            second[at] = runner_up
+            labels[at], least[at], second[at] = _two_least(products, 2.0 * row_scale[row], lengths)
 
 
-@_compiled
+@compiled_serial
+def _nearest_two(products, lengths, labels, least, second):  # type: ignore[no-untyped-def]
+    for at in range(products.shape[0]):
+        labels[at], least[at], second[at] = _two_least(products[at], 2.0, lengths)
+
+
+@compiled
 def _label_sums(  # type: ignore[no-untyped-def]
-    rows, indptr, indices, weights, labels, row_scale, item_scale, partial
+    indptr, indices, weights, rows, labels, row_scale, item_scale, partial
 ):
     weighted = weights.size > 0
     parts = partial.shape[0]
@@ -239,17 +225,20 @@ class NumbaKernels:
 
     name = "numba"
 
+    def builder(self) -> NumbaBuilder:
+        """See `Kernels.builder`."""
+        return NumbaBuilder()
+
     def row_sums(self, csr: Csr, item_values: Any) -> Any:
         """See `Kernels.row_sums`."""
         out = np.empty(len(csr.indptr) - 1, np.float64)
-        _row_sums(_bounds(csr.indptr), csr.indptr, csr.indices, _or(csr.weights, _NO_WEIGHTS), item_values, out)
+        _row_sums(_bounds(csr.indptr), *_inputs(*csr, item_values), out)
         return out
 
-    def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any) -> Any:
+    def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any, dtype: Any) -> Any:
         """See `Kernels.aggregate`."""
-        out = np.empty((len(csr.indptr) - 1, features.shape[1]), np.float32)
-        weights = _or(csr.weights, _NO_WEIGHTS)
-        _aggregate(_bounds(csr.indptr), csr.indptr, csr.indices, weights, features, row_scale, item_scale, out)
+        out = np.empty((len(csr.indptr) - 1, features.shape[1]), dtype)
+        _aggregate(_bounds(csr.indptr), *_inputs(*csr, features, row_scale, item_scale, middle), out)
         return out
 
     def aggregate_blend(
@@ -268,31 +257,15 @@ class NumbaKernels:
         out: Any,
     ) -> None:
         """See `Kernels.aggregate_blend`."""
-        _aggregate_blend(
-            _bounds(csr.indptr),
-            csr.indptr,
-            csr.indices,
-            _or(csr.weights, _NO_WEIGHTS),
-            features,
-            row_scale,
-            item_scale,
-            lam,
-            centroids,
-            _or(user_labels, _NO_LABELS),
-            _or(item_labels, _NO_LABELS),
-            _or(mean_scale, _NO_SCALE),
-            cold,
-            float(scale),
-            out,
-        )
+        labels = (_NO_LABELS if one is None else one for one in (user_labels, item_labels))
+        mean_scale = _NO_SCALE if mean_scale is None else mean_scale
+        arrays = _inputs(*csr, features, row_scale, item_scale, lam, centroids, *labels, mean_scale, cold)
+        _aggregate_blend(_bounds(csr.indptr), *arrays, float(scale), out)
 
     def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any) -> Any:
         """See `Kernels.squared_norms`."""
         out = np.empty(len(csr.indptr) - 1, np.float64)
-        weights = _or(csr.weights, _NO_WEIGHTS)
-        _squared_norms(
-            _bounds(csr.indptr), csr.indptr, csr.indices, weights, features, row_scale, item_scale, middle, out
-        )
+        _squared_norms(_bounds(csr.indptr), *_inputs(*csr, features, row_scale, item_scale, middle), out)
         return out
 
     def assign(
@@ -301,36 +274,33 @@ class NumbaKernels:
         """See `Kernels.assign`."""
         labels, least, second = np.empty(len(rows), np.int32), np.empty(len(rows)), np.empty(len(rows))
         work = np.concatenate([[0], np.cumsum(csr.indptr[rows + 1] - csr.indptr[rows])])
-        weights = _or(csr.weights, _NO_WEIGHTS)
-        _assign(
-            _bounds(work),
-            rows,
-            csr.indptr,
-            csr.indices,
-            weights,
-            table,
-            row_scale,
-            item_scale,
-            lengths,
-            labels,
-            least,
-            second,
-        )
+        arrays = _inputs(*csr, rows, table, row_scale, item_scale, lengths)
+        _assign(_bounds(work), *arrays, labels, least, second)
+        return labels, least, second
+
+    def nearest_two(self, products: Any, lengths: Any) -> tuple[Any, Any, Any]:
+        """See `Kernels.nearest_two`."""
+        labels, least, second = np.empty(len(products), np.int32), np.empty(len(products)), np.empty(len(products))
+        _nearest_two(products, lengths, labels, least, second)
         return labels, least, second
 
     def label_sums(self, csr: Csr, rows: Any, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
         """See `Kernels.label_sums`: fixed ranges of the rows, added up in order."""
-        weights = _or(csr.weights, _NO_WEIGHTS)
         parts = max(1, min(_MOST_PARTS, _PARTIAL_BYTES // sums.nbytes))
         partial = np.zeros((parts, *sums.shape))
-        _label_sums(rows, csr.indptr, csr.indices, weights, labels, row_scale, item_scale, partial)
+        _label_sums(*_inputs(*csr, rows, labels, row_scale, item_scale), partial)
         for part in partial:
             sums += part
 
 
-def _or(array: Any, empty: Any) -> Any:
-    """``array``, or a stand-in of no length where there is none: compiled code takes no None."""
-    return empty if array is None else array
+def _inputs(indptr: Any, indices: Any, weights: Any, *others: Any) -> list[Any]:
+    """Read-only views, so that mapped and owned arrays share one compilation; no weights are none of length 0."""
+    views = [
+        array.view(np.ndarray) for array in (indptr, indices, _NO_WEIGHTS if weights is None else weights, *others)
+    ]
+    for view in views:
+        view.flags.writeable = False
+    return views
 
 
 def _bounds(indptr: Any) -> Any:

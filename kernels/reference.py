@@ -18,14 +18,17 @@ class ReferenceKernels:
         self._xp = xp
         self._sparse = sparse
 
+    def builder(self) -> None:
+        """See `Kernels.builder`: `gpu_init.interactions.build` is the plain way."""
+
     def row_sums(self, csr: Csr, item_values: Any) -> Any:
         """See `Kernels.row_sums`."""
         rows, items, weights = self._triplets(csr)
         return self._xp.bincount(rows, weights=weights * item_values[items], minlength=len(csr.indptr) - 1)
 
-    def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any) -> Any:
+    def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any, dtype: Any) -> Any:
         """See `Kernels.aggregate`."""
-        return self._product(csr, features, row_scale, item_scale).astype(self._xp.float32)
+        return (self._product(csr, features, row_scale, item_scale) - middle).astype(dtype)
 
     def aggregate_blend(
         self,
@@ -63,8 +66,12 @@ class ReferenceKernels:
         self, csr: Csr, rows: Any, table: Any, row_scale: Any, item_scale: Any, lengths: Any
     ) -> tuple[Any, Any, Any]:
         """See `Kernels.assign`."""
+        return self.nearest_two(self._product(csr, table, row_scale, item_scale)[rows], lengths)
+
+    def nearest_two(self, products: Any, lengths: Any) -> tuple[Any, Any, Any]:
+        """See `Kernels.nearest_two`."""
         xp = self._xp
-        scores = lengths - 2.0 * self._product(csr, table, row_scale, item_scale)[rows]
+        scores = lengths - 2.0 * products
         labels = scores.argmin(axis=1)
         least = xp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
         xp.put_along_axis(scores, labels[:, None], xp.inf, axis=1)

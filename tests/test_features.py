@@ -147,7 +147,7 @@ def test_fortran_order_and_big_endian(tmp_path, rng, save):
         save(path, stored)
         table = features.read("m", str(path))
         same(table, values)
-        modality = features.align(CPU, table, features.check(table.values, "f"), None, 7)
+        modality = features.align(CPU, table, features.check(table.values, "f"), None)
         assert modality.values.flags.c_contiguous
         np.testing.assert_array_equal(modality.values, values)
 
@@ -601,7 +601,7 @@ def test_align_by_row_shares_memory_with_a_mapped_file(tmp_path, rng):
     values[3] = np.nan
     np.save(tmp_path / "f.npy", values)
     table = features.read("m", str(tmp_path / "f.npy"))
-    modality = features.align(CPU, table, features.check(table.values, "m"), None, 7)
+    modality = features.align(CPU, table, features.check(table.values, "m"), None)
     assert np.shares_memory(modality.values, table.values)
     assert (modality.name, modality.n_present) == ("m", 6)
     np.testing.assert_array_equal(modality.present, np.arange(7) != 3)
@@ -613,7 +613,7 @@ def test_align_places_rows(rng, dtype):
     values[4] = np.nan
     table = features.FeatureTable("m", "f", values, None)
     rows = rng.permutation(6000)[:5000]
-    modality = features.align(CPU, table, features.check(values, "m"), rows, 6000)
+    modality = features.align(CPU, table, features.align_mask(features.check(values, "m"), rows, 6000), rows)
     assert modality.values.dtype == np.float32
     assert modality.values.flags.c_contiguous
     np.testing.assert_array_equal(modality.values[rows], values)
@@ -628,7 +628,7 @@ def test_align_says_how_much_memory_it_needs(monkeypatch):
     monkeypatch.setattr(features, "_available_memory", lambda: 100)
     for rows in (None, np.arange(10)):
         with pytest.raises(ResourceError, match=r"f\.npy: 160 bytes"):
-            features.align(CPU, table, np.ones(10, bool), rows, 10)
+            features.align(CPU, table, np.ones(10, bool), rows)
 
 
 def test_read_rows(tmp_path, rng):
@@ -794,7 +794,7 @@ def test_projection_gives_the_same_bytes_with_any_number_of_threads(tmp_path):
 @pytest.mark.parametrize("whiten", [False, True])
 def test_tiktok(name, whiten):
     table = features.read(name, str(TIKTOK / f"{name}_feat.npy"))
-    modality = features.align(CPU, table, features.check(table.values, name), None, len(table.values))
+    modality = features.align(CPU, table, features.check(table.values, name), None)
     found = features.project(CPU, modality, features.fit_projection(CPU, modality, 64, whiten)).values
     X = table.values.astype(np.float64)
     with CPU.deterministic():  # one thread: several can be far slower on a busy machine

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import itertools
+import subprocess
+import sys
 
+import numba
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -13,12 +17,18 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gpu_init.backend
+import gpu_init.kernels.build
 from gpu_init.backend import CpuBackend
 from gpu_init.errors import InputError
-from gpu_init.interactions import Columns, ItemAxis, build, find_column, read, read_user_ids
+from gpu_init.interactions import Columns, ItemAxis, build, find_column, from_matrix, read, read_user_ids
+from gpu_init.kernels.build import NumbaBuilder
+from gpu_init.kernels.reference import ReferenceKernels
 from gpu_init.where import parse
 
 CPU = CpuBackend("test")
+HOLDING = CpuBackend("test")  # reads as the CUDA backend does: all rows held, then sorted
+HOLDING.kernels = ReferenceKernels(np, scipy.sparse)
 
 
 def matrix(table):
@@ -427,3 +437,198 @@ def test_build_is_scipy(entries, weighted, random):
     np.testing.assert_allclose(built.item_sums(CPU), expected.sum(axis=0), rtol=1e-6)
     np.testing.assert_allclose(built.item_sums(CPU, np.arange(10.0)), np.arange(10) @ expected, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(built.user_degrees(CPU, np.ones(7)), expected.sum(axis=1), rtol=1e-6)
+
+
+# R made in batches, in place, against `build`.
+
+
+def assert_same(found, expected):
+    np.testing.assert_array_equal(found.indptr, expected.indptr)
+    np.testing.assert_array_equal(found.indices, expected.indices)
+    assert (found.weights is None) == (expected.weights is None)
+    if found.weights is not None:
+        np.testing.assert_array_equal(found.weights, expected.weights)
+        assert found.weights.dtype == np.float32
+    assert (found.indptr.dtype, found.indices.dtype) == (np.int64, np.int32)
+
+
+def built_in_batches(users, items, weights, count, cuts):
+    builder = NumbaBuilder()
+    starts = np.zeros(count + 1, np.int64)
+    bounds = [0, *sorted(cuts), len(users)]
+    parts = [slice(first, last) for first, last in itertools.pairwise(bounds)]
+    for part in parts:
+        builder.count(users[part], starts[1:])
+    rows = builder.rows(np.cumsum(starts), weights is not None)
+    for part in parts:
+        rows.add(users[part], items[part], None if weights is None else weights[part].astype(np.float32))
+    return rows.finish()
+
+
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 12),
+    st.sampled_from([1, 5, 70, 300_000]),
+    st.integers(0, 400),
+    st.sampled_from(["none", "ones", "some", "zeros"]),
+    st.sampled_from(["any order", "by user", "by user and item"]),
+    st.lists(st.integers(0, 400), max_size=4),
+)
+@settings(max_examples=150, deadline=None)
+def test_batches_give_what_build_gives(seed, count, item_count, rows, weighting, order, cuts):
+    rng = np.random.default_rng(seed)
+    users = rng.integers(0, count, rows) if seed % 2 else (count * rng.random(rows) ** 4).astype(np.int64)
+    items = rng.integers(0, item_count, rows)
+    weights = {
+        "none": None,
+        "ones": np.ones(rows),
+        "some": rng.integers(0, 1000, rows) / 7,
+        "zeros": rng.integers(0, 2, rows).astype(float),
+    }[weighting]
+    if order != "any order":
+        by = np.lexsort((items, users)) if order == "by user and item" else np.argsort(users, kind="stable")
+        users, items, weights = users[by], items[by], None if weights is None else weights[by]
+    expected = build(CPU, users, items, weights, (count, item_count)).csr
+    assert_same(built_in_batches(users, items, weights, count, [min(cut, rows) for cut in cuts]), expected)
+
+
+def test_long_rows_of_duplicates_and_any_number_of_threads(rng):
+    users = np.concatenate([np.zeros(20_000, np.int64), rng.integers(0, 300, 30_000)])
+    items = rng.integers(0, 50, 50_000) * 40_000_000
+    weights = rng.uniform(0, 3, 50_000)
+    expected = build(CPU, users, items, weights, (301, 2_000_000_000)).csr
+    before = numba.get_num_threads()
+    try:
+        for threads in {1, before}:
+            numba.set_num_threads(threads)
+            assert_same(built_in_batches(users, items, weights, 301, [7, 40_000]), expected)
+    finally:
+        numba.set_num_threads(before)
+
+
+def test_interactions_are_held_and_put_into_R_piece_by_piece(rng, monkeypatch):
+    monkeypatch.setattr(gpu_init.kernels.build, "_HELD", 64)
+    users, items, weights = rng.integers(0, 2000, 5000), rng.integers(0, 50, 5000), rng.uniform(0, 3, 5000)
+    for one in (weights, None):
+        expected = build(CPU, users, items, one, (2000, 50)).csr
+        assert_same(built_in_batches(users, items, one, 2000, [7, 64, 128, 500]), expected)
+
+
+def test_rows_beyond_what_was_counted_are_left_out():
+    rows = NumbaBuilder().rows(np.array([0, 1, 2]), weighted=False)
+    rows.add(np.array([1, 1, 1]), np.array([5, 6, 7]), None)  # a file that changed: no write outside
+    rows.add(np.array([10**9]), np.array([5]), None)
+    assert rows.finish().indptr[-1] <= 2
+
+
+@given(st.lists(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 3), max_size=40), max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_numbers_are_coded_in_order_of_appearance(batches):
+    numbers = NumbaBuilder().numbers()
+    codes = [numbers.encode(np.array(batch, np.int64)) for batch in batches]
+    every = np.array([number for batch in batches for number in batch], np.int64)
+    expected, found = pd.factorize(every)
+    np.testing.assert_array_equal(np.concatenate([np.empty(0, np.int32), *codes]), expected)
+    known, counts = numbers.known()
+    np.testing.assert_array_equal(known, found)
+    np.testing.assert_array_equal(counts, np.bincount(expected, minlength=len(found)))
+    np.testing.assert_array_equal(numbers.find(every), expected)
+    assert numbers.find(np.array([12_345]))[0] == -1 or 12_345 in every
+
+
+def test_many_numbers_are_coded(rng):
+    every = rng.integers(0, 2**40, 300_000)
+    numbers = NumbaBuilder().numbers()
+    expected, found = pd.factorize(np.concatenate([every, every[::-1]]))
+    np.testing.assert_array_equal(np.concatenate([numbers.encode(every), numbers.encode(every[::-1])]), expected)
+    np.testing.assert_array_equal(numbers.known()[0], found)
+
+
+USER_IDS = {
+    "gapless": lambda rng, n: np.concatenate([np.arange(6), rng.integers(0, 6, n - 6)]),
+    "gaps": lambda rng, n: rng.integers(0, n // 2, n) * 2,
+    "large": lambda rng, n: rng.integers(-5, 5, n) * 10**15,
+    "late large": lambda rng, n: np.concatenate([rng.integers(0, 9, n - 1), [10**12]]),
+    "text": lambda rng, n: np.array(["b", "a", "7", "07", "é"])[rng.integers(0, 5, n)],
+}
+
+
+@pytest.mark.parametrize("kind", USER_IDS)
+@pytest.mark.parametrize("formats", [("parquet",), ("csv",), ("parquet", "csv"), ("csv", "parquet", "tsv")])
+@pytest.mark.parametrize("join", [False, True])
+def test_streaming_gives_what_holding_gives(tmp_path, rng, monkeypatch, kind, formats, join):
+    monkeypatch.setattr(gpu_init.backend, "PARQUET_BATCH_ROWS", 13)
+    n = 60
+    for number, name in enumerate(formats):
+        part = frame(
+            USER_IDS[kind](rng, n), rng.integers(0, 5, n), w=rng.integers(0, 9, n) / 7, x=rng.integers(0, 4, n)
+        )
+        if kind == "late large" and number == 1:
+            part = part.astype({"user_id": "str"}).replace({"user_id": {"1": "one"}})
+        write(tmp_path / "in" / f"{number}.{name}", part)
+    axis = ItemAxis(None, [pd.Series([9, 3, 4])]) if join else ItemAxis(5)
+    for columns in (Columns(), Columns(weight="w", where=parse("x > 1"))):
+        told = []
+        found = read(CPU, str(tmp_path / "in"), columns, axis, None, told.append)
+        expected = read(HOLDING, str(tmp_path / "in"), columns, axis, None)
+        assert_same(found.interactions.csr, expected.interactions.csr)
+        assert (found.read, found.kept, found.interactions.items) == (
+            expected.read,
+            expected.kept,
+            expected.interactions.items,
+        )
+        assert sum(told) == found.read == n * len(formats)
+        for ours, theirs in ((found.user_ids, expected.user_ids), (found.item_ids, expected.item_ids)):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or ours.tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
+@pytest.mark.parametrize("listed", [[40, 10, 30, 20], ["x", "40", "10", "30", "20"]])
+def test_streaming_onto_given_users_gives_what_holding_gives(tmp_path, name, listed):
+    path = write(tmp_path / name, frame([30, 10, 10, 30, 40], [0, 1, 1, 0, 3]))
+    for users in (pd.Series(listed), 50):
+        assert_same(*(read(on, path, Columns(), ItemAxis(4), users).interactions.csr for on in (CPU, HOLDING)))
+    for on in (CPU, HOLDING):
+        with pytest.raises(InputError, match="user 30 is not"):
+            read(on, path, Columns(), ItemAxis(4), pd.Series([40]))
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path):
+    path = write(tmp_path / "a.parquet", frame(np.arange(50) % 5, np.arange(50) % 4))
+
+    def change(_):
+        write(tmp_path / "a.parquet", frame([0, 99, 7], [0, 1, 2]))
+
+    with pytest.raises(InputError, match=r"a\.parquet: changed while it was read"):
+        read(CPU, path, Columns(), ItemAxis(4), None, change)
+
+
+def test_matrices_give_what_their_entries_give(rng):
+    R = scipy.sparse.coo_array((rng.uniform(0, 2, 200), (rng.integers(0, 9, 200), rng.integers(0, 7, 200))), (9, 7))
+    expected = build(CPU, R.row.astype(np.int64), R.col.astype(np.int64), R.data, R.shape).csr
+    assert_same(from_matrix(CPU, R, "R").csr, expected)
+    assert_same(from_matrix(HOLDING, R, "R").csr, expected)
+    canonical = R.tocsr()
+    assert_same(from_matrix(CPU, canonical, "R").csr, from_matrix(HOLDING, canonical, "R").csr)
+
+
+MEASURE = """
+import resource, sys
+from gpu_init.backend import CpuBackend
+from gpu_init.interactions import Columns, ItemAxis, read
+read(CpuBackend(""), sys.argv[1], Columns(), ItemAxis(1000), None)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+csr = read(CpuBackend(""), sys.argv[2], Columns(), ItemAxis(1000), None).interactions.csr
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(csr.indptr.nbytes + csr.indices.nbytes + csr.weights.nbytes)
+"""
+
+
+def test_reading_takes_little_more_memory_than_R(tmp_path, rng):
+    count = 4_000_000
+    small = write(tmp_path / "small.parquet", frame(np.arange(10**5) % 1000, np.arange(10**5) % 7))
+    large = write(tmp_path / "large.parquet", frame(rng.integers(0, 10_000, count), rng.integers(0, 1000, count)))
+    done = subprocess.run([sys.executable, "-c", MEASURE, small, large], capture_output=True, text=True, check=True)
+    grown, size = map(int, done.stdout.split())
+    assert grown < size + (48 << 20)  # the table of two int64 columns would take 64 MB more

@@ -96,9 +96,14 @@ def test_blend_is_the_definition(kernels, seed, users, items, width, clusters, w
 
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_aggregate_is_blend_with_lambda_one(kernels, weighted):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_aggregate_is_blend_with_lambda_one(kernels, weighted, dtype):
     p = problem(3, 200, 50, 33, 4, weighted)
-    found = kernels.aggregate(p["csr"], p["features"], p["row_scale"], p["item_scale"])
+    middle = np.linspace(-1, 1, 33)
+    found = kernels.aggregate(p["csr"], p["features"], p["row_scale"], p["item_scale"], middle, dtype)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found, dense_rows(p) - middle, rtol=1e-6, atol=1e-6)
+    found = kernels.aggregate(p["csr"], p["features"], p["row_scale"], p["item_scale"], np.zeros(33), dtype)
     warm = p["row_scale"] > 0
     np.testing.assert_allclose(
         found[warm], by_loops({**p, "lam": np.ones(200), "scale": 1.0}, False)[warm], rtol=1e-6, atol=1e-6
@@ -130,14 +135,18 @@ def test_a_range_of_users_gives_the_same_bytes_as_all(kernels, by_item):
 def test_no_users_is_no_rows():
     csr = Csr(np.zeros(1, np.int64), np.empty(0, np.int32), None)
     for kernels in IMPLEMENTATIONS.values():
-        assert kernels.aggregate(csr, np.ones((3, 2), np.float32), np.empty(0), np.ones(3)).shape == (0, 2)
+        assert kernels.aggregate(
+            csr, np.ones((3, 2), np.float32), np.empty(0), np.ones(3), np.zeros(2), np.float32
+        ).shape == (0, 2)
 
 
 def test_a_very_busy_user_loses_no_digits():
     count = 600_000
     csr = Csr(np.array([0, count], np.int64), np.arange(count, dtype=np.int32) % 1000, None)
     features = np.random.default_rng(0).standard_normal((1000, 4)).astype(np.float32) + 100
-    found = IMPLEMENTATIONS["numba"].aggregate(csr, features, np.array([1 / count]), np.ones(1000))
+    found = IMPLEMENTATIONS["numba"].aggregate(
+        csr, features, np.array([1 / count]), np.ones(1000), np.zeros(4), np.float32
+    )
     np.testing.assert_allclose(found[0], features.mean(axis=0, dtype=np.float64), rtol=1e-6)
 
 
@@ -213,3 +222,13 @@ def test_label_sums(kernels, rng):
     sums = np.ones((30, 4))
     kernels.label_sums(p["csr"], rows, labels, p["row_scale"], p["item_scale"], sums)
     np.testing.assert_allclose(sums - 1, dense_operator(p)[rows].T @ np.eye(4)[labels], rtol=1e-9)
+
+
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nearest_two(kernels, rng, dtype):
+    products, lengths = rng.integers(0, 4, (500, 6)).astype(dtype), np.zeros(6)  # ties: the first wins
+    labels, least, second = kernels.nearest_two(products, lengths)
+    scores = -2.0 * products
+    np.testing.assert_array_equal(labels, scores.argmin(axis=1))
+    np.testing.assert_array_equal(np.column_stack([least, second]), np.sort(scores, axis=1)[:, :2])

@@ -68,14 +68,15 @@ def test_a_step_is_the_definition(rng, monkeypatch, form, weighted, shift, missi
     np.testing.assert_allclose(distances, expected.min(axis=1), rtol=tolerance, atol=tolerance * expected.mean())
     oracle.assert_nearest(M, start, labels)
     for k in range(7):
-        np.testing.assert_allclose(sums[k], M[labels == k].sum(axis=0), rtol=1e-6, atol=1e-6 * counts[k])
+        expected_sum = (M[labels == k] - points.middle).sum(axis=0)
+        np.testing.assert_allclose(sums[k], expected_sum, rtol=1e-6, atol=tolerance * counts[k])
     np.testing.assert_array_equal(counts, np.bincount(labels, minlength=7))
 
 
 def test_rows_are_made_on_demand(rng):
     points, M = users(rng)
     index = np.array([5, 0, 5, 17])
-    oracle.assert_close(points.rows(index), M[index], 1e-6)
+    oracle.assert_close(points.rows(index, np.float64) + points.middle, M[index], 1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -99,7 +100,9 @@ def test_bounds_change_nothing(rng, monkeypatch, form, tile):
     monkeypatch.setattr(kmeans, "TILE_ROWS", tile)
     points, M = users(rng, count=8000, groups=5, form=form)
     start = M[:9].astype(np.float32)
-    fast, _, _ = kmeans.descend(CPU, points, start)
+    fast, inertia, settled = kmeans.descend(CPU, points, start)
+    assert settled
+    assert (np.diff(inertia) <= 1e-6 * inertia[0]).all()
     plain, _, _, settled = kmeans.settle(CPU, points, start)
     assert settled
     oracle.assert_close(fast, plain, 1e-4)
@@ -142,7 +145,7 @@ def test_a_cluster_left_empty_takes_the_farthest_row(rng):
     centroids, labels, _, settled = kmeans.settle(CPU, kmeans.Dense(CPU, M), start)
     assert settled
     np.testing.assert_array_equal(np.bincount(labels), [50, 1])
-    np.testing.assert_allclose(centroids[1], M[50])
+    np.testing.assert_allclose(centroids[1], M[50], atol=1e-6)
 
 
 def test_fewer_distinct_rows_than_clusters_ends():
@@ -150,3 +153,14 @@ def test_fewer_distinct_rows_than_clusters_ends():
     found = kmeans.fit(CPU, kmeans.Dense(CPU, M), 4, seed=0)
     assert found.inertia[-1] == 0
     assert np.bincount(found.labels, minlength=4).sum() == 10
+
+
+def test_where_labels_do_not_settle_the_tolerance_ends_it(rng, monkeypatch):
+    monkeypatch.setattr(kmeans, "SETTLING_WORK", 0)
+    monkeypatch.setattr(kmeans, "SAMPLE_ROWS", 500)
+    M = rng.standard_normal((20_000, 6)).astype(np.float32)
+    found = kmeans.fit(CPU, kmeans.Dense(CPU, M), 20, seed=0)
+    assert not found.settled
+    oracle.assert_nearest(M, found.centroids, found.labels)
+    theirs = KMeans(20, n_init=1, random_state=0).fit(M).inertia_
+    assert found.inertia[-1] == pytest.approx(theirs, rel=0.01)

@@ -1,0 +1,107 @@
+"""The fused pass: gather, weigh, sum, blend, store; each way of writing it against the copy of the same bytes.
+
+The bytes are the gathered rows, read, and the result, written; a copy of half as many reads and writes as much.
+Every competitor is held to the reference before it is timed. Features outgrow the last-level cache four times.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import baselines
+import numpy as np
+import scipy.sparse
+from common import alternate, arguments, cache_bytes, copier, features, matrix, plot, row, show
+
+from gpu_init.backend import select
+from gpu_init.interactions import from_matrix
+from gpu_init.kernels.reference import ReferenceKernels
+
+OURS, LIMIT = "gpu-init", "copy of the same bytes"
+CLUSTERS = 8
+
+
+class Size(NamedTuple):
+    """What is measured, and how often."""
+
+    users: int
+    interactions: int
+    feature_bytes: int
+    widths: tuple[int, ...]
+    repeats: int
+
+
+_WIDTHS = (64, 128, 256, 384)
+SIZES = {
+    "quick": Size(2_000, 20_000, 1 << 20, (64,), 1),
+    "default": Size(150_000, 2_000_000, max(128 << 20, 4 * cache_bytes()), _WIDTHS, 3),
+    "large": Size(500_000, 8_000_000, max(512 << 20, 8 * cache_bytes()), _WIDTHS, 5),
+}
+
+
+def main() -> None:
+    given = arguments(__doc__)
+    size = SIZES[given.size]
+    if importlib.util.find_spec("torch") is None:
+        print("torch is not installed: its rows are left out")
+    lines = []
+    seconds: dict[str, list[float]] = {}
+    for width in size.widths:
+        items = size.feature_bytes // (4 * width)
+        interactions = matrix(size.users, items, size.interactions)
+        bytes_moved = 4 * width * (interactions.nnz + size.users)
+        functions = competitors(interactions, features("groups", items, width))
+        timings = alternate({**functions, LIMIT: copier(bytes_moved // 2)}, size.repeats, warm_up=False)
+        for name, (median, _) in timings.items():
+            seconds.setdefault(name, []).append(median)
+            facts = {
+                "seconds": median,
+                "gb_per_s": bytes_moved / median / 1e9,
+                "share_of_copy": timings[LIMIT].median / median,
+                "times_ours": median / timings[OURS].median,
+            }
+            counts = {"users": size.users, "items": items, "pairs": interactions.nnz, "D": width}
+            row(given.results / "kernels.csv", **counts, kernel=name, **facts)
+            lines.append([name, width, *facts.values()])
+    title = f"fused pass, {size.users:,} users, features of {size.feature_bytes >> 20} MiB"
+    show(title, ["", "D", "seconds", "GB/s", "of the copy", "x gpu-init"], lines)
+    plot(given.results / "kernels.png", title, "seconds", [f"D {width}" for width in size.widths], seconds)
+
+
+def competitors(interactions: Any, values: Any) -> dict[str, Callable[[], Any]]:
+    """Every way to the same result (U, D) float32, each held to the reference first."""
+    kernels = select("cpu").kernels
+    ours = from_matrix(select("cpu"), interactions, "benchmark")
+    users, width = ours.users, values.shape[1]
+    rng = np.random.default_rng(1)
+    centroids = rng.standard_normal((CLUSTERS, width), dtype=np.float32)
+    labels = rng.integers(CLUSTERS, size=users).astype(np.int32)
+    row_scale, item_scale = 1.0 / np.diff(ours.csr.indptr), np.ones(ours.items)
+    lam, cold = np.full(users, baselines.LAMBDA), np.zeros(width)
+    means = baselines.operator(interactions)
+    out = np.zeros((users, width), np.float32)
+
+    def fused(implementation: Any) -> Any:
+        scales = (row_scale, item_scale, lam)
+        implementation.aggregate_blend(ours.csr, values, *scales, centroids, labels, None, None, cold, 1.0, out)
+        return out
+
+    reference = ReferenceKernels(np, scipy.sparse)
+    functions: dict[str, Callable[[], Any]] = {
+        OURS: lambda: fused(kernels),
+        "reference": lambda: fused(reference),
+        "scipy + numpy": lambda: baselines.blend(means @ values, centroids, labels),
+    }
+    if importlib.util.find_spec("torch") is not None:
+        functions |= baselines.torch_passes(means, values, centroids, labels)
+    expected = fused(reference).copy()
+    for name, function in functions.items():
+        if not np.allclose(np.asarray(function()), expected, rtol=1e-4, atol=1e-5):
+            raise SystemExit(f"{name}: not the reference's result.")
+    return functions
+
+
+if __name__ == "__main__":
+    main()

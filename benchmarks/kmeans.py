@@ -1,0 +1,121 @@
+"""K-means on the users' means: scikit-learn on the ready-made matrix, with and without making it, and ours.
+
+Each of our forms starts from the interactions and is timed wherever the sweep goes, so that the rule that picks
+one is checked: `picked` is what `gpu_init.method.kmeans_form` takes. Inertia is measured alike for all, relative
+to scikit-learn's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import baselines
+import numpy as np
+from common import alternate, arguments, features, matrix, plot, row, show
+
+from gpu_init import kmeans
+from gpu_init.backend import select
+from gpu_init.interactions import from_matrix
+from gpu_init.method import kmeans_form
+
+MAKING, SKLEARN = "making the matrix", "scikit-learn"
+OURS = ("dense", "tiled", "factored")
+
+
+class Size(NamedTuple):
+    """What is measured."""
+
+    users: int
+    items: int
+    interactions: int
+    widths: tuple[int, ...]
+    clusters: tuple[int, ...]
+
+
+SIZES = {
+    "quick": Size(10_000, 500, 40_000, (16,), (8,)),
+    "default": Size(50_000, 20_000, 500_000, (64, 384), (8, 64)),
+    "large": Size(100_000, 20_000, 1_000_000, (64, 384), (8, 64, 256)),
+}
+
+
+def main() -> None:
+    given = arguments(__doc__, variants=True)
+    size = SIZES[given.size]
+    interactions = matrix(size.users, size.items, size.interactions)
+    few = matrix(20_000, 100, 60_000)  # compiles the kernels, so that no compilation is timed
+    for function in forms(few, features("noise", 100, 4), 4).values():
+        function()
+    lines = []
+    groups: list[str] = []
+    seconds: dict[str, list[float]] = {}
+    for variant in given.features:
+        for width in size.widths:
+            values = features(variant, size.items, width)
+            for clusters in size.clusters:
+                taken, inertia = measure(interactions, values, clusters)
+                facts: dict[str, Any] = {
+                    "sklearn_s": taken[SKLEARN],
+                    "sklearn_with_making_s": taken[SKLEARN] + taken[MAKING],
+                    **{f"{form}_s": taken[form] for form in OURS},
+                    **{f"{form}_inertia": inertia[form] / inertia[SKLEARN] for form in OURS},
+                    "picked": kmeans_form(size.users, interactions.nnz, clusters, width),
+                }
+                counts = {"users": size.users, "items": size.items, "pairs": interactions.nnz, "D": width}
+                row(given.results / "kmeans.csv", **counts, K=clusters, features=variant, **facts)
+                lines.append([variant, width, clusters, *facts.values()])
+                groups.append(f"{variant}\nD {width}\nK {clusters}")
+                for name in (SKLEARN, MAKING, *OURS):
+                    seconds.setdefault(name, []).append(taken[name])
+    title = f"K-means on {size.users:,} users' means, {interactions.nnz:,} pairs, {size.items:,} items"
+    columns = ["scikit-learn s", "+ making s", *(f"{form} s" for form in OURS), *(f"{form} inertia" for form in OURS)]
+    show(title, ["features", "D", "K", *columns, "picked"], lines)
+    plot(given.results / "kmeans.png", title, "seconds", groups, seconds)
+
+
+def measure(interactions: Any, values: Any, clusters: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of each way, run in turn, and the inertia that each of the clusterings ends with."""
+    operator = baselines.operator(interactions)
+    means = operator @ values
+    centroids: dict[str, Any] = {}
+
+    def keeping(name: str, function: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            centroids[name] = function()
+
+        return run
+
+    functions: dict[str, Callable[[], Any]] = {
+        SKLEARN: keeping(SKLEARN, lambda: baselines.cluster(means, clusters, 0).cluster_centers_),
+        MAKING: lambda: operator @ values,
+        **{name: keeping(name, function) for name, function in forms(interactions, values, clusters).items()},
+    }
+    timings = alternate(functions, 1, warm_up=False)
+    inertia = {name: baselines.inertia(means, found) for name, found in centroids.items()}
+    return {name: timing.median for name, timing in timings.items()}, inertia
+
+
+def forms(interactions: Any, values: Any, clusters: int) -> dict[str, Callable[[], Any]]:
+    """Our K-means in each of its forms, from the interactions to the centroids."""
+    backend = select("cpu")
+    ours = from_matrix(backend, interactions, "benchmark")
+    arguments = (backend, ours.csr, values, 1.0 / np.diff(ours.csr.indptr), np.ones(ours.items))
+
+    def dense() -> kmeans.Points:
+        return kmeans.Dense(backend, kmeans.Tiled(*arguments).rows(np.arange(ours.users)))
+
+    made: dict[str, Callable[[], kmeans.Points]] = {
+        "dense": dense,
+        "tiled": lambda: kmeans.Tiled(*arguments),
+        "factored": lambda: kmeans.Factored(*arguments),
+    }
+
+    def fitted(points: Callable[[], kmeans.Points]) -> Callable[[], Any]:
+        return lambda: kmeans.fit(backend, points(), clusters, 0).centroids
+
+    return {name: fitted(points) for name, points in made.items()}
+
+
+if __name__ == "__main__":
+    main()

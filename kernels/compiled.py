@@ -1,0 +1,46 @@
+"""How the CPU's kernels are compiled, and where the machine code is kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba import njit
+
+
+def _cache_folder() -> str | None:
+    """A folder of the user's own for compiled code, or None: then every process compiles anew.
+
+    numba's own choice fails on a read-only installation, and a shared folder would be a way in: its index
+    is unpickled.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(base) / "gpu-init" / "numba"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return None
+    return str(folder) if os.access(folder, os.W_OK | os.X_OK) and folder.stat().st_uid == os.getuid() else None
+
+
+def _compile(function: Any, parallel: bool) -> Any:
+    config: Any = numba.config
+    before = config.CACHE_DIR
+    folder = before or _cache_folder()
+    try:
+        config.CACHE_DIR = folder or ""  # read when the decorator runs, so it need not stay set for others
+        return njit(parallel=parallel, cache=folder is not None, nogil=True, error_model="numpy")(function)
+    finally:
+        config.CACHE_DIR = before
+
+
+def compiled(function: Any) -> Any:
+    """Compile in parallel, keeping the machine code where `_cache_folder` says, or where NUMBA_CACHE_DIR does."""
+    return _compile(function, parallel=True)
+
+
+def compiled_serial(function: Any) -> Any:
+    """Compile for one thread, keeping the machine code likewise."""
+    return _compile(function, parallel=False)
