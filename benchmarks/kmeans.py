@@ -103,7 +103,10 @@ def forms(interactions: Any, values: Any, clusters: int) -> dict[str, Callable[[
     arguments = (backend, ours.csr, values, 1.0 / np.diff(ours.csr.indptr), np.ones(ours.items))
 
     def dense() -> kmeans.Points:
-        return kmeans.Dense(backend, kmeans.Tiled(*arguments).rows(np.arange(ours.users)))
+        tiled = kmeans.Tiled(*arguments)
+        matrix = tiled.rows(np.arange(len(tiled)), np.float64)
+        matrix += tiled.middle
+        return kmeans.Dense(backend, matrix)
 
     made: dict[str, Callable[[], kmeans.Points]] = {
         "dense": dense,

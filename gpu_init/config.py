@@ -396,7 +396,7 @@ KEYS: tuple[Key, ...] = (
     _number_key("dim", (1, _MAX_INT), "project features to this width (default: no)", "D"),
     _flag_key("whiten", "unit variance per projected component; needs --dim"),
     _choice_key("scale", ("none", "items"), "items: users get the mean row norm of the items"),
-    _choice_key("dtype", ("float32", "float16"), "type of the vectors written"),
+    _choice_key("dtype", ("float32", "float16"), "type of the user vectors; centroids and projected items are float32"),
     _number_key("seed", (0, 2**32 - 1), "seed of the clustering (default: 0)", "N"),
     _choice_key("backend", ("auto", "cpu", "cuda"), "where it runs; auto takes a GPU where there is one"),
     Key(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 ITEM_NAMES = ("item_id", "itemid", "item", "id", "iid", "product_id", "asin")
 LARGEST = 1e15  # squared distances of larger values, summed over many columns, would overflow float32
+SMALLEST = 1e-30  # below, squares are lost in float32
 
 _PARQUET = (".parquet", ".pq")
 _PARQUET_ROWS = 4096  # decoded at a time
@@ -75,7 +76,7 @@ class Modality:
     ----------
     name : str
         The modality.
-    values : array, shape (I, D), float32, C order
+    values : array, shape (I, D), float32 (float64 only on the way to a projection), C order
         Row i is item i. Rows of items without the modality mean nothing and may hold NaN.
     present : array, shape (I,), bool
         Which items have the modality.
@@ -607,14 +608,20 @@ def check(values: Any, place: str) -> Any:
     Raises
     ------
     InputError
-        A row that is NaN in part, a value that is infinite or beyond 1e15, or no row that is there.
+        A row that is NaN in part, a value that is infinite or beyond 1e15, all values below 1e-30, or no row
+        that is there.
     """
     step = max(1, _CHECK_VALUES // values.shape[1])
     limit = min(LARGEST, float(np.finfo(values.dtype).max))
+    most = 0.0
     for start in range(0, len(values), step):
-        block = values[start : start + step]
-        if not bool((abs(block) <= limit).all()):
-            _check_block(block, limit, start, place)
+        block = abs(values[start : start + step])
+        if not bool((block <= limit).all()):
+            _check_block(values[start : start + step], limit, start, place)
+            block = block[block >= 0]  # what is left are missing items
+        most = max(most, float(block.max(initial=0)))
+    if 0 < most < SMALLEST:
+        raise InputError(f"{place}: no value is larger than {most:g}; below 1e-30 squares underflow; rescale them.")
     present = values[:, 0] == values[:, 0]  # no row is NaN in part, so one column says it all
     if not bool(present.any()):
         raise InputError(f"{place}: all {len(values)} rows are NaN, so no item has features.")
@@ -643,9 +650,13 @@ def _check_block(block: Any, limit: float, start: int, place: str) -> None:
 # Modalities.
 
 
-def as_float32(backend: Backend, values: Any) -> Any:
-    """Values as float32 in C order on the device; no copy where they are so already."""
-    return backend.asarray(values.astype(np.float32, order="C", copy=False))
+def as_float32(backend: Backend, values: Any, exact: bool = False) -> Any:
+    """Values as float32 in C order on the device, or float64 as it is if exact; no copy where they are so already."""
+    return backend.asarray(values.astype(_kept_dtype(values, exact), order="C", copy=False))
+
+
+def _kept_dtype(values: Any, exact: bool) -> type[np.floating[Any]]:
+    return np.float64 if exact and values.dtype == np.float64 else np.float32
 
 
 def align_mask(present: Any, rows: Any, items: int) -> NDArray[np.bool_]:
@@ -657,7 +668,9 @@ def align_mask(present: Any, rows: Any, items: int) -> NDArray[np.bool_]:
     return mask
 
 
-def align(backend: Backend, table: FeatureTable, mask: NDArray[np.bool_], rows: Any) -> Modality:
+def align(
+    backend: Backend, table: FeatureTable, mask: NDArray[np.bool_], rows: Any, *, exact: bool = False
+) -> Modality:
     """Place a table's rows at their items.
 
     Parameters
@@ -670,6 +683,8 @@ def align(backend: Backend, table: FeatureTable, mask: NDArray[np.bool_], rows: 
         As `align_mask` gives it. An item that no row is placed at is missing.
     rows : numpy array, shape (n,), int64, or None
         Item row of each row of the table, each once; None: row i is item i.
+    exact : bool
+        Keep float64, for a projection.
 
     Returns
     -------
@@ -681,20 +696,21 @@ def align(backend: Backend, table: FeatureTable, mask: NDArray[np.bool_], rows: 
         Not enough memory.
     """
     values = table.values
+    dtype = np.dtype(_kept_dtype(values, exact))
     if rows is None:
-        if values.dtype != np.float32 or not values.flags.c_contiguous:
-            require_memory(table.path, 4 * values.size)
-        aligned = as_float32(backend, values)
+        if values.dtype != dtype or not values.flags.c_contiguous:
+            require_memory(table.path, dtype.itemsize * values.size)
+        aligned = as_float32(backend, values, exact)
     else:
-        require_memory(table.path, 4 * len(mask) * values.shape[1])
-        placed = np.zeros((len(mask), values.shape[1]), np.float32)
+        require_memory(table.path, dtype.itemsize * len(mask) * values.shape[1])
+        placed = np.zeros((len(mask), values.shape[1]), dtype)
         for start in range(0, len(values), _BLOCK_ROWS):
             placed[rows[start : start + _BLOCK_ROWS]] = values[start : start + _BLOCK_ROWS]
         aligned = backend.asarray(placed)
     return Modality(table.name, aligned, backend.asarray(mask), int(mask.sum()))
 
 
-def from_array(backend: Backend, name: str, array: Any) -> Modality:
+def from_array(backend: Backend, name: str, array: Any, *, exact: bool = False) -> Modality:
     """Modality from an array in memory, where row i is item i; no copy where none is needed.
 
     Parameters
@@ -705,6 +721,8 @@ def from_array(backend: Backend, name: str, array: Any) -> Modality:
         The modality.
     array : numpy or cupy array, torch tensor, or another that speaks DLPack; shape (I, D)
         float16, bfloat16, float32 or float64. A row of NaN is an item without the modality.
+    exact : bool
+        Keep float64, for a projection.
 
     Returns
     -------
@@ -723,7 +741,7 @@ def from_array(backend: Backend, name: str, array: Any) -> Modality:
     if isinstance(values, np.ndarray):
         values = _native(values, place)
     present = check(values, place)
-    return Modality(name, as_float32(backend, values), backend.asarray(present), int(present.sum()))
+    return Modality(name, as_float32(backend, values, exact), backend.asarray(present), int(present.sum()))
 
 
 def _exchanged(backend: Backend, place: str, array: Any) -> Any:
@@ -797,7 +815,8 @@ def fit_projection(backend: Backend, modality: Modality, dim: int, whiten: bool)
         independent = int((eigenvalues > least).sum())
         if dim > independent:
             raise InputError(
-                f"dim {dim} is above the {independent} independent directions of modality {modality.name}."
+                f"dim {dim} is above the {independent} independent directions of modality {modality.name};"
+                " lower --dim, or leave the modality out."
             )
         eigenvalues, vectors = eigenvalues[:dim], vectors[:, :dim]
         largest = vectors[abs(vectors).argmax(axis=0), xp.arange(dim)]

@@ -58,6 +58,9 @@ def normalize(column: Any, place: str, row: Callable[[int], str] = _row) -> Any:
         raise InputError(f"{place}: ids of type {kind}; they must be whole numbers or text.")
     if len(column) == 0:
         return column
+    blank = column == ""
+    if bool(blank.any()):
+        raise InputError(f"{place}: {row(first_true(blank))} has no id; drop such rows or give them one.")
     if bool(column.str.match(WHOLE_NUMBER).all()):
         return column.astype("int64[pyarrow]" if "pyarrow" in kind else "int64").astype("int64")
     if bool(column.str.match(_WRITTEN_AS_FLOAT).all()):

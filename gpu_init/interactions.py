@@ -148,7 +148,7 @@ def build(backend: Backend, users: Any, items: Any, weights: Any, shape: tuple[i
 
 
 def check_weights(backend: Backend, weights: Any, place: str, row: Callable[[int], str]) -> None:
-    """Refuse weights that are negative, infinite or not a number.
+    """Refuse weights that are negative, not a number, or so large or small that float32 sums lose them.
 
     Raises
     ------
@@ -156,10 +156,10 @@ def check_weights(backend: Backend, weights: Any, place: str, row: Callable[[int
         Names the first such row and what stands there.
     """
     xp = backend.xp
-    bad = ~(xp.isfinite(weights) & (weights >= 0) & (weights <= np.finfo(np.float32).max))
+    bad = ~((weights == 0) | ((weights >= 1e-30) & (weights <= 1e30)))
     if bool(bad.any()):
         at = int(xp.argmax(bad))
-        raise InputError(f"{place}: {row(at)} has weight {float(weights[at])}; weights are finite and not negative.")
+        raise InputError(f"{place}: {row(at)} has weight {float(weights[at])}; weights are 0, or from 1e-30 to 1e30.")
 
 
 def from_matrix(backend: Backend, matrix: Any, place: str) -> Interactions:

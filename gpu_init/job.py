@@ -35,6 +35,7 @@ from .interactions import (
     read,
     read_user_ids,
 )
+from .kmeans import sample_size
 from .progress import Progress
 from .storage import expand, fingerprint, require_utf8
 from .version import __version__
@@ -108,9 +109,9 @@ class _Data:
     sources: dict[str, _Source]
     operators: dict[str, Weighting]
 
-    def modality(self, backend: Backend, name: str) -> Modality:
+    def modality(self, backend: Backend, name: str, exact: bool = False) -> Modality:
         source = self.sources[name]
-        return features.align(backend, source.table, source.mask, source.rows)
+        return features.align(backend, source.table, source.mask, source.rows, exact=exact)
 
 
 def _check_places(config: JobConfig) -> None:
@@ -208,7 +209,8 @@ def _feature_rows(source: FeatureTable, axis: ItemAxis, table: InteractionTable)
     if len(outside):
         raise InputError(
             f"{source.path}: row {outside[0]} is item {rows[outside[0]]},"
-            f" beyond the {axis.rows} rows of the modalities without ids."
+            f" beyond the {axis.rows} rows of the modalities without ids, where row i is item i;"
+            " give those ids too, or leave the item out."
         )
     return rows
 
@@ -269,7 +271,7 @@ def _project(
     items, mask = f"{name}/items.npy", f"{name}/items_mask.npy"
     if staging.finished(items) is None:
         with progress.step(f"project {name}") as step:
-            modality = data.modality(backend, name)
+            modality = data.modality(backend, name, exact=True)
             projection = features.fit_projection(backend, modality, config.settings.dim, config.settings.whiten)
             values = backend.to_host(features.project(backend, modality, projection).values)
             step.note(width=config.settings.dim)
@@ -298,11 +300,15 @@ def _cluster(
     for path, array in zip(paths, labels, strict=False):
         staging.save(path, backend.to_host(array))
     kmeans = found.found
+    empty = config.settings.clusters - len(np.unique(backend.to_host(kmeans.labels)))
+    if empty:
+        progress.warn(f"modality {name}: {empty} of {config.settings.clusters} clusters are empty; fewer rows differ")
     facts = {
         "kmeans": {
             "form": kmeans.form,
             "library": backend.kmeans_name,
             "iterations": kmeans.iterations,
+            "sample": min(sample_size(config.settings.clusters), len(kmeans.labels)),
             "settled": kmeans.settled,
             "inertia": kmeans.inertia,
         }

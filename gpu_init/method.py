@@ -326,7 +326,9 @@ def initialize(
         raise InputError("features: a mapping of modality names to arrays is wanted, with one modality or more.")
     device = select(backend)
     matrix = from_matrix(device, interactions, "interactions")
-    sources = {name: feature_arrays.from_array(device, name, array) for name, array in features.items()}
+    sources = {
+        name: feature_arrays.from_array(device, name, array, exact=dim is not None) for name, array in features.items()
+    }
     for name, modality in sources.items():
         if len(modality.values) != matrix.items:
             raise InputError(

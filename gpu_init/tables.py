@@ -261,9 +261,8 @@ def read_user_ids(backend: Backend, path: str, user_column: str | None) -> Any:
     twice = column.duplicated()
     if bool(twice.any()):
         at = ids.first_true(twice)
-        raise InputError(
-            f"{path}: user {column.iloc[at]!r} stands there twice (again in row {at}); a user has one row."
-        )
+        user = column.iloc[[at]].tolist()[0]
+        raise InputError(f"{path}: user {user!r} stands there twice (again in row {at}); a user has one row.")
     return backend.host_column(column)
 
 

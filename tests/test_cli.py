@@ -871,13 +871,13 @@ def in_input_folder(job, out="logs/out"):
 
 OUTPUTS = {
     "out is a file": (lambda j: j.write("out", "x"), "out", "not a folder"),
-    "out is a link to a file": (link_to_file, "not a folder"),
+    "out is a link to a file": (link_to_file, "is the output, but"),
     "out is another folder": (other_folder, "out", "notes.txt"),
     "out is a stranger": (stranger, "out", "manifest.json"),
-    "out is the input's folder": (lambda j: j.flags.update(out=str(j.folder)), "image.npy"),
+    "out is the input's folder": (lambda j: j.flags.update(out=str(j.folder)), "is the output, but", "is an input"),
     "out is the folder of interactions": (lambda j: in_input_folder(j, "logs"), "logs"),
     "out is in the folder of interactions": (in_input_folder, "logs", "inside"),
-    "out is an input": (lambda j: j.flags.update(out=j.path("log.parquet")), "log.parquet", "not a folder"),
+    "out is an input": (lambda j: j.flags.update(out=j.path("log.parquet")), "log.parquet", "is the output, but"),
     "out is below a file": (lambda j: j.flags.update(out=j.path("log.parquet/out")), "log.parquet"),
     "out is unwritable": (unwritable, "locked", "cannot be written"),
     "out name too long": (lambda j: j.flags.update(out=j.path("x" * 300)), "too long"),
