@@ -281,6 +281,11 @@ class CudaBackend:
         return _versions("cupy-cuda12x", "cupy-cuda13x", "cudf-cu12", "cudf-cu13", "cuml-cu12", "cuml-cu13", "numpy")
 
 
+def ranges(count: int, step: int) -> Iterator[slice]:
+    """0 to ``count`` in slices of ``step``."""
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
 def cores() -> int:
     """Number of threads to use: ``NUMBA_NUM_THREADS``, or the cores that this process may run on."""
     given = os.environ.get("NUMBA_NUM_THREADS", "")

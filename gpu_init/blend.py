@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .backend import Backend
+from .backend import Backend, ranges
 from .features import Modality
 from .interactions import Interactions
 
@@ -104,8 +104,3 @@ def norms(xp: Any, blocks: Iterator[Any]) -> dict[str, float]:
             count += len(lengths)
             least, most = min(least, float(lengths.min())), max(most, float(lengths.max()))
     return {"mean": total / count, "min": least, "max": most} if count else {"mean": 0.0, "min": 0.0, "max": 0.0}
-
-
-def ranges(count: int, step: int) -> Iterator[slice]:
-    """0 to ``count`` in slices of ``step``."""
-    return (slice(start, min(start + step, count)) for start in range(0, count, step))

@@ -19,8 +19,8 @@ import pandas as pd
 
 from . import features, method
 from .artifact import Staging, check_modality
-from .backend import Backend, select
-from .blend import Weighting, item_norms, norms, ranges
+from .backend import Backend, ranges, select
+from .blend import Weighting, item_norms, norms
 from .config import JobConfig, settings_to_dict
 from .errors import InputError
 from .features import FeatureTable, Modality

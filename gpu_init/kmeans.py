@@ -9,14 +9,13 @@ sample, Lloyd's steps on all rows from there (`descend`), and the last steps in 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from .backend import Backend
+from .backend import Backend, ranges
 from .kernels import Csr
 
 BLOCK_ROWS = 4096  # fixed, so that sums run in one order whatever the memory or the number of threads
@@ -234,7 +233,7 @@ class Points(ABC):
             products = xp.ascontiguousarray(rows[part] @ columns)
             labels[part], least[part], second[part] = self.backend.kernels.nearest_two(products, lengths)
 
-        for _ in self.backend.in_order(work, _parts(len(index))):
+        for _ in self.backend.in_order(work, ranges(len(index), BLOCK_ROWS)):
             pass
         return labels, least, second
 
@@ -246,21 +245,21 @@ class Points(ABC):
         labels (m,) int32, the first of equals; the least and second least squared distance, both less the
         row's squared norm, (m,) float64; products are taken in ``dtype``
         """
-        tiles = [self.look_at(index[part], centroids, dtype) for part in _parts(len(index), TILE_ROWS)]
+        tiles = [self.look_at(index[part], centroids, dtype) for part in ranges(len(index), TILE_ROWS)]
         return tuple(map(self.backend.xp.concatenate, zip(*tiles, strict=True)))
 
     def sums(self, labels: Any, clusters: int, dtype: Any) -> Any:
         """Sums of the rows less the middle of each label, (K, D) float64; products are taken in ``dtype``."""
         xp = self.backend.xp
         total = xp.zeros((clusters, len(self.middle)), xp.float64)
-        for tile in _parts(len(self), TILE_ROWS):
+        for tile in ranges(len(self), TILE_ROWS):
             rows = self.rows(xp.arange(tile.start, tile.stop), dtype)
             own = labels[tile]
 
             def work(part: slice, rows: Any = rows, own: Any = own) -> Any:
                 return self._one_hot(own[part], clusters).astype(dtype) @ rows[part]
 
-            for partial in self.backend.in_order(work, _parts(len(own))):
+            for partial in self.backend.in_order(work, ranges(len(own), BLOCK_ROWS)):
                 total += partial
         return total
 
@@ -300,7 +299,9 @@ class Dense(Points):
     def middle(self) -> Any:
         """See `Points.middle`: the mean."""
         xp = self.backend.xp
-        sums = self.backend.in_order(lambda part: self._matrix[part].sum(axis=0, dtype=xp.float64), _parts(len(self)))
+        sums = self.backend.in_order(
+            lambda part: self._matrix[part].sum(axis=0, dtype=xp.float64), ranges(len(self), BLOCK_ROWS)
+        )
         return sum(sums) / len(self)
 
     @cached_property
@@ -312,7 +313,7 @@ class Dense(Points):
             block = self._matrix[part] - self.middle
             return (block * block).sum(axis=1)
 
-        return xp.concatenate(list(self.backend.in_order(work, _parts(len(self)))))
+        return xp.concatenate(list(self.backend.in_order(work, ranges(len(self), BLOCK_ROWS))))
 
     def rows(self, index: Any, dtype: Any) -> Any:
         """See `Points.rows`."""
@@ -349,7 +350,7 @@ class Tiled(Points):
     @cached_property
     def middle(self) -> Any:
         """See `Points.middle`: the mean of the items."""
-        parts = _parts(len(self._features))
+        parts = ranges(len(self._features), BLOCK_ROWS)
         totals = self.backend.in_order(lambda part: self._items(part, self.backend.xp.float64).sum(axis=0), parts)
         return sum(totals) / max(len(self._features) - int(self._missing.sum()), 1)
 
@@ -408,7 +409,7 @@ class Factored(Tiled):
             block = self._features[part]
             products[part] = (block.astype(dtype) - self.middle if exact else block) @ columns
 
-        for _ in self.backend.in_order(work, _parts(len(self._features))):
+        for _ in self.backend.in_order(work, ranges(len(self._features), BLOCK_ROWS)):
             pass
         lengths = (table * table).sum(axis=1) + (0.0 if exact else 2.0 * (table @ self.middle))
         kernels = self.backend.kernels
@@ -425,10 +426,6 @@ class Factored(Tiled):
         def work(part: slice) -> Any:
             return by_item[part].T.astype(dtype) @ self._items(part, dtype)
 
-        for partial in self.backend.in_order(work, _parts(len(self._features))):
+        for partial in self.backend.in_order(work, ranges(len(self._features), BLOCK_ROWS)):
             total += partial
         return total - by_item.sum(axis=0)[:, None] * self.middle
-
-
-def _parts(count: int, step: int = BLOCK_ROWS) -> Iterator[slice]:
-    return (slice(start, min(start + step, count)) for start in range(0, count, step))

@@ -6,13 +6,13 @@ SG-URInit (SIGIR 2026, arXiv 2604.14839), built from public readings of the pape
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import features as feature_arrays
 from . import kmeans
-from .backend import Backend, select
-from .blend import NORM_ROWS, Blend, Weighting, blend, ranges, scale_to_items
+from .backend import Backend, ranges, select
+from .blend import NORM_ROWS, Blend, Weighting, blend, scale_to_items
 from .config import Settings
 from .errors import InputError
 from .features import Modality
@@ -172,7 +172,7 @@ def fit(
     plan = Blend(modality, operator, settings.lam, centroids, by_user, item_labels, cold)
     if scale is None:
         scale = scale_to_items(backend, interactions, plan, block_rows) if settings.scale == "items" else 1.0
-    return Blend(modality, operator, settings.lam, centroids, by_user, item_labels, cold, scale)
+    return replace(plan, scale=scale)
 
 
 def rows(backend: Backend, interactions: Interactions, plan: Blend, part: slice, dtype: str, out: Any = None) -> Any:
