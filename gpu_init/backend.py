@@ -60,8 +60,8 @@ class Backend(Protocol):
     def in_order(self, function: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
         """``function`` of each part, in order; parts run side by side, each as `deterministic` has it."""
 
-    def kmeans(self, points: Any, clusters: int, seed: int) -> Any:
-        """K-means on points (n, D) float32, k-means++ seeding, one start; returns centroids (K, D)."""
+    def kmeans(self, points: Any, clusters: int, seed: int, restarts: int) -> Any:
+        """K-means on points (n, D) float32, k-means++ seeding, the best of some starts; returns centroids (K, D)."""
 
     def batches(self, path: str, separator: str | None, columns: list[str]) -> Iterator[Any]:
         """Data frames of a file's columns, in file order: Parquet as typed, text files (a separator) as text."""
@@ -135,7 +135,7 @@ class CpuBackend:
             while ahead:
                 yield ahead.popleft().result()
 
-    def kmeans(self, points: Any, clusters: int, seed: int) -> Any:
+    def kmeans(self, points: Any, clusters: int, seed: int, restarts: int) -> Any:
         """See `Backend.kmeans`."""
         from sklearn.cluster import KMeans
         from sklearn.exceptions import ConvergenceWarning
@@ -144,7 +144,12 @@ class CpuBackend:
         with threadpool_limits(limits=1), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters; seen in the sizes
             model = KMeans(
-                clusters, init="k-means++", n_init=1, max_iter=KMEANS_ITERATIONS, tol=1e-4, random_state=seed
+                clusters,
+                init="k-means++",
+                n_init=restarts,
+                max_iter=KMEANS_ITERATIONS,
+                tol=1e-4,
+                random_state=seed,
             ).fit(points)
         return model.cluster_centers_
 
@@ -238,14 +243,14 @@ class CudaBackend:
         """See `Backend.in_order`: one after another, a device being busy with one."""
         return map(function, parts)
 
-    def kmeans(self, points: Any, clusters: int, seed: int) -> Any:
+    def kmeans(self, points: Any, clusters: int, seed: int, restarts: int) -> Any:
         """See `Backend.kmeans`: every setting given, since cuML's own seed is None and its init another."""
         from cuml.cluster import KMeans
 
         model = KMeans(
             n_clusters=clusters,
             init="scalable-k-means++",
-            n_init=1,
+            n_init=restarts,
             max_iter=KMEANS_ITERATIONS,
             tol=1e-4,
             random_state=seed,

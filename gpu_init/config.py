@@ -55,6 +55,8 @@ class Settings:
         Of the vectors that are written.
     seed : int, default=0
         In [0, 2^32).
+    restarts : int, default=1
+        Starts of K-means, 1 or more; the best is taken.
 
     Raises
     ------
@@ -71,6 +73,7 @@ class Settings:
     scale: str = "none"
     dtype: str = "float32"
     seed: int = 0
+    restarts: int = 1
 
     def __post_init__(self) -> None:
         for key in KEYS:
@@ -398,6 +401,7 @@ KEYS: tuple[Key, ...] = (
     _choice_key("scale", ("none", "items"), "items: users get the mean row norm of the items"),
     _choice_key("dtype", ("float32", "float16"), "type of the user vectors; centroids and projected items are float32"),
     _number_key("seed", (0, 2**32 - 1), "seed of the clustering (default: 0)", "N"),
+    _number_key("restarts", (1, 1000), "starts of the clustering, of which the best is taken (default: 1)", "N"),
     _choice_key("backend", ("auto", "cpu", "cuda"), "where it runs; auto takes a GPU where there is one"),
     Key(
         "memory",

@@ -23,7 +23,9 @@ TILE_ROWS = 16 * BLOCK_ROWS  # rows made at a time by the tiled form
 SAMPLE_ROWS = 8192  # that the library clusters, 256 per cluster at least
 STEPS = 300  # of Lloyd until the tolerance is met, as scikit-learn's default
 TOLERANCE = 1e-4  # of the mean variance that centroids may move in all, likewise
-SETTLING_WORK = 1 << 36  # multiplications that may go into steps after that, until no label changes
+SETTLING_WORK = 1 << 33  # multiplications that may go into steps after that, until no label changes
+GROWTH = 1.2  # of the stride, in each step that lowers the inertia
+_LONGEST = 8.0  # stride
 _MARGIN = 1e-4  # of the mean distance: how far float32 may be off, many times over
 
 
@@ -55,7 +57,7 @@ class Clusters:
     form: str
 
 
-def fit(backend: Backend, points: Points, clusters: int, seed: int) -> Clusters:
+def fit(backend: Backend, points: Points, clusters: int, seed: int, restarts: int = 1) -> Clusters:
     """K-means on some points.
 
     The library clusters a sample; few of all rows disagree with what it finds, and the steps on all rows are few.
@@ -70,20 +72,28 @@ def fit(backend: Backend, points: Points, clusters: int, seed: int) -> Clusters:
         K.
     seed : int
         Of the sample and of the k-means++ seeding.
+    restarts : int, default=1
+        Starts of the library on the sample, of which the best is taken.
 
     Returns
     -------
     Clusters
     """
+    more = SETTLING_WORK // (len(points) * clusters * len(points.middle))
+    with backend.deterministic():
+        centroids = _seeds(backend, points, clusters, seed, restarts)
+        centroids, history, settled = descend(backend, points, centroids, more)
+        centroids, labels, inertia, settled = settle(backend, points, centroids, STEPS if settled else 1)
+    return Clusters(centroids, labels, history + inertia, len(history) + len(inertia), settled, points.form)
+
+
+def _seeds(backend: Backend, points: Points, clusters: int, seed: int, restarts: int) -> Any:
+    """Centroids to start from, (K, D) float32: the library's, of a sample."""
     xp = backend.xp
     size = min(sample_size(clusters), len(points))
     sample = np.sort(np.random.default_rng(seed).choice(len(points), size, replace=False))
-    centroids = backend.kmeans(points.rows(backend.asarray(sample), xp.float32), clusters, seed)
-    centroids = (centroids.astype(xp.float64) + points.middle).astype(xp.float32)
-    more = SETTLING_WORK // (len(points) * clusters * len(points.middle))
-    centroids, history, settled = descend(backend, points, centroids, more)
-    centroids, labels, inertia, settled = settle(backend, points, centroids, STEPS if settled else 2)
-    return Clusters(centroids, labels, history + inertia, len(history) + len(inertia), settled, points.form)
+    centroids = backend.kmeans(points.rows(backend.asarray(sample), xp.float32), clusters, seed, restarts)
+    return (centroids.astype(xp.float64) + points.middle).astype(xp.float32)
 
 
 def sample_size(clusters: int) -> int:
@@ -111,28 +121,34 @@ def settle(backend: Backend, points: Points, centroids: Any, steps: int = STEPS)
     return centroids, labels, inertia, settled
 
 
-def descend(backend: Backend, points: Points, centroids: Any, more: int = STEPS) -> tuple[Any, list[float], bool]:
+def descend(
+    backend: Backend, points: Points, centroids: Any, more: int = STEPS, growth: float = GROWTH
+) -> tuple[Any, list[float], bool]:
     """Lloyd's steps in float32, looking only at rows whose label may change, until none does.
 
     A row keeps its label while its distance to its centroid, bounded above by how far centroids moved since it
     was last looked at, stays below the bound to the others (Hamerly, SDM 2010). Few rows in doubt are made and
-    looked at one by one; many go the way of the form. Once centroids move less than `TOLERANCE`, or after
-    `STEPS`, at most ``more`` steps follow.
+    looked at one by one; many go the way of the form. Centroids go ``stride`` times as far as Lloyd's step takes
+    them: each step that lowers the inertia lengthens the stride by ``growth``, one that does not ends it (Salakhutdinov
+    and Roweis, ICML 2003, adaptive overrelaxed); 1 gives plain steps. Once Lloyd's step moves centroids less than
+    `TOLERANCE`, or after `STEPS`, at most ``more`` plain steps follow.
 
     Returns
     -------
-    centroids (K, D) float32, inertia after each step, whether labels settled
+    centroids (K, D) float32, means of what was nearest; inertia after each step; whether labels settled
     """
     xp = backend.xp
     clusters, middle = len(centroids), points.middle
+    means = centroids
     labels = xp.full(len(points), -1, xp.int32)
     upper, lower = xp.full(len(points), xp.inf), xp.zeros(len(points))
     sums = xp.zeros(centroids.shape, xp.float64)  # of rows less the middle
+    counts = xp.zeros(clusters, xp.int64)
     spread = float(points.squared_norms.sum())
     doubtful = xp.arange(len(points))
     history: list[float] = []
     margin = 0.0
-    limit = STEPS + more
+    limit, stride = STEPS + more, 1.0
     while len(history) < limit:
         look = points.look_at if points.few(len(doubtful)) else points.assign
         found, least, second = look(doubtful, centroids, xp.float32)
@@ -141,28 +157,33 @@ def descend(backend: Backend, points: Points, centroids: Any, more: int = STEPS)
         lower[doubtful] = xp.sqrt(xp.maximum(second + norms, 0.0))
         changed = found != labels[doubtful]
         moved, after = doubtful[changed], found[changed]
-        if len(moved) == 0:
-            return centroids, history, True
+        if len(moved) == 0 and stride == 1.0:
+            return means, history, True
         before, labels[moved] = labels[moved], after
-        if points.few(len(moved)):
-            sums += _moves(xp, before, after, clusters) @ points.rows(moved, xp.float32)
+        if points.few(len(moved) // 8):  # the other way reads all items and all interactions
+            sums += points.moves(moved, before, after, clusters)
         else:
             sums = points.sums(labels, clusters, xp.float32)
-        counts = xp.bincount(labels, minlength=clusters)
+        counts += xp.bincount(after, minlength=clusters)
+        counts -= xp.bincount(before[before >= 0], minlength=clusters)
         if not history:
             margin = _MARGIN * float(upper.mean())
         history.append(spread - float(((sums * sums).sum(axis=1) / xp.maximum(counts, 1)).sum()))
-        last = centroids
-        centroids = _means(backend, points, last, upper * upper, sums, counts)
-        shifts = xp.sqrt(((centroids.astype(xp.float64) - last) ** 2).sum(axis=1))
+        means = _means(backend, points, centroids, upper * upper, sums, counts)
+        step = means.astype(xp.float64) - centroids
         mean = sums.sum(axis=0) / len(points)
         variance = (spread / len(points) - float(mean @ mean)) / len(middle)
-        if limit > len(history) + more and float((shifts * shifts).sum()) <= TOLERANCE * variance:
+        if limit > len(history) + more and float((step * step).sum()) <= TOLERANCE * variance:
             limit = len(history) + more
+        lowered = len(history) == 1 or history[-1] < history[-2]
+        stride = min(growth * stride, _LONGEST) if lowered and limit == STEPS + more else 1.0
+        further = (centroids + stride * step).astype(xp.float32) if stride > 1.0 else means
+        shifts = xp.sqrt(((further.astype(xp.float64) - centroids) ** 2).sum(axis=1))
+        centroids = further
         upper += shifts[labels]
         lower -= shifts.max()
         doubtful = xp.flatnonzero(upper + margin > lower)
-    return centroids, history, False
+    return means, history, False
 
 
 def _means(backend: Backend, points: Points, centroids: Any, distances: Any, sums: Any, counts: Any) -> Any:
@@ -179,12 +200,6 @@ def _means(backend: Backend, points: Points, centroids: Any, distances: Any, sum
         farthest = farthest[distances[farthest] > 0]  # none where distinct rows are fewer than clusters
         means[empty[: len(farthest)]] = points.rows(farthest, xp.float64) + points.middle
     return means.astype(xp.float32)
-
-
-def _moves(xp: Any, before: Any, after: Any, clusters: int) -> Any:
-    """What rows that change their label do to the clusters' sums: a (K, m) matrix of 1, -1 and 0."""
-    one_hot = xp.eye(clusters)
-    return (one_hot[after] - xp.where((before >= 0)[:, None], one_hot[before], 0.0)).T
 
 
 class Points(ABC):
@@ -223,19 +238,14 @@ class Points(ABC):
     def look_at(self, index: Any, centroids: Any, dtype: Any) -> tuple[Any, Any, Any]:
         """As `assign`, for rows that are made all at once."""
         xp = self.backend.xp
-        labels, least, second = xp.empty(len(index), xp.int32), xp.empty(len(index)), xp.empty(len(index))
-        rows = self.rows(index, dtype)
         table = centroids.astype(xp.float64) - self.middle
-        lengths = (table * table).sum(axis=1)
-        columns = table.T.astype(dtype)
+        return self.backend.kernels.nearest_two(self._products(index, table, dtype), (table * table).sum(axis=1))
 
-        def work(part: slice) -> None:
-            products = xp.ascontiguousarray(rows[part] @ columns)
-            labels[part], least[part], second[part] = self.backend.kernels.nearest_two(products, lengths)
-
-        for _ in self.backend.in_order(work, ranges(len(index), BLOCK_ROWS)):
-            pass
-        return labels, least, second
+    def _products(self, index: Any, table: Any, dtype: Any) -> Any:
+        """Products of some rows less the middle with ``table`` (K, D), (m, K)."""
+        xp = self.backend.xp
+        nowhere = xp.zeros(len(self.middle))
+        return self.backend.kernels.products(self.rows(index, dtype), nowhere, table, dtype)
 
     def assign(self, index: Any, centroids: Any, dtype: Any) -> tuple[Any, Any, Any]:
         """Nearest centroid of some rows.
@@ -253,15 +263,25 @@ class Points(ABC):
         xp = self.backend.xp
         total = xp.zeros((clusters, len(self.middle)), xp.float64)
         for tile in ranges(len(self), TILE_ROWS):
-            rows = self.rows(xp.arange(tile.start, tile.stop), dtype)
-            own = labels[tile]
-
-            def work(part: slice, rows: Any = rows, own: Any = own) -> Any:
-                return self._one_hot(own[part], clusters).astype(dtype) @ rows[part]
-
-            for partial in self.backend.in_order(work, ranges(len(own), BLOCK_ROWS)):
-                total += partial
+            total += self._sum(xp.arange(tile.start, tile.stop), labels[tile], clusters, dtype)
         return total
+
+    def moves(self, index: Any, before: Any, after: Any, clusters: int) -> Any:
+        """What `sums` changes by, in float32, where labels of some rows change; a label before may be -1, for none."""
+        xp = self.backend.xp
+        had_one = before >= 0
+        return self._sum(index, after, clusters, xp.float32) - self._sum(
+            index[had_one], before[had_one], clusters, xp.float32
+        )
+
+    def _sum(self, index: Any, labels: Any, clusters: int, dtype: Any) -> Any:
+        rows = self.rows(index, dtype)
+
+        def work(part: slice) -> Any:
+            return self._one_hot(labels[part], clusters).astype(dtype) @ rows[part]
+
+        parts = self.backend.in_order(work, ranges(len(index), BLOCK_ROWS))
+        return sum(parts, start=self.backend.xp.zeros((clusters, len(self.middle))))
 
     def step(self, centroids: Any) -> tuple[Any, Any, Any, Any]:
         """One Lloyd step in float64.
@@ -318,6 +338,10 @@ class Dense(Points):
     def rows(self, index: Any, dtype: Any) -> Any:
         """See `Points.rows`."""
         return (self._matrix[index] - self.middle).astype(dtype, copy=False)
+
+    def _products(self, index: Any, table: Any, dtype: Any) -> Any:
+        rows = self._matrix if len(index) == len(self) else self._matrix[index]
+        return self.backend.kernels.products(rows, self.middle, table, dtype)
 
 
 class Tiled(Points):
@@ -376,6 +400,13 @@ class Tiled(Points):
         scales = (self._row_scale[users], self._item_scale)
         return kernels.aggregate(chosen, self._features, *scales, self.middle, dtype)
 
+    def moves(self, index: Any, before: Any, after: Any, clusters: int) -> Any:
+        """See `Points.moves`: no row is kept."""
+        total = self.backend.xp.zeros((clusters, len(self.middle)))
+        arrays = (self.users[index], self._features, self._row_scale, self._item_scale, self.middle, before, after)
+        self.backend.kernels.move_rows(self._csr, *arrays, total)
+        return total
+
     def _items(self, part: slice, dtype: Any) -> Any:
         """Rows of F; those of missing items are zero."""
         block = self._features[part].astype(dtype, copy=self._any_missing)
@@ -398,22 +429,12 @@ class Factored(Tiled):
         return count <= TILE_ROWS and count * len(self._csr.indices) < len(self._features) * len(self)
 
     def assign(self, index: Any, centroids: Any, dtype: Any) -> tuple[Any, Any, Any]:
-        """See `Points.assign`. In float64 items are taken from the middle; in float32 the lengths make up for it."""
-        xp = self.backend.xp
-        table = centroids.astype(xp.float64) - self.middle
-        columns = xp.ascontiguousarray(table.T.astype(dtype))
-        products = xp.empty((len(self._features), len(centroids)), dtype)
-        exact = dtype == xp.float64
-
-        def work(part: slice) -> None:
-            block = self._features[part]
-            products[part] = (block.astype(dtype) - self.middle if exact else block) @ columns
-
-        for _ in self.backend.in_order(work, ranges(len(self._features), BLOCK_ROWS)):
-            pass
-        lengths = (table * table).sum(axis=1) + (0.0 if exact else 2.0 * (table @ self.middle))
+        """See `Points.assign`."""
+        table = centroids.astype(self.backend.xp.float64) - self.middle
         kernels = self.backend.kernels
-        return kernels.assign(self._csr, self.users[index], products, self._row_scale, self._item_scale, lengths)
+        products = kernels.products(self._features, self.middle, table, dtype)
+        scales = (self._row_scale, self._item_scale)
+        return kernels.assign(self._csr, self.users[index], products, *scales, (table * table).sum(axis=1))
 
     def sums(self, labels: Any, clusters: int, dtype: Any) -> Any:
         """See `Points.sums`."""

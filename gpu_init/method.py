@@ -96,7 +96,7 @@ def clusters(
         return Clustering(found.centroids, user_labels, None, found)
     kept = xp.flatnonzero(modality.present)
     points = kmeans.Dense(backend, modality.values if len(kept) == interactions.items else modality.values[kept])
-    found = kmeans.fit(backend, points, settings.clusters, settings.seed)
+    found = kmeans.fit(backend, points, settings.clusters, settings.seed, settings.restarts)
     item_labels = xp.full(interactions.items, -1, xp.int32)
     item_labels[kept] = found.labels
     users = kmeans.Factored(backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
@@ -117,7 +117,7 @@ def _cluster_users(
         matrix = points.rows(backend.xp.arange(len(points)), backend.xp.float64)
         matrix += points.middle
         points = kmeans.Dense(backend, matrix)
-    return kmeans.fit(backend, points, settings.clusters, settings.seed)
+    return kmeans.fit(backend, points, settings.clusters, settings.seed, settings.restarts)
 
 
 def kmeans_form(users: int, pairs: int, clusters: int, width: int) -> str:
@@ -270,6 +270,7 @@ def initialize(
     dtype: str = "float32",
     backend: str = "auto",
     seed: int = 0,
+    restarts: int = 1,
 ) -> Result:
     """Initial user vectors from interactions and item features (SG-URInit, arXiv 2604.14839).
 
@@ -300,6 +301,8 @@ def initialize(
         ``auto``: CUDA where a device and its libraries are.
     seed : int, default=0
         Of the k-means++ seeding.
+    restarts : int, default=1
+        Starts of K-means, of which the best is taken.
 
     Returns
     -------
@@ -321,6 +324,7 @@ def initialize(
         scale=scale,
         dtype=dtype,
         seed=seed,
+        restarts=restarts,
     )
     if not isinstance(features, Mapping) or not features:
         raise InputError("features: a mapping of modality names to arrays is wanted, with one modality or more.")

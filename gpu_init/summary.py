@@ -15,7 +15,7 @@ from rich.text import Text
 
 BARS = 16  # up to this many clusters each has its own bar
 _BAR_WIDTH = 24
-_SETTINGS = ("lambda", "clusters", "cluster_on", "weighting", "dim", "whiten", "scale", "dtype", "seed")
+_SETTINGS = ("lambda", "clusters", "cluster_on", "weighting", "dim", "whiten", "scale", "dtype", "seed", "restarts")
 
 Facts = Iterable[tuple[str, RenderableType]]
 

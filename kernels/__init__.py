@@ -56,6 +56,12 @@ class Kernels(Protocol):
     def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any) -> Any:
         """``|(A F)_u - middle|^2`` for each row; returns (n,) float64."""
 
+    def products(self, features: Any, middle: Any, points: Any, dtype: Any) -> Any:
+        """``(F - middle) P^T`` for features (I, D), middle (D,) float64 and points (K, D); returns (I, K) of the dtype.
+
+        Taken in the dtype. Rows of missing items may hold NaN, and their products are then NaN.
+        """
+
     def assign(
         self, csr: Csr, rows: Any, table: Any, row_scale: Any, item_scale: Any, lengths: Any
     ) -> tuple[Any, Any, Any]:
@@ -67,7 +73,24 @@ class Kernels(Protocol):
         """
 
     def nearest_two(self, products: Any, lengths: Any) -> tuple[Any, Any, Any]:
-        """As `assign`, for rows whose products with the centroids (m, K) are there; safe in several threads."""
+        """As `assign`, for rows whose products with the centroids (m, K) are there."""
+
+    def move_rows(
+        self,
+        csr: Csr,
+        rows: Any,
+        features: Any,
+        row_scale: Any,
+        item_scale: Any,
+        middle: Any,
+        before: Any,
+        after: Any,
+        sums: Any,
+    ) -> None:
+        """Take the given rows (m,) of ``A F - middle`` from ``sums[before]`` and add them to ``sums[after]``.
+
+        ``sums`` (K, D) float64; ``before`` and ``after`` (m,) int32, negative for none. Rows are made in float32.
+        """
 
     def label_sums(self, csr: Csr, rows: Any, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
         """Add ``A^T Z`` of the given rows (m,), Z their labels (m,) one-hot, to ``sums`` (I, K) float64."""

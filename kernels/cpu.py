@@ -13,12 +13,17 @@ import numpy as np
 from numba import njit, prange
 
 from .build import NumbaBuilder
-from .compiled import compiled, compiled_serial
+from .compiled import compiled, compiled_reordering
 from .csr import Csr
+from .vectors import STREAM_VALUES, add_rows, finish_streams, prefetch, prefetch_row, stream_row
 
 _PARTS_PER_THREAD = 16
 _PARTIAL_BYTES = 256 << 20
 _MOST_PARTS = 8
+_AHEAD = 16  # interactions that an item's row is asked for before it is summed
+_SUMMED = 512  # rows that one sum in float32 takes
+_PRODUCT_PARTS = 64
+_LISTED = 64  # items of a user that are listed before their columns are summed
 _NO_WEIGHTS = np.empty(0, np.float32)
 _NO_LABELS = np.empty(0, np.int32)
 _NO_SCALE = np.empty(0, np.float64)
@@ -37,48 +42,92 @@ def _row_sums(bounds, indptr, indices, weights, item_values, out):  # type: igno
 
 
 @njit(inline="always")
+def _factor(kind, share, weights, entry, item_scale, item):  # type: ignore[no-untyped-def]
+    factor = share
+    if item_scale.size > 0:
+        factor *= item_scale[item]
+    if weights.size > 0:
+        factor *= weights[entry]
+    return kind(factor)
+
+
+@njit(inline="always")
 def _add_row(total, factor, features, item):  # type: ignore[no-untyped-def]
-    for column in range(total.size):
-        total[column] += factor * features[item, column]
+    if factor != 0.0:  # a missing item's row may be NaN and is not read
+        for column in range(total.size):
+            total[column] += factor * features[item, column]
+
+
+@njit(inline="always")
+def _add_four(total, share, entry, indices, weights, item_scale, features):  # type: ignore[no-untyped-def]
+    kind = total.dtype.type
+    item0, item1, item2, item3 = indices[entry], indices[entry + 1], indices[entry + 2], indices[entry + 3]
+    factor0 = _factor(kind, share, weights, entry, item_scale, item0)
+    factor1 = _factor(kind, share, weights, entry + 1, item_scale, item1)
+    factor2 = _factor(kind, share, weights, entry + 2, item_scale, item2)
+    factor3 = _factor(kind, share, weights, entry + 3, item_scale, item3)
+    if factor0 != 0.0 and factor1 != 0.0 and factor2 != 0.0 and factor3 != 0.0:
+        for column in range(total.size):
+            total[column] += (factor0 * features[item0, column] + factor1 * features[item1, column]) + (
+                factor2 * features[item2, column] + factor3 * features[item3, column]
+            )
+    else:
+        _add_row(total, factor0, features, item0)
+        _add_row(total, factor1, features, item1)
+        _add_row(total, factor2, features, item2)
+        _add_row(total, factor3, features, item3)
+
+
+@njit(inline="always")
+def _add_two(total, share, entry, indices, weights, item_scale, features):  # type: ignore[no-untyped-def]
+    kind = total.dtype.type
+    item0, item1 = indices[entry], indices[entry + 1]
+    factor0 = _factor(kind, share, weights, entry, item_scale, item0)
+    factor1 = _factor(kind, share, weights, entry + 1, item_scale, item1)
+    if factor0 != 0.0 and factor1 != 0.0:
+        for column in range(total.size):
+            total[column] += factor0 * features[item0, column] + factor1 * features[item1, column]
+    else:
+        _add_row(total, factor0, features, item0)
+        _add_row(total, factor1, features, item1)
 
 
 @njit(inline="always")
 def _add_items(  # type: ignore[no-untyped-def]
     total, share, first, last, indices, weights, item_scale, features
 ):
-    """``total += share * sum_i w_i s_i F_i``, four items at a time: their rows are fetched side by side."""
-    weighted = weights.size > 0
+    """``total += share * sum_i w_i s_i F_i`` in the type of ``total``, several items at a time.
+
+    Their rows are read side by side, and ``total`` once for all of them.
+    """
     entry = first
     while entry + 4 <= last:
-        item0, item1, item2, item3 = indices[entry], indices[entry + 1], indices[entry + 2], indices[entry + 3]
-        factor0, factor1 = share * item_scale[item0], share * item_scale[item1]
-        factor2, factor3 = share * item_scale[item2], share * item_scale[item3]
-        if weighted:
-            factor0 *= weights[entry]
-            factor1 *= weights[entry + 1]
-            factor2 *= weights[entry + 2]
-            factor3 *= weights[entry + 3]
-        if factor0 != 0.0 and factor1 != 0.0 and factor2 != 0.0 and factor3 != 0.0:
-            for column in range(total.size):
-                total[column] += (
-                    factor0 * features[item0, column]
-                    + factor1 * features[item1, column]
-                    + factor2 * features[item2, column]
-                    + factor3 * features[item3, column]
-                )
-        else:  # a missing item's row may be NaN and is not read
-            for item, factor in ((item0, factor0), (item1, factor1), (item2, factor2), (item3, factor3)):
-                if factor != 0.0:
-                    _add_row(total, factor, features, item)
+        _add_four(total, share, entry, indices, weights, item_scale, features)
         entry += 4
-    while entry < last:
+    if entry + 2 <= last:
+        _add_two(total, share, entry, indices, weights, item_scale, features)
+        entry += 2
+    if entry < last:
         item = indices[entry]
-        factor = share * item_scale[item]
-        if weighted:
-            factor *= weights[entry]
-        if factor != 0.0:
-            _add_row(total, factor, features, item)
-        entry += 1
+        _add_row(total, _factor(total.dtype.type, share, weights, entry, item_scale, item), features, item)
+
+
+@njit(inline="always")
+def _sum_items(  # type: ignore[no-untyped-def]
+    total, whole, share, first, last, stop, indices, weights, item_scale, features
+):
+    """`_add_items`, the rows fetched ahead, up to ``stop``; a busy user's sum is gathered in ``whole``, in float64."""
+    for entry in range(first + _AHEAD, min(last + _AHEAD, stop)):
+        prefetch_row(features, indices[entry])
+    if total.itemsize == 8 or last - first <= _SUMMED:
+        _add_items(total, share, first, last, indices, weights, item_scale, features)
+        return
+    whole[:] = total
+    for entry in range(first, last, _SUMMED):
+        total[:] = 0.0
+        _add_items(total, share, entry, min(entry + _SUMMED, last), indices, weights, item_scale, features)
+        whole += total
+    total[:] = whole
 
 
 @compiled
@@ -87,11 +136,13 @@ def _aggregate(  # type: ignore[no-untyped-def]
 ):
     width = features.shape[1]
     for part in prange(bounds.size - 1):
-        total = np.empty(width, np.float64)
+        total, whole = np.empty(width, out.dtype), np.empty(width, np.float64)
+        stop = indptr[bounds[part + 1]]
         for row in range(bounds[part], bounds[part + 1]):
             for column in range(width):
                 total[column] = -middle[column]
-            _add_items(total, row_scale[row], indptr[row], indptr[row + 1], indices, weights, item_scale, features)
+            first, last = indptr[row], indptr[row + 1]
+            _sum_items(total, whole, row_scale[row], first, last, stop, indices, weights, item_scale, features)
             for column in range(width):
                 out[row, column] = total[column]
 
@@ -112,13 +163,15 @@ def _aggregate_blend(  # type: ignore[no-untyped-def]
     mean_scale,
     cold,
     scale,
+    streamed,
     out,
 ):
     weighted = weights.size > 0
     by_item = item_labels.size > 0
     width = features.shape[1]
     for part in prange(bounds.size - 1):
-        total = np.empty(width, np.float64)
+        total, whole = np.empty(width, np.float32), np.empty(width, np.float64)
+        stop = indptr[bounds[part + 1]]
         for row in range(bounds[part], bounds[part + 1]):
             if row_scale[row] == 0.0:
                 for column in range(width):
@@ -126,19 +179,26 @@ def _aggregate_blend(  # type: ignore[no-untyped-def]
                 continue
             first, last = indptr[row], indptr[row + 1]
             cluster_share = scale * (1.0 - lam[row])
-            total[:] = 0.0
             if by_item:
+                whole[:] = 0.0
                 for entry in range(first, last):
                     label = item_labels[indices[entry]]
                     if label >= 0:
                         weight = np.float64(weights[entry]) if weighted else 1.0
-                        _add_row(total, cluster_share * mean_scale[row] * weight, centroids, label)
+                        _add_row(whole, cluster_share * mean_scale[row] * weight, centroids, label)
+                total[:] = whole
             else:
-                _add_row(total, cluster_share, centroids, user_labels[row])
+                factor = np.float32(cluster_share)
+                for column in range(width):
+                    total[column] = factor * centroids[user_labels[row], column]
             share = scale * lam[row] * row_scale[row]
-            _add_items(total, share, first, last, indices, weights, item_scale, features)
-            for column in range(width):
-                out[row, column] = total[column]
+            _sum_items(total, whole, share, first, last, stop, indices, weights, item_scale, features)
+            if streamed:
+                stream_row(total, out, row)
+            else:
+                for column in range(width):
+                    out[row, column] = total[column]
+        finish_streams()
 
 
 @compiled
@@ -148,14 +208,21 @@ def _squared_norms(  # type: ignore[no-untyped-def]
     width = features.shape[1]
     for part in prange(bounds.size - 1):
         total = np.empty(width, np.float64)
+        stop = indptr[bounds[part + 1]]
         for row in range(bounds[part], bounds[part + 1]):
             for column in range(width):
                 total[column] = -middle[column]
-            _add_items(total, row_scale[row], indptr[row], indptr[row + 1], indices, weights, item_scale, features)
-            squares = 0.0
+            first, last = indptr[row], indptr[row + 1]
+            _sum_items(total, total, row_scale[row], first, last, stop, indices, weights, item_scale, features)
             for column in range(width):
-                squares += total[column] * total[column]
-            out[row] = squares
+                total[column] *= total[column]
+            left = width
+            while left > 1:  # in halves: a sum in one order, and yet in vectors
+                half = left // 2
+                for column in range(half):
+                    total[column] += total[left - half + column]
+                left -= half
+            out[row] = total[0]
 
 
 @njit(inline="always")
@@ -164,49 +231,138 @@ def _two_least(products, factor, lengths):  # type: ignore[no-untyped-def]
     label = 0
     best = np.inf
     runner_up = np.inf
-    for cluster in range(lengths.size):
+    for cluster in range(lengths.size):  # in selections: a processor guesses branches wrong here
         score = lengths[cluster] - factor * products[cluster]
-        if score < best:
-            runner_up = best
-            best = score
-            label = cluster
-        elif score < runner_up:
-            runner_up = score
+        loser = best if score < best else score
+        runner_up = loser if loser < runner_up else runner_up
+        label = cluster if score < best else label
+        best = score if score < best else best
     return label, best, runner_up
+
+
+@njit(inline="always")
+def _add_columns(total, table, items, factors, count):  # type: ignore[no-untyped-def]
+    """``total += sum_n factors[n] * table[items[n]]``, as many columns at a time as there are."""
+    column = 0
+    while column + 64 <= total.size:
+        add_rows(total, table, items, factors, count, column, 64)
+        column += 64
+    while column + 8 <= total.size:
+        add_rows(total, table, items, factors, count, column, 8)
+        column += 8
+    while column < total.size:
+        add_rows(total, table, items, factors, count, column, 1)
+        column += 1
 
 
 @compiled
 def _assign(  # type: ignore[no-untyped-def]
     bounds, indptr, indices, weights, rows, table, row_scale, item_scale, lengths, labels, least, second
 ):
-    weighted = weights.size > 0
-    clusters = table.shape[1]
+    plain = weights.size == 0 and item_scale.size == 0
     for part in prange(bounds.size - 1):
-        products = np.empty(clusters, np.float64)
+        products = np.empty(table.shape[1], np.float64)
+        items, factors = np.empty(_LISTED, indices.dtype), np.ones(_LISTED, table.dtype)
         for at in range(bounds[part], bounds[part + 1]):
             row = rows[at]
+            if at + _AHEAD < bounds[part + 1]:
+                prefetch(indices, indptr[rows[at + _AHEAD]])
             products[:] = 0.0
-            for entry in range(indptr[row], indptr[row + 1]):
-                item = indices[entry]
-                factor = item_scale[item]
-                if weighted:
-                    factor *= weights[entry]
-                if factor != 0.0:
-                    _add_row(products, factor, table, item)
+            for first in range(indptr[row], indptr[row + 1], _LISTED):
+                last = min(first + _LISTED, indptr[row + 1])
+                if plain:
+                    _add_columns(products, table, indices[first:last], factors, last - first)
+                    continue
+                count = 0
+                for entry in range(first, last):
+                    items[count] = indices[entry]
+                    factors[count] = _factor(table.dtype.type, 1.0, weights, entry, item_scale, indices[entry])
+                    count += factors[count] != 0.0
+                _add_columns(products, table, items, factors, count)
             labels[at], least[at], second[at] = _two_least(products, 2.0 * row_scale[row], lengths)
 
 
-@compiled_serial
+@njit(inline="always")
+def _product(features, middle, points, item, point, out):  # type: ignore[no-untyped-def]
+    total = out.dtype.type(0)
+    for column in range(features.shape[1]):
+        total += (features[item, column] - middle[column]) * points[point, column]
+    out[item, point] = total
+
+
+@compiled_reordering
+def _products(features, middle, points, out):  # type: ignore[no-untyped-def]
+    zero = out.dtype.type(0)
+    width = features.shape[1]
+    for part in prange(_PRODUCT_PARTS):
+        item, last = part * out.shape[0] // _PRODUCT_PARTS, (part + 1) * out.shape[0] // _PRODUCT_PARTS
+        while item + 2 <= last:  # two items by four points: what is read serves several times
+            point = 0
+            while point + 4 <= out.shape[1]:
+                sum00, sum01, sum02, sum03 = zero, zero, zero, zero
+                sum10, sum11, sum12, sum13 = zero, zero, zero, zero
+                for column in range(width):
+                    value0 = features[item, column] - middle[column]
+                    value1 = features[item + 1, column] - middle[column]
+                    point0, point1 = points[point, column], points[point + 1, column]
+                    point2, point3 = points[point + 2, column], points[point + 3, column]
+                    sum00 += value0 * point0
+                    sum01 += value0 * point1
+                    sum02 += value0 * point2
+                    sum03 += value0 * point3
+                    sum10 += value1 * point0
+                    sum11 += value1 * point1
+                    sum12 += value1 * point2
+                    sum13 += value1 * point3
+                out[item, point], out[item, point + 1] = sum00, sum01
+                out[item, point + 2], out[item, point + 3] = sum02, sum03
+                out[item + 1, point], out[item + 1, point + 1] = sum10, sum11
+                out[item + 1, point + 2], out[item + 1, point + 3] = sum12, sum13
+                point += 4
+            while point < out.shape[1]:
+                _product(features, middle, points, item, point, out)
+                _product(features, middle, points, item + 1, point, out)
+                point += 1
+            item += 2
+        if item < last:
+            for point in range(out.shape[1]):
+                _product(features, middle, points, item, point, out)
+
+
+@compiled
 def _nearest_two(products, lengths, labels, least, second):  # type: ignore[no-untyped-def]
-    for at in range(products.shape[0]):
+    for at in prange(products.shape[0]):
         labels[at], least[at], second[at] = _two_least(products[at], 2.0, lengths)
+
+
+@compiled
+def _move_rows(  # type: ignore[no-untyped-def]
+    indptr, indices, weights, rows, features, row_scale, item_scale, middle, before, after, partial
+):
+    width = features.shape[1]
+    parts = partial.shape[0]
+    for part in prange(parts):
+        total, whole = np.empty(width, np.float32), np.empty(width, np.float64)
+        for at in range(part * rows.size // parts, (part + 1) * rows.size // parts):
+            row = rows[at]
+            first, last = indptr[row], indptr[row + 1]
+            for entry in range(first, last):
+                prefetch_row(features, indices[entry])
+            for column in range(width):
+                total[column] = -middle[column]
+            _sum_items(total, whole, row_scale[row], first, last, first, indices, weights, item_scale, features)
+            if before[at] >= 0:
+                for column in range(width):
+                    partial[part, before[at], column] -= total[column]
+            if after[at] >= 0:
+                for column in range(width):
+                    partial[part, after[at], column] += total[column]
 
 
 @compiled
 def _label_sums(  # type: ignore[no-untyped-def]
     indptr, indices, weights, rows, labels, row_scale, item_scale, partial
 ):
-    weighted = weights.size > 0
     parts = partial.shape[0]
     for part in prange(parts):
         for at in range(part * rows.size // parts, (part + 1) * rows.size // parts):
@@ -214,10 +370,7 @@ def _label_sums(  # type: ignore[no-untyped-def]
             label = labels[at]
             for entry in range(indptr[row], indptr[row + 1]):
                 item = indices[entry]
-                factor = row_scale[row] * item_scale[item]
-                if weighted:
-                    factor *= weights[entry]
-                partial[part, item, label] += factor
+                partial[part, item, label] += _factor(np.float64, row_scale[row], weights, entry, item_scale, item)
 
 
 class NumbaKernels:
@@ -238,7 +391,7 @@ class NumbaKernels:
     def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any, dtype: Any) -> Any:
         """See `Kernels.aggregate`."""
         out = np.empty((len(csr.indptr) - 1, features.shape[1]), dtype)
-        _aggregate(_bounds(csr.indptr), *_inputs(*csr, features, row_scale, item_scale, middle), out)
+        _aggregate(_bounds(csr.indptr), *_inputs(*csr, features, row_scale, _scale(item_scale), middle), out)
         return out
 
     def aggregate_blend(
@@ -259,13 +412,20 @@ class NumbaKernels:
         """See `Kernels.aggregate_blend`."""
         labels = (_NO_LABELS if one is None else one for one in (user_labels, item_labels))
         mean_scale = _NO_SCALE if mean_scale is None else mean_scale
-        arrays = _inputs(*csr, features, row_scale, item_scale, lam, centroids, *labels, mean_scale, cold)
-        _aggregate_blend(_bounds(csr.indptr), *arrays, float(scale), out)
+        arrays = _inputs(*csr, features, row_scale, _scale(item_scale), lam, centroids, *labels, mean_scale, cold)
+        streamed = out.shape[1] % STREAM_VALUES == 0 and out.ctypes.data % (STREAM_VALUES * out.itemsize) == 0
+        _aggregate_blend(_bounds(csr.indptr), *arrays, float(scale), streamed, out)
 
     def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any) -> Any:
         """See `Kernels.squared_norms`."""
         out = np.empty(len(csr.indptr) - 1, np.float64)
-        _squared_norms(_bounds(csr.indptr), *_inputs(*csr, features, row_scale, item_scale, middle), out)
+        _squared_norms(_bounds(csr.indptr), *_inputs(*csr, features, row_scale, _scale(item_scale), middle), out)
+        return out
+
+    def products(self, features: Any, middle: Any, points: Any, dtype: Any) -> Any:
+        """See `Kernels.products`."""
+        out = np.empty((len(features), len(points)), dtype)
+        _products(*_inputs(features, middle.astype(dtype), points.astype(dtype)), out)
         return out
 
     def assign(
@@ -274,7 +434,7 @@ class NumbaKernels:
         """See `Kernels.assign`."""
         labels, least, second = np.empty(len(rows), np.int32), np.empty(len(rows)), np.empty(len(rows))
         work = np.concatenate([[0], np.cumsum(csr.indptr[rows + 1] - csr.indptr[rows])])
-        arrays = _inputs(*csr, rows, table, row_scale, item_scale, lengths)
+        arrays = _inputs(*csr, rows, table, row_scale, _scale(item_scale), lengths)
         _assign(_bounds(work), *arrays, labels, least, second)
         return labels, least, second
 
@@ -284,23 +444,49 @@ class NumbaKernels:
         _nearest_two(products, lengths, labels, least, second)
         return labels, least, second
 
+    def move_rows(
+        self,
+        csr: Csr,
+        rows: Any,
+        features: Any,
+        row_scale: Any,
+        item_scale: Any,
+        middle: Any,
+        before: Any,
+        after: Any,
+        sums: Any,
+    ) -> None:
+        """See `Kernels.move_rows`: fixed ranges of the rows, added up in order."""
+        partial = np.zeros((_parts(sums), *sums.shape))
+        arrays = _inputs(*csr, rows, features, row_scale, _scale(item_scale), middle, before, after)
+        _move_rows(*arrays, partial)
+        for part in partial:
+            sums += part
+
     def label_sums(self, csr: Csr, rows: Any, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
         """See `Kernels.label_sums`: fixed ranges of the rows, added up in order."""
-        parts = max(1, min(_MOST_PARTS, _PARTIAL_BYTES // sums.nbytes))
-        partial = np.zeros((parts, *sums.shape))
-        _label_sums(*_inputs(*csr, rows, labels, row_scale, item_scale), partial)
+        partial = np.zeros((_parts(sums), *sums.shape))
+        _label_sums(*_inputs(*csr, rows, labels, row_scale, _scale(item_scale)), partial)
         for part in partial:
             sums += part
 
 
-def _inputs(indptr: Any, indices: Any, weights: Any, *others: Any) -> list[Any]:
+def _inputs(*arrays: Any) -> list[Any]:
     """Read-only views, so that mapped and owned arrays share one compilation; no weights are none of length 0."""
-    views = [
-        array.view(np.ndarray) for array in (indptr, indices, _NO_WEIGHTS if weights is None else weights, *others)
-    ]
+    views = [(_NO_WEIGHTS if array is None else array).view(np.ndarray) for array in arrays]
     for view in views:
         view.flags.writeable = False
     return views
+
+
+def _parts(sums: Any) -> int:
+    """How many ranges are summed apart, each into an array of its own like ``sums``."""
+    return max(1, min(_MOST_PARTS, int(_PARTIAL_BYTES // sums.nbytes)))
+
+
+def _scale(item_scale: Any) -> Any:
+    """No scale where all are 1: one access at random less for each interaction."""
+    return _NO_SCALE if (item_scale == 1.0).all() else item_scale
 
 
 def _bounds(indptr: Any) -> Any:

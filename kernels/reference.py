@@ -62,6 +62,10 @@ class ReferenceKernels:
         rows = self._product(csr, features, row_scale, item_scale) - middle
         return (rows * rows).sum(axis=1)
 
+    def products(self, features: Any, middle: Any, points: Any, dtype: Any) -> Any:
+        """See `Kernels.products`."""
+        return (features.astype(dtype) - middle.astype(dtype)) @ points.T.astype(dtype)
+
     def assign(
         self, csr: Csr, rows: Any, table: Any, row_scale: Any, item_scale: Any, lengths: Any
     ) -> tuple[Any, Any, Any]:
@@ -76,6 +80,24 @@ class ReferenceKernels:
         least = xp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
         xp.put_along_axis(scores, labels[:, None], xp.inf, axis=1)
         return labels.astype(xp.int32), least, scores.min(axis=1)
+
+    def move_rows(
+        self,
+        csr: Csr,
+        rows: Any,
+        features: Any,
+        row_scale: Any,
+        item_scale: Any,
+        middle: Any,
+        before: Any,
+        after: Any,
+        sums: Any,
+    ) -> None:
+        """See `Kernels.move_rows`."""
+        made = self._product(csr, features, row_scale, item_scale)[rows] - middle
+        one_hot = self._xp.eye(len(sums))
+        signs = (after >= 0)[:, None] * one_hot[after] - (before >= 0)[:, None] * one_hot[before]
+        sums += signs.T @ made
 
     def label_sums(self, csr: Csr, rows: Any, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
         """See `Kernels.label_sums`."""

@@ -53,6 +53,7 @@ def test_defaults_are_those_of_the_design():
         "scale": "none",
         "dtype": "float32",
         "seed": 0,
+        "restarts": 1,
     }
 
 
@@ -74,6 +75,7 @@ EVERYTHING = {
     "scale": "items",
     "dtype": "float16",
     "seed": "4294967295",
+    "restarts": "3",
     "backend": "cpu",
     "memory": "1.5GiB",
     "resume": "1",
@@ -89,7 +91,7 @@ AS_CONFIG = JobConfig(
     weight_column="w",
     where="x_label == 0",
     users=9308,
-    settings=Settings(0.25, 3, "items", "sym", 64, True, "items", "float16", 2**32 - 1),
+    settings=Settings(0.25, 3, "items", "sym", 64, True, "items", "float16", 2**32 - 1, 3),
     backend="cpu",
     memory=3 << 29,
     resume=True,
@@ -121,7 +123,7 @@ def test_every_key_can_stand_in_the_file(tmp_path, monkeypatch):
         "users": 9308,
         "lambda": 0.25,
         **dict.fromkeys(("whiten", "resume", "overwrite"), True),
-        **{name: int(EVERYTHING[name]) for name in ("clusters", "dim", "seed")},
+        **{name: int(EVERYTHING[name]) for name in ("clusters", "dim", "seed", "restarts")},
     }
     for dash in ("_", "-"):
         text = tomli_w.dumps({name.replace("_", dash): value for name, value in typed.items()})
@@ -206,6 +208,7 @@ def test_strange_variables_and_empty_ones_are_ignored():
         ("dim", "0"),
         ("seed", "-1"),
         ("seed", str(2**32)),
+        ("restarts", "0"),
         ("weighting", "Mean"),
         ("weighting", ["mean"]),
         ("cluster_on", "interactions"),

@@ -100,12 +100,41 @@ def test_bounds_change_nothing(rng, monkeypatch, form, tile):
     monkeypatch.setattr(kmeans, "TILE_ROWS", tile)
     points, M = users(rng, count=8000, groups=5, form=form)
     start = M[:9].astype(np.float32)
-    fast, inertia, settled = kmeans.descend(CPU, points, start)
+    fast, inertia, settled = kmeans.descend(CPU, points, start, growth=1.0)
     assert settled
     assert (np.diff(inertia) <= 1e-6 * inertia[0]).all()
-    plain, _, _, settled = kmeans.settle(CPU, points, start)
+    plain, _, expected, settled = kmeans.settle(CPU, points, start)
     assert settled
+    assert len(inertia) == len(expected) - 1  # which counts the step that changes nothing
     oracle.assert_close(fast, plain, 1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_longer_strides_end_where_labels_settle_in_fewer_steps(rng, form):
+    points, M = users(rng, count=20_000, groups=12, width=6, form=form)
+    longer, plain = [], []
+    for _ in range(4):
+        start = M[rng.choice(len(M), 9, replace=False)].astype(np.float32)
+        centroids, inertia, settled = kmeans.descend(CPU, points, start)
+        assert settled
+        labels, distances, _, _ = points.step(centroids)
+        oracle.assert_means(M, centroids, labels)
+        assert distances.sum() == pytest.approx(inertia[-1], rel=1e-4)
+        longer.append((len(inertia), inertia[-1]))
+        _, inertia, _ = kmeans.descend(CPU, points, start, growth=1.0)
+        plain.append((len(inertia), inertia[-1]))
+    (steps, ends), (plain_steps, plain_ends) = (np.sum(each, axis=0) for each in (longer, plain))
+    assert steps < plain_steps
+    assert ends <= 1.01 * plain_ends
+
+
+def test_the_best_of_several_starts(rng):
+    points, M = users(rng, count=4000, groups=10, form=kmeans.Dense)
+    single = [kmeans.fit(CPU, points, 10, seed).inertia[-1] for seed in range(6)]
+    found = kmeans.fit(CPU, points, 10, seed=0, restarts=10)
+    assert found.inertia[-1] <= np.median(single)
+    theirs = KMeans(10, n_init=10, random_state=1).fit(M).inertia_
+    assert found.inertia[-1] <= 1.01 * theirs
 
 
 @pytest.mark.parametrize("form", FORMS)
