@@ -28,6 +28,13 @@ def _cache_folder() -> str | None:
     return str(folder) if os.access(folder, os.W_OK | os.X_OK) and folder.stat().st_uid == os.getuid() else None
 
 
+_REORDERING = {"reassoc", "nsz", "contract"}  # sums in vectors, products fused with them
+
+# What kernels call: compiled apart, which takes much less time than numba's own inlining; LLVM inlines them anyway.
+inner: Any = njit(error_model="numpy", nogil=True, forceinline=True)
+inner_reordering: Any = njit(error_model="numpy", nogil=True, forceinline=True, fastmath=_REORDERING)
+
+
 def _load_threads() -> None:
     """Load numba's OpenMP threads so that they sleep when they have nothing to do.
 
@@ -70,7 +77,7 @@ def compiled(function: Any) -> Any:
 
 def compiled_reordering(function: Any) -> Any:
     """As `compiled`; sums may be taken in vectors and fused with products, one way on one kind of processor."""
-    return _compile(function, parallel=True, fastmath={"reassoc", "nsz", "contract"})
+    return _compile(function, parallel=True, fastmath=_REORDERING)
 
 
 def compiled_serial(function: Any) -> Any:

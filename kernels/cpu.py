@@ -10,10 +10,10 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from .build import NumbaBuilder
-from .compiled import compiled, compiled_reordering
+from .compiled import compiled, compiled_reordering, inner, inner_reordering
 from .csr import Csr
 from .vectors import STREAM_VALUES, add_rows, finish_streams, prefetch, prefetch_row, stream_row
 
@@ -24,41 +24,36 @@ _AHEAD = 16  # interactions that an item's row is asked for before it is summed
 _SUMMED = 512  # rows that one sum in float32 takes
 _PRODUCT_PARTS = 64
 _LISTED = 64  # items of a user that are listed before their columns are summed
-_NO_WEIGHTS = np.empty(0, np.float32)
-_NO_LABELS = np.empty(0, np.int32)
-_NO_SCALE = np.empty(0, np.float64)
 
 
 @compiled
 def _row_sums(bounds, indptr, indices, weights, item_values, out):  # type: ignore[no-untyped-def]
-    weighted = weights.size > 0
     for part in prange(bounds.size - 1):
         for row in range(bounds[part], bounds[part + 1]):
             total = 0.0
             for entry in range(indptr[row], indptr[row + 1]):
-                weight = np.float64(weights[entry]) if weighted else 1.0
-                total += weight * item_values[indices[entry]]
+                total += _factor(np.float64, item_values[indices[entry]], weights, entry, None, 0)
             out[row] = total
 
 
-@njit(inline="always")
+@inner
 def _factor(kind, share, weights, entry, item_scale, item):  # type: ignore[no-untyped-def]
     factor = share
-    if item_scale.size > 0:
+    if item_scale is not None:
         factor *= item_scale[item]
-    if weights.size > 0:
+    if weights is not None:
         factor *= weights[entry]
     return kind(factor)
 
 
-@njit(inline="always")
+@inner
 def _add_row(total, factor, features, item):  # type: ignore[no-untyped-def]
     if factor != 0.0:  # a missing item's row may be NaN and is not read
         for column in range(total.size):
             total[column] += factor * features[item, column]
 
 
-@njit(inline="always")
+@inner
 def _add_four(total, share, entry, indices, weights, item_scale, features):  # type: ignore[no-untyped-def]
     kind = total.dtype.type
     item0, item1, item2, item3 = indices[entry], indices[entry + 1], indices[entry + 2], indices[entry + 3]
@@ -78,21 +73,35 @@ def _add_four(total, share, entry, indices, weights, item_scale, features):  # t
         _add_row(total, factor3, features, item3)
 
 
-@njit(inline="always")
-def _add_two(total, share, entry, indices, weights, item_scale, features):  # type: ignore[no-untyped-def]
+@inner
+def _add_eight(total, share, entry, indices, weights, item_scale, features):  # type: ignore[no-untyped-def]
     kind = total.dtype.type
-    item0, item1 = indices[entry], indices[entry + 1]
+    item0, item1, item2, item3 = indices[entry], indices[entry + 1], indices[entry + 2], indices[entry + 3]
+    item4, item5, item6, item7 = indices[entry + 4], indices[entry + 5], indices[entry + 6], indices[entry + 7]
     factor0 = _factor(kind, share, weights, entry, item_scale, item0)
     factor1 = _factor(kind, share, weights, entry + 1, item_scale, item1)
-    if factor0 != 0.0 and factor1 != 0.0:
+    factor2 = _factor(kind, share, weights, entry + 2, item_scale, item2)
+    factor3 = _factor(kind, share, weights, entry + 3, item_scale, item3)
+    factor4 = _factor(kind, share, weights, entry + 4, item_scale, item4)
+    factor5 = _factor(kind, share, weights, entry + 5, item_scale, item5)
+    factor6 = _factor(kind, share, weights, entry + 6, item_scale, item6)
+    factor7 = _factor(kind, share, weights, entry + 7, item_scale, item7)
+    first = factor0 != 0.0 and factor1 != 0.0 and factor2 != 0.0 and factor3 != 0.0
+    if first and factor4 != 0.0 and factor5 != 0.0 and factor6 != 0.0 and factor7 != 0.0:
         for column in range(total.size):
-            total[column] += factor0 * features[item0, column] + factor1 * features[item1, column]
+            total[column] += (
+                (factor0 * features[item0, column] + factor1 * features[item1, column])
+                + (factor2 * features[item2, column] + factor3 * features[item3, column])
+            ) + (
+                (factor4 * features[item4, column] + factor5 * features[item5, column])
+                + (factor6 * features[item6, column] + factor7 * features[item7, column])
+            )
     else:
-        _add_row(total, factor0, features, item0)
-        _add_row(total, factor1, features, item1)
+        _add_four(total, share, entry, indices, weights, item_scale, features)
+        _add_four(total, share, entry + 4, indices, weights, item_scale, features)
 
 
-@njit(inline="always")
+@inner
 def _add_items(  # type: ignore[no-untyped-def]
     total, share, first, last, indices, weights, item_scale, features
 ):
@@ -101,18 +110,19 @@ def _add_items(  # type: ignore[no-untyped-def]
     Their rows are read side by side, and ``total`` once for all of them.
     """
     entry = first
-    while entry + 4 <= last:
+    while entry + 8 <= last:
+        _add_eight(total, share, entry, indices, weights, item_scale, features)
+        entry += 8
+    if entry + 4 <= last:
         _add_four(total, share, entry, indices, weights, item_scale, features)
         entry += 4
-    if entry + 2 <= last:
-        _add_two(total, share, entry, indices, weights, item_scale, features)
-        entry += 2
-    if entry < last:
+    while entry < last:
         item = indices[entry]
         _add_row(total, _factor(total.dtype.type, share, weights, entry, item_scale, item), features, item)
+        entry += 1
 
 
-@njit(inline="always")
+@inner
 def _sum_items(  # type: ignore[no-untyped-def]
     total, whole, share, first, last, stop, indices, weights, item_scale, features
 ):
@@ -166,8 +176,6 @@ def _aggregate_blend(  # type: ignore[no-untyped-def]
     streamed,
     out,
 ):
-    weighted = weights.size > 0
-    by_item = item_labels.size > 0
     width = features.shape[1]
     for part in prange(bounds.size - 1):
         total, whole = np.empty(width, np.float32), np.empty(width, np.float64)
@@ -179,15 +187,15 @@ def _aggregate_blend(  # type: ignore[no-untyped-def]
                 continue
             first, last = indptr[row], indptr[row + 1]
             cluster_share = scale * (1.0 - lam[row])
-            if by_item:
+            if item_labels is not None:
                 whole[:] = 0.0
                 for entry in range(first, last):
                     label = item_labels[indices[entry]]
                     if label >= 0:
-                        weight = np.float64(weights[entry]) if weighted else 1.0
-                        _add_row(whole, cluster_share * mean_scale[row] * weight, centroids, label)
+                        share = cluster_share * mean_scale[row]
+                        _add_row(whole, _factor(np.float64, share, weights, entry, None, 0), centroids, label)
                 total[:] = whole
-            else:
+            if user_labels is not None:
                 factor = np.float32(cluster_share)
                 for column in range(width):
                     total[column] = factor * centroids[user_labels[row], column]
@@ -225,7 +233,7 @@ def _squared_norms(  # type: ignore[no-untyped-def]
             out[row] = total[0]
 
 
-@njit(inline="always")
+@inner
 def _two_least(products, factor, lengths):  # type: ignore[no-untyped-def]
     """Where ``lengths - factor * products`` is least, first of equals, the value there, and the second least."""
     label = 0
@@ -240,7 +248,7 @@ def _two_least(products, factor, lengths):  # type: ignore[no-untyped-def]
     return label, best, runner_up
 
 
-@njit(inline="always")
+@inner
 def _add_columns(total, table, items, factors, count):  # type: ignore[no-untyped-def]
     """``total += sum_n factors[n] * table[items[n]]``, as many columns at a time as there are."""
     column = 0
@@ -259,7 +267,7 @@ def _add_columns(total, table, items, factors, count):  # type: ignore[no-untype
 def _assign(  # type: ignore[no-untyped-def]
     bounds, indptr, indices, weights, rows, table, row_scale, item_scale, lengths, labels, least, second
 ):
-    plain = weights.size == 0 and item_scale.size == 0
+    plain = weights is None and item_scale is None
     for part in prange(bounds.size - 1):
         products = np.empty(table.shape[1], np.float64)
         items, factors = np.empty(_LISTED, indices.dtype), np.ones(_LISTED, table.dtype)
@@ -282,7 +290,7 @@ def _assign(  # type: ignore[no-untyped-def]
             labels[at], least[at], second[at] = _two_least(products, 2.0 * row_scale[row], lengths)
 
 
-@njit(inline="always")
+@inner_reordering
 def _product(features, middle, points, item, point, out):  # type: ignore[no-untyped-def]
     total = out.dtype.type(0)
     for column in range(features.shape[1]):
@@ -410,9 +418,8 @@ class NumbaKernels:
         out: Any,
     ) -> None:
         """See `Kernels.aggregate_blend`."""
-        labels = (_NO_LABELS if one is None else one for one in (user_labels, item_labels))
-        mean_scale = _NO_SCALE if mean_scale is None else mean_scale
-        arrays = _inputs(*csr, features, row_scale, _scale(item_scale), lam, centroids, *labels, mean_scale, cold)
+        labels = (user_labels, item_labels, mean_scale)
+        arrays = _inputs(*csr, features, row_scale, _scale(item_scale), lam, centroids, *labels, cold)
         streamed = out.shape[1] % STREAM_VALUES == 0 and out.ctypes.data % (STREAM_VALUES * out.itemsize) == 0
         _aggregate_blend(_bounds(csr.indptr), *arrays, float(scale), streamed, out)
 
@@ -472,10 +479,11 @@ class NumbaKernels:
 
 
 def _inputs(*arrays: Any) -> list[Any]:
-    """Read-only views, so that mapped and owned arrays share one compilation; no weights are none of length 0."""
-    views = [(_NO_WEIGHTS if array is None else array).view(np.ndarray) for array in arrays]
+    """Read-only views, so that mapped and owned arrays share one compilation; None compiles to code without it."""
+    views = [None if array is None else array.view(np.ndarray) for array in arrays]
     for view in views:
-        view.flags.writeable = False
+        if view is not None:
+            view.flags.writeable = False
     return views
 
 
@@ -486,7 +494,7 @@ def _parts(sums: Any) -> int:
 
 def _scale(item_scale: Any) -> Any:
     """No scale where all are 1: one access at random less for each interaction."""
-    return _NO_SCALE if (item_scale == 1.0).all() else item_scale
+    return None if (item_scale == 1.0).all() else item_scale
 
 
 def _bounds(indptr: Any) -> Any:
