@@ -41,7 +41,7 @@ FORMAT = "gpu-init artifact"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 64 << 20
-SYNC_BYTES = 256 << 20  # rows are made durable after this many bytes
+SYNC_BYTES = 64 << 20  # rows are made durable after this many bytes
 SYNC_SECONDS = 2.0  # or this many seconds
 
 _JOURNAL_FORMAT = "gpu-init journal"
@@ -1067,7 +1067,7 @@ class _AbortedError(Exception):
 class RowWriter:
     """An array on its way to disk, block by block, in a thread, so that the next block is computed meanwhile.
 
-    A context manager: leaving it closes the file, or, by an exception, aborts. At most every 256 MB or 2 s the
+    A context manager: leaving it closes the file, or, by an exception, aborts. At most every 64 MB or 2 s the
     rows so far are made durable and noted in the journal; a part of a row, or a row that may not be on the disk,
     is never counted.
 
@@ -1207,5 +1207,7 @@ class RowWriter:
             waited = time.monotonic() - self._synced_at
             if self._sink.size - self._synced_size >= SYNC_BYTES or waited >= SYNC_SECONDS:
                 os.fdatasync(self._descriptor)
+                # nobody reads these pages soon; the next rows take their place in memory, not that of others
+                os.posix_fadvise(self._descriptor, 0, self._sink.size, os.POSIX_FADV_DONTNEED)
                 self._staging._note_rows(self._relpath, self._header, self._rows)
                 self._synced_size, self._synced_at = self._sink.size, time.monotonic()

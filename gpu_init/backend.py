@@ -48,6 +48,9 @@ class Backend(Protocol):
     kernels: Kernels
     kmeans_name: str
 
+    def prepare(self) -> None:
+        """Start what takes long to load and is needed later, beside whatever comes first."""
+
     def asarray(self, array: Any) -> Any:
         """Array on this device, in C order; no copy where none is needed."""
 
@@ -111,6 +114,10 @@ class CpuBackend:
         self.kernels = cpu_kernels()
         self._threads = ThreadpoolController()  # of the libraries loaded by now, numpy's BLAS among them
         self._pool = ThreadPoolExecutor(cores(), thread_name_prefix="gpu-init")
+
+    def prepare(self) -> None:
+        """See `Backend.prepare`: scikit-learn's clusters take more than a second to import."""
+        self._pool.submit(importlib.import_module, "sklearn.cluster")
 
     def asarray(self, array: Any) -> Any:
         """See `Backend.asarray`."""
@@ -226,6 +233,9 @@ class CudaBackend:
         self.sparse: Any = cupyx.scipy.sparse
         self.tables: Any = cudf
         self.kernels: Kernels = ReferenceKernels(cupy, cupyx.scipy.sparse)
+
+    def prepare(self) -> None:
+        """See `Backend.prepare`: what it needs is loaded with it."""
 
     def asarray(self, array: Any) -> Any:
         """See `Backend.asarray`."""

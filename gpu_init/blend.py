@@ -79,17 +79,17 @@ def scale_to_items(backend: Backend, interactions: Interactions, fit: Blend, blo
     """
     items = item_norms(backend, fit.modality)
     parts = ranges(interactions.users, block_rows)
-    users = norms(backend.xp, (blend(backend, interactions, fit, part) for part in parts))
+    users = norms(backend, (blend(backend, interactions, fit, part) for part in parts))
     return items["mean"] / users["mean"] if items["mean"] > 0 and users["mean"] > 0 else 1.0
 
 
 def item_norms(backend: Backend, modality: Modality) -> dict[str, float]:
     """`norms` of the items that have a modality."""
     kept = modality.present
-    return norms(backend.xp, (modality.values[part][kept[part]] for part in ranges(len(kept), NORM_ROWS)))
+    return norms(backend, (modality.values[part][kept[part]] for part in ranges(len(kept), NORM_ROWS)))
 
 
-def norms(xp: Any, blocks: Iterator[Any]) -> dict[str, float]:
+def norms(backend: Backend, blocks: Iterator[Any]) -> dict[str, float]:
     """Mean, least and largest Euclidean norm of the rows of some blocks, in float64.
 
     Blocks must be cut at multiples of `NORM_ROWS` for the mean to come out the same whatever their size; an
@@ -97,10 +97,10 @@ def norms(xp: Any, blocks: Iterator[Any]) -> dict[str, float]:
     """
     total, count, least, most = 0.0, 0, float("inf"), 0.0
     for block in blocks:
+        lengths = backend.xp.sqrt(backend.kernels.lengths(block))
         for start in range(0, len(block), NORM_ROWS):
-            rows = block[start : start + NORM_ROWS].astype(xp.float64)
-            lengths = xp.sqrt((rows * rows).sum(axis=1))
-            total += float(lengths.sum())
-            count += len(lengths)
-            least, most = min(least, float(lengths.min())), max(most, float(lengths.max()))
+            part = lengths[start : start + NORM_ROWS]
+            total += float(part.sum())
+            count += len(part)
+            least, most = min(least, float(part.min())), max(most, float(part.max()))
     return {"mean": total / count, "min": least, "max": most} if count else {"mean": 0.0, "min": 0.0, "max": 0.0}

@@ -6,9 +6,10 @@ one fused kernel call each. What is done is recorded in the staging folder, and 
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,7 +42,7 @@ from .storage import expand, fingerprint, require_utf8
 from .version import __version__
 from .where import parse
 
-BLOCK_BYTES = 256 << 20  # of memory for the blocks on their way out, unless --memory asks for less
+BLOCK_BYTES = 32 << 20  # of memory for the blocks on their way out, unless --memory asks for less; fits caches
 USER_BYTES = 48  # of memory for each row of R: where it starts, degrees, scales, label
 USER_EXTENSIONS = (".parquet", ".pq", ".txt", *TEXT_EXTENSIONS)
 
@@ -60,6 +61,7 @@ def run(config: JobConfig, progress: Progress) -> str:
     _check_places(config)
     backend = select(config.backend)
     progress.say(f"backend {backend.name}: {backend.why}; kernels {backend.kernels.name}")
+    backend.prepare()
     with progress.step("fingerprint inputs"):
         inputs = _inputs(config)
     _check_inputs(config, inputs)
@@ -232,14 +234,22 @@ def _run_modality(
     users = f"{name}/users.npy"
     with progress.step(f"write {name}", total=matrix.users, unit="user") as step:
         writer = staging.rows(users, (matrix.users, width), np.dtype(settings.dtype))
-        with writer:
+        with writer, backend.kernels.leaving_a_core():
             step.advance(writer.done)
-            for part in ranges(matrix.users, step_rows):
-                left = slice(max(part.start, writer.done), part.stop)
-                if left.start < left.stop:
-                    writer.write(backend.to_host(method.rows(backend, matrix, plan, left, settings.dtype)))
-                    step.advance(left.stop - left.start)
-    written = staging.load(users)
+            # one is written while the other is filled; new ones would cost the kernel their pages each time
+            spaces = itertools.cycle(backend.xp.empty((2, min(step_rows, matrix.users), width), settings.dtype))
+
+            def blocks() -> Iterator[Any]:
+                for part in ranges(matrix.users, step_rows):
+                    out = next(spaces)[: part.stop - part.start]
+                    block = method.rows(backend, matrix, plan, part, settings.dtype, out)
+                    yield block  # for its norms; what an earlier run wrote is made again for them alone
+                    left = max(writer.done - part.start, 0)
+                    if left < len(block):
+                        writer.write(backend.to_host(block[left:]))
+                        step.advance(len(block) - left)
+
+            user_norms = norms(backend, blocks())
     host_labels = backend.to_host(labels[1])
     warm = int(operator.warm.sum())
     return {
@@ -254,9 +264,9 @@ def _run_modality(
         **({} if labels[2] is None else {"item_cluster_sizes": _sizes(backend.to_host(labels[2]), settings.clusters)}),
         "kmeans": facts["kmeans"],
         "norms": {
-            "users": norms(np, (written[part] for part in ranges(matrix.users, 4096))),
+            "users": user_norms,
             "items": item_norms(backend, modality),
-            "centroids": norms(backend.xp, iter([labels[0]])),
+            "centroids": norms(backend, iter([labels[0]])),
         },
         "scale": plan.scale,
         "lambda": settings.lam,

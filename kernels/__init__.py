@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from gpu_init.errors import InputError
@@ -21,6 +22,12 @@ class Kernels(Protocol):
     """
 
     name: str
+
+    def leaving_a_core(self) -> AbstractContextManager[Any]:
+        """Inside, kernels leave a core to another thread, such as one that writes what they give."""
+
+    def lengths(self, rows: Any) -> Any:
+        """Squared Euclidean length of each row of a matrix (n, D) of floats; returns (n,) float64."""
 
     def row_sums(self, csr: Csr, item_values: Any) -> Any:
         """``R v`` for one column ``v`` (I,) float64; returns (n,) float64."""

@@ -6,6 +6,8 @@ number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numba
@@ -22,7 +24,9 @@ _PARTIAL_BYTES = 256 << 20
 _MOST_PARTS = 8
 _AHEAD = 16  # interactions that an item's row is asked for before it is summed
 _SUMMED = 512  # rows that one sum in float32 takes
-_PRODUCT_PARTS = 64
+_EVEN_PARTS = 64
+_FLOAT_BYTES = 4
+_STREAMED_BYTES = 32 << 20  # less is left in the caches, for whoever reads it next
 _LISTED = 64  # items of a user that are listed before their columns are summed
 
 
@@ -209,6 +213,28 @@ def _aggregate_blend(  # type: ignore[no-untyped-def]
         finish_streams()
 
 
+@inner
+def _squared_length(values, space):  # type: ignore[no-untyped-def]
+    """Sum of the squares in float64, with ``space`` to work in: by halves, one order and yet in vectors."""
+    for column in range(values.size):
+        space[column] = np.float64(values[column]) * np.float64(values[column])
+    left = values.size
+    while left > 1:
+        half = left // 2
+        for column in range(half):
+            space[column] += space[left - half + column]
+        left -= half
+    return space[0]
+
+
+@compiled
+def _lengths(rows, out):  # type: ignore[no-untyped-def]
+    for part in prange(_EVEN_PARTS):
+        space = np.empty(rows.shape[1], np.float64)
+        for row in range(part * out.size // _EVEN_PARTS, (part + 1) * out.size // _EVEN_PARTS):
+            out[row] = _squared_length(rows[row], space)
+
+
 @compiled
 def _squared_norms(  # type: ignore[no-untyped-def]
     bounds, indptr, indices, weights, features, row_scale, item_scale, middle, out
@@ -222,15 +248,7 @@ def _squared_norms(  # type: ignore[no-untyped-def]
                 total[column] = -middle[column]
             first, last = indptr[row], indptr[row + 1]
             _sum_items(total, total, row_scale[row], first, last, stop, indices, weights, item_scale, features)
-            for column in range(width):
-                total[column] *= total[column]
-            left = width
-            while left > 1:  # in halves: a sum in one order, and yet in vectors
-                half = left // 2
-                for column in range(half):
-                    total[column] += total[left - half + column]
-                left -= half
-            out[row] = total[0]
+            out[row] = _squared_length(total, total)
 
 
 @inner
@@ -302,8 +320,8 @@ def _product(features, middle, points, item, point, out):  # type: ignore[no-unt
 def _products(features, middle, points, out):  # type: ignore[no-untyped-def]
     zero = out.dtype.type(0)
     width = features.shape[1]
-    for part in prange(_PRODUCT_PARTS):
-        item, last = part * out.shape[0] // _PRODUCT_PARTS, (part + 1) * out.shape[0] // _PRODUCT_PARTS
+    for part in prange(_EVEN_PARTS):
+        item, last = part * out.shape[0] // _EVEN_PARTS, (part + 1) * out.shape[0] // _EVEN_PARTS
         while item + 2 <= last:  # two items by four points: what is read serves several times
             point = 0
             while point + 4 <= out.shape[1]:
@@ -390,6 +408,23 @@ class NumbaKernels:
         """See `Kernels.builder`."""
         return NumbaBuilder()
 
+    @contextmanager
+    def leaving_a_core(self) -> Iterator[None]:
+        """See `Kernels.leaving_a_core`: threads that had to share one would hold back the others."""
+        threads = numba.get_num_threads()
+        numba.set_num_threads(max(1, threads - 1))
+        try:
+            yield
+        finally:
+            numba.set_num_threads(threads)
+
+    def lengths(self, rows: Any) -> Any:
+        """See `Kernels.lengths`."""
+        out = np.empty(len(rows), np.float64)
+        values = rows if rows.dtype.itemsize >= _FLOAT_BYTES else rows.astype(np.float32)  # numba knows no float16
+        _lengths(*_inputs(values), out)
+        return out
+
     def row_sums(self, csr: Csr, item_values: Any) -> Any:
         """See `Kernels.row_sums`."""
         out = np.empty(len(csr.indptr) - 1, np.float64)
@@ -420,7 +455,8 @@ class NumbaKernels:
         """See `Kernels.aggregate_blend`."""
         labels = (user_labels, item_labels, mean_scale)
         arrays = _inputs(*csr, features, row_scale, _scale(item_scale), lam, centroids, *labels, cold)
-        streamed = out.shape[1] % STREAM_VALUES == 0 and out.ctypes.data % (STREAM_VALUES * out.itemsize) == 0
+        aligned = out.shape[1] % STREAM_VALUES == 0 and out.ctypes.data % (STREAM_VALUES * out.itemsize) == 0
+        streamed = aligned and out.nbytes >= _STREAMED_BYTES
         _aggregate_blend(_bounds(csr.indptr), *arrays, float(scale), streamed, out)
 
     def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any) -> Any:

@@ -5,6 +5,7 @@ Written against the interface that numpy and cupy share. The tests hold every ot
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from .csr import Csr
@@ -20,6 +21,15 @@ class ReferenceKernels:
 
     def builder(self) -> None:
         """See `Kernels.builder`: `gpu_init.interactions.build` is the plain way."""
+
+    def leaving_a_core(self) -> AbstractContextManager[Any]:
+        """See `Kernels.leaving_a_core`: these take one core, or none."""
+        return nullcontext()
+
+    def lengths(self, rows: Any) -> Any:
+        """See `Kernels.lengths`."""
+        rows = rows.astype(self._xp.float64)
+        return (rows * rows).sum(axis=1)
 
     def row_sums(self, csr: Csr, item_values: Any) -> Any:
         """See `Kernels.row_sums`."""

@@ -92,7 +92,9 @@ def test_blend_is_the_definition(kernels, seed, users, items, width, clusters, w
     p = problem(seed, users, items, width, clusters, weighted)
     expected = by_loops(p, by_item)
     # sums run in float32: what is lost is a share of what was added, which may have cancelled
-    np.testing.assert_allclose(blend_with(kernels, p, by_item), expected, rtol=1e-6, atol=1e-6 * max(1, np.ptp(expected)))
+    np.testing.assert_allclose(
+        blend_with(kernels, p, by_item), expected, rtol=1e-6, atol=1e-6 * max(1, np.ptp(expected))
+    )
 
 
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
