@@ -60,7 +60,7 @@ def main() -> None:
                     "sklearn_with_making_s": taken[SKLEARN] + taken[MAKING],
                     **{f"{form}_s": taken[form] for form in OURS},
                     **{f"{form}_inertia": inertia[form] / inertia[SKLEARN] for form in OURS},
-                    "picked": kmeans_form(size.users, interactions.nnz, clusters, width),
+                    "picked": kmeans_form(size.users, size.items, interactions.nnz, clusters, width),
                 }
                 counts = {"users": size.users, "items": size.items, "pairs": interactions.nnz, "D": width}
                 row(given.results / "kmeans.csv", **counts, K=clusters, features=variant, **facts)

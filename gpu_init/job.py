@@ -304,7 +304,8 @@ def _cluster(
         return facts, (arrays[0], arrays[1], arrays[2] if on_items else None)
     with progress.step(f"cluster {name}") as step:
         operator = data.operators[name]
-        found = method.clusters(backend, data.table.interactions, modality, operator, config.settings)
+        memory = min(config.memory or method.KMEANS_BYTES, method.KMEANS_BYTES)
+        found = method.clusters(backend, data.table.interactions, modality, operator, config.settings, memory)
         step.note(clusters=config.settings.clusters, iterations=found.found.iterations)
     labels = (found.centroids, found.user_labels, found.item_labels)
     for path, array in zip(paths, labels, strict=False):

@@ -19,7 +19,7 @@ from .backend import Backend, ranges
 from .kernels import Csr
 
 BLOCK_ROWS = 4096  # fixed, so that sums run in one order whatever the memory or the number of threads
-TILE_ROWS = 16 * BLOCK_ROWS  # rows made at a time by the tiled form
+TILE_ROWS = 4 * BLOCK_ROWS  # rows made at a time by the tiled form
 SAMPLE_ROWS = 8192  # that the library clusters, 256 per cluster at least
 STEPS = 300  # of Lloyd until the tolerance is met, as scikit-learn's default
 TOLERANCE = 1e-4  # of the mean variance that centroids may move in all, likewise
@@ -263,25 +263,27 @@ class Points(ABC):
         xp = self.backend.xp
         total = xp.zeros((clusters, len(self.middle)), xp.float64)
         for tile in ranges(len(self), TILE_ROWS):
-            total += self._sum(xp.arange(tile.start, tile.stop), labels[tile], clusters, dtype)
+            self._sum(xp.arange(tile.start, tile.stop), labels[tile], dtype, total)
         return total
 
     def moves(self, index: Any, before: Any, after: Any, clusters: int) -> Any:
         """What `sums` changes by, in float32, where labels of some rows change; a label before may be -1, for none."""
         xp = self.backend.xp
+        lost, won = xp.zeros((clusters, len(self.middle))), xp.zeros((clusters, len(self.middle)))
         had_one = before >= 0
-        return self._sum(index, after, clusters, xp.float32) - self._sum(
-            index[had_one], before[had_one], clusters, xp.float32
-        )
+        self._sum(index, after, xp.float32, won)
+        self._sum(index[had_one], before[had_one], xp.float32, lost)
+        return won - lost
 
-    def _sum(self, index: Any, labels: Any, clusters: int, dtype: Any) -> Any:
+    def _sum(self, index: Any, labels: Any, dtype: Any, total: Any) -> None:
+        """Add some rows less the middle to the sums of their labels, in one order whatever the rows at a time."""
         rows = self.rows(index, dtype)
 
         def work(part: slice) -> Any:
-            return self._one_hot(labels[part], clusters).astype(dtype) @ rows[part]
+            return self._one_hot(labels[part], len(total)).astype(dtype) @ rows[part]
 
-        parts = self.backend.in_order(work, ranges(len(index), BLOCK_ROWS))
-        return sum(parts, start=self.backend.xp.zeros((clusters, len(self.middle))))
+        for partial in self.backend.in_order(work, ranges(len(index), BLOCK_ROWS)):
+            total += partial
 
     def step(self, centroids: Any) -> tuple[Any, Any, Any, Any]:
         """One Lloyd step in float64.

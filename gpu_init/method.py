@@ -18,7 +18,7 @@ from .errors import InputError
 from .features import Modality
 from .interactions import Interactions, from_matrix
 
-DENSE_BYTES = 1 << 30  # that the users' means may take as a matrix of float64
+KMEANS_BYTES = 1 << 30  # that K-means may take beside the interactions and the features
 ARRAY_BLOCK_BYTES = 64 << 20  # of the result, per kernel call, where nobody says how much memory there is
 
 
@@ -84,14 +84,22 @@ class Clustering:
 
 
 def clusters(
-    backend: Backend, interactions: Interactions, modality: Modality, operator: Weighting, settings: Settings
+    backend: Backend,
+    interactions: Interactions,
+    modality: Modality,
+    operator: Weighting,
+    settings: Settings,
+    memory: int = KMEANS_BYTES,
 ) -> Clustering:
-    """Section 2.4: K-means per modality, on the users' means M or on the items' rows of F."""
+    """Section 2.4: K-means per modality, on the users' means M or on the items' rows of F.
+
+    ``memory``: bytes that it may take beside the interactions and the features.
+    """
     xp = backend.xp
     warm = xp.flatnonzero(operator.warm)
     user_labels = xp.full(interactions.users, -1, xp.int32)
     if settings.cluster_on == "users":
-        found = _cluster_users(backend, interactions, modality, operator, settings)
+        found = _cluster_users(backend, interactions, modality, operator, settings, memory)
         user_labels[warm] = found.labels
         return Clustering(found.centroids, user_labels, None, found)
     kept = xp.flatnonzero(modality.present)
@@ -105,12 +113,18 @@ def clusters(
 
 
 def _cluster_users(
-    backend: Backend, interactions: Interactions, modality: Modality, operator: Weighting, settings: Settings
+    backend: Backend,
+    interactions: Interactions,
+    modality: Modality,
+    operator: Weighting,
+    settings: Settings,
+    memory: int,
 ) -> kmeans.Clusters:
     """K-means on the warm users' means, in the form that `kmeans_form` gives."""
     arguments = (backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
     points: kmeans.Points = kmeans.Tiled(*arguments)
-    form = kmeans_form(len(points), interactions.pairs, settings.clusters, modality.values.shape[1])
+    sizes = (len(points), interactions.items, interactions.pairs, settings.clusters, modality.values.shape[1])
+    form = kmeans_form(*sizes, memory)
     if form == "factored":
         points = kmeans.Factored(*arguments)
     elif form == "dense":
@@ -120,16 +134,20 @@ def _cluster_users(
     return kmeans.fit(backend, points, settings.clusters, settings.seed, settings.restarts)
 
 
-def kmeans_form(users: int, pairs: int, clusters: int, width: int) -> str:
-    """Form of K-means on users' means that costs least.
+def kmeans_form(users: int, items: int, pairs: int, clusters: int, width: int, memory: int = KMEANS_BYTES) -> str:
+    """Form of K-means on users' means that costs least, of those that take ``memory`` bytes at most.
 
-    A step of the factored form costs the mean degree times K per user, of the other two D times K in a dense
-    product, which is some four times as fast. The dense form needs the matrix, made once, where the tiled one
-    makes it in each step.
+    A step of the factored form costs the mean degree times K per user, of the other two D times K, in what a
+    processor does best and without the matrix's bytes: measured, the factored form is ahead until the mean degree
+    is some 64 times D (``benchmarks/kmeans.py`` sweeps them). It keeps two I x K tables. The dense form keeps the
+    matrix, where the tiled one makes its rows in each step. Few users are all in the sample that the library
+    clusters, so that their matrix is made anyway.
     """
-    if users > kmeans.sample_size(clusters) and pairs * clusters <= 4 * width * users:
+    factored, dense = 16 * items * clusters, 8 * users * width
+    few = users <= kmeans.sample_size(clusters)
+    if not few and factored <= memory and pairs * clusters <= 64 * width * users:
         return "factored"
-    return "dense" if 8 * users * width <= DENSE_BYTES else "tiled"
+    return "dense" if dense <= memory else "tiled"
 
 
 def cold_vector(

@@ -156,16 +156,19 @@ def test_fit_is_settled_and_as_good_as_scikit_learn(rng, monkeypatch, form, grou
 
 
 @pytest.mark.parametrize(
-    ("users_", "pairs", "clusters", "width", "form"),
+    ("users_", "items", "pairs", "clusters", "width", "memory", "form"),
     [
-        (5_000, 50_000, 8, 64, "dense"),  # the sample would be everyone
-        (300_000, 4_000_000, 8, 384, "factored"),
-        (100_000, 5_000_000, 64, 64, "dense"),  # K columns cost more than D, and the matrix is small
-        (30_000_000, 1_500_000_000, 64, 64, "tiled"),
+        (5_000, 1_000, 50_000, 8, 64, 1 << 30, "dense"),  # the sample would be everyone
+        (300_000, 40_000, 4_000_000, 8, 384, 1 << 30, "factored"),
+        (100_000, 40_000, 5_000_000, 64, 64, 1 << 30, "factored"),
+        (100_000, 40_000, 20_000_000, 256, 64, 1 << 30, "dense"),  # K columns cost more than D; the matrix is small
+        (30_000_000, 40_000, 1_500_000_000, 256, 64, 1 << 30, "tiled"),
+        (300_000, 4_000_000, 4_000_000, 256, 384, 1 << 30, "dense"),  # the tables of the items would be larger
+        (300_000, 4_000_000, 4_000_000, 256, 384, 500_000_000, "tiled"),
     ],
 )
-def test_the_form_that_costs_least(users_, pairs, clusters, width, form):
-    assert method.kmeans_form(users_, pairs, clusters, width) == form
+def test_the_form_that_costs_least(users_, items, pairs, clusters, width, memory, form):
+    assert method.kmeans_form(users_, items, pairs, clusters, width, memory) == form
 
 
 def test_a_cluster_left_empty_takes_the_farthest_row(rng):
