@@ -40,6 +40,7 @@ _PACKAGES = ("numpy", "scipy", "scikit-learn", "numba", "pandas", "pyarrow", "to
 _GROUPS = 20  # of items that have a place of their own among the features
 _POPULARITY_EXPONENT = 0.8  # Zipf exponent of an item's popularity, by rank
 _CHUNK = 1 << 22  # interactions drawn at a time
+_SETTLE = 5  # seconds: by then a virtual machine has given freed memory back, and each process pays for its own
 _PAUSE = 0.25  # seconds: threads of the function before may spin on for 0.2
 # Linux counts the memory of whoever starts a process as the process's own, so a small one has to start it.
 _LAUNCHER = """
@@ -241,6 +242,7 @@ def copier(n_bytes: int) -> Callable[[], None]:
 def process_cost(command: Sequence[str]) -> Cost:
     """Run a command, whose output is kept back unless it fails, once what others wrote has reached the disk."""
     os.sync()
+    time.sleep(_SETTLE)
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as report:
         launched = [sys.executable, "-c", _LAUNCHER, report.name, *command]
         done = subprocess.run(launched, check=False, capture_output=True, text=True)
