@@ -271,7 +271,8 @@ def test_move_rows(kernels, rng, weighted):
     np.testing.assert_allclose(sums, expected, atol=2e-4)
 
 
-def test_rows_are_stored_past_the_caches_only_where_they_may_be():
+def test_rows_are_stored_past_the_caches_only_where_they_may_be(monkeypatch):
+    monkeypatch.setattr("gpu_init.kernels.cpu._STREAMED_BYTES", 0)
     p = problem(6, 300, 60, 20, 5, weighted=False)
     whole = blend_with(IMPLEMENTATIONS["numba"], p, by_item=False)
     space = np.full(300 * 20 + 4, np.nan, np.float32)
