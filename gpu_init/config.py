@@ -106,7 +106,7 @@ class JobConfig:
     backend : {"auto", "cpu", "cuda"}
         Where it runs.
     memory : int, optional
-        Bytes for the blocks on their way out.
+        Bytes for K-means, and for the blocks on their way out.
     resume, overwrite : bool
         Go on with an unfinished run, if there is one; replace an artifact that is there.
     log_format : {"auto", "text", "json"}
@@ -407,7 +407,7 @@ KEYS: tuple[Key, ...] = (
         "memory",
         _check_memory,
         "a size of 16MiB or more, such as 4GB, 500MB, 1.5GiB or a number of bytes",
-        "memory for blocks of users on their way out",
+        "memory for K-means, and for blocks of users on their way out",
         "SIZE",
     ),
     _flag_key("resume", "go on with an unfinished run, if there is one"),

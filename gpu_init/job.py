@@ -61,7 +61,6 @@ def run(config: JobConfig, progress: Progress) -> str:
     _check_places(config)
     backend = select(config.backend)
     progress.say(f"backend {backend.name}: {backend.why}; kernels {backend.kernels.name}")
-    backend.prepare()
     with progress.step("fingerprint inputs"):
         inputs = _inputs(config)
     _check_inputs(config, inputs)
@@ -72,6 +71,7 @@ def run(config: JobConfig, progress: Progress) -> str:
             return config.out
         if staging.discarded:
             progress.say("an unfinished run was discarded; --resume would have gone on with it")
+        backend.prepare()
         data = _read(config, backend, progress)
         projected = {}
         if config.settings.dim is not None:  # all of them first: one that cannot be projected ends the job

@@ -139,7 +139,7 @@ def kmeans_form(users: int, items: int, pairs: int, clusters: int, width: int, m
 
     A step of the factored form costs the mean degree times K per user, of the other two D times K, in what a
     processor does best and without the matrix's bytes: measured, the factored form is ahead until the mean degree
-    is some 64 times D (``benchmarks/kmeans.py`` sweeps them). It keeps two I x K tables. The dense form keeps the
+    times K is some 64 D (``benchmarks/kmeans.py`` sweeps them). It keeps two I x K tables. The dense form keeps the
     matrix, where the tiled one makes its rows in each step. Few users are all in the sample that the library
     clusters, so that their matrix is made anyway.
     """

@@ -18,7 +18,8 @@ class Kernels(Protocol):
 
     In all three, ``csr`` holds the rows of a range of users, and ``row_scale`` (n,) and ``item_scale`` (I,),
     both float64, make the operator ``A = diag(row_scale) R diag(item_scale)``. An item whose scale is 0 is
-    not read, so that rows of missing items may hold NaN. Sums run in float64 on the CPU.
+    not read, so that rows of missing items may hold NaN. Sums run in the type of the result, a busy
+    user's in float64.
     """
 
     name: str
