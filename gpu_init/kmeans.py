@@ -263,26 +263,25 @@ class Points(ABC):
         xp = self.backend.xp
         total = xp.zeros((clusters, len(self.middle)), xp.float64)
         for tile in ranges(len(self), TILE_ROWS):
-            self._sum(xp.arange(tile.start, tile.stop), labels[tile], dtype, total)
+            self._sum(self.rows(xp.arange(tile.start, tile.stop), dtype), labels[tile], total)
         return total
 
     def moves(self, index: Any, before: Any, after: Any, clusters: int) -> Any:
         """What `sums` changes by, in float32, where labels of some rows change; a label before may be -1, for none."""
         xp = self.backend.xp
         lost, won = xp.zeros((clusters, len(self.middle))), xp.zeros((clusters, len(self.middle)))
-        had_one = before >= 0
-        self._sum(index, after, xp.float32, won)
-        self._sum(index[had_one], before[had_one], xp.float32, lost)
+        rows, had_one = self.rows(index, xp.float32), before >= 0
+        self._sum(rows, after, won)
+        self._sum(rows[had_one], before[had_one], lost)
         return won - lost
 
-    def _sum(self, index: Any, labels: Any, dtype: Any, total: Any) -> None:
-        """Add some rows less the middle to the sums of their labels, in one order whatever the rows at a time."""
-        rows = self.rows(index, dtype)
+    def _sum(self, rows: Any, labels: Any, total: Any) -> None:
+        """Add rows to the sums of their labels, in one order whatever the rows at a time."""
 
         def work(part: slice) -> Any:
-            return self._one_hot(labels[part], len(total)).astype(dtype) @ rows[part]
+            return self._one_hot(labels[part], len(total)).astype(rows.dtype) @ rows[part]
 
-        for partial in self.backend.in_order(work, ranges(len(index), BLOCK_ROWS)):
+        for partial in self.backend.in_order(work, ranges(len(rows), BLOCK_ROWS)):
             total += partial
 
     def step(self, centroids: Any) -> tuple[Any, Any, Any, Any]:

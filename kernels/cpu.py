@@ -372,7 +372,7 @@ def _move_rows(  # type: ignore[no-untyped-def]
         for at in range(part * rows.size // parts, (part + 1) * rows.size // parts):
             row = rows[at]
             first, last = indptr[row], indptr[row + 1]
-            for entry in range(first, last):
+            for entry in range(first, last):  # the next row may be anywhere: this one's items alone are asked for
                 prefetch_row(features, indices[entry])
             for column in range(width):
                 total[column] = -middle[column]
@@ -500,18 +500,12 @@ class NumbaKernels:
         sums: Any,
     ) -> None:
         """See `Kernels.move_rows`: fixed ranges of the rows, added up in order."""
-        partial = np.zeros((_parts(sums), *sums.shape))
         arrays = _inputs(*csr, rows, features, row_scale, _scale(item_scale), middle, before, after)
-        _move_rows(*arrays, partial)
-        for part in partial:
-            sums += part
+        _add_ranges(_move_rows, arrays, sums)
 
     def label_sums(self, csr: Csr, rows: Any, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
         """See `Kernels.label_sums`: fixed ranges of the rows, added up in order."""
-        partial = np.zeros((_parts(sums), *sums.shape))
-        _label_sums(*_inputs(*csr, rows, labels, row_scale, _scale(item_scale)), partial)
-        for part in partial:
-            sums += part
+        _add_ranges(_label_sums, _inputs(*csr, rows, labels, row_scale, _scale(item_scale)), sums)
 
 
 def _inputs(*arrays: Any) -> list[Any]:
@@ -523,9 +517,12 @@ def _inputs(*arrays: Any) -> list[Any]:
     return views
 
 
-def _parts(sums: Any) -> int:
-    """How many ranges are summed apart, each into an array of its own like ``sums``."""
-    return max(1, min(_MOST_PARTS, int(_PARTIAL_BYTES // sums.nbytes)))
+def _add_ranges(kernel: Any, arrays: list[Any], sums: Any) -> None:
+    """Add to ``sums`` what a kernel sums of fixed ranges, each into an array of its own, in their order."""
+    partial = np.zeros((max(1, min(_MOST_PARTS, _PARTIAL_BYTES // sums.nbytes)), *sums.shape))
+    kernel(*arrays, partial)
+    for part in partial:
+        sums += part
 
 
 def _scale(item_scale: Any) -> Any:
