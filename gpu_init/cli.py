@@ -7,8 +7,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
+from threading import Event, Thread
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -16,6 +17,18 @@ from . import config
 from .errors import GpuInitError, InputError, ResourceError, Stopped
 from .progress import Progress
 from .version import __version__
+
+GRACE_SECONDS = 3.0  # that a signal leaves a native call, or whatever else is under way, to end by itself
+
+
+def program() -> NoReturn:
+    """The process: a command, and its exit code."""
+    code = main()
+    if code > 128:  # the signal may have broken off what a thread waits for, such as an import: don't join threads
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         given = _parser().parse_args(arguments)
-        with _signals():
+        with _Signals() as given.signals:
             code: int = given.command(given)
             if sys.stdout is not None:  # as it is where the process has none
                 sys.stdout.flush()
@@ -77,21 +90,45 @@ def _complain(error: MemoryError | GpuInitError | Stopped, progress: Progress | 
     return error.exit_code
 
 
-@contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM and SIGINT end the job as an exception, so that everything opened is closed."""
+class _Signals:
+    """SIGTERM and SIGINT end the job as an exception, so that everything opened is closed.
 
-    def stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        for one in before:  # once is enough: a second one would break off the closing
+    Python raises it once the main thread is back from native code. Where that takes longer than `GRACE_SECONDS`,
+    a watching thread ends the process: what is written can be resumed, as after a kill.
+    """
+
+    def __init__(self) -> None:
+        self.progress: Progress | None = None  # where the job's log is kept
+        self._ended = Event()
+        self._told, self._tell = os.pipe()
+
+    def __enter__(self) -> _Signals:
+        os.set_blocking(self._tell, False)
+        self._fd_before = signal.set_wakeup_fd(self._tell, warn_on_full_buffer=False)  # written to as a signal comes
+        self._before = {one: signal.signal(one, self._stop) for one in (signal.SIGTERM, signal.SIGINT)}
+        Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
+        signal.set_wakeup_fd(self._fd_before)
+        os.close(self._tell)
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        for one in self._before:  # once is enough: a second one would break off the closing
             signal.signal(one, signal.SIG_IGN)
         raise Stopped(signum)
 
-    before = {one: signal.signal(one, stop) for one in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+    def _watch(self) -> None:
+        with os.fdopen(self._told, "rb", buffering=0) as told:
+            while signum := told.read(1):
+                if signum[0] in self._before and not self._ended.wait(GRACE_SECONDS):
+                    code = _complain(Stopped(signum[0]), self.progress)
+                    if self.progress is not None:
+                        self.progress.close()
+                    os._exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,9 +163,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(given: argparse.Namespace) -> int:
-    flags = {key: value for key, value in vars(given).items() if key not in ("command", "job")}
+    flags = {key: value for key, value in vars(given).items() if key not in ("command", "job", "signals")}
     job = config.load(given.job, os.environ, flags)
     with Progress(job.log_format) as progress:
+        given.signals.progress = progress
         try:
             path = _run_job(job, progress)
         except (MemoryError, GpuInitError, Stopped) as error:

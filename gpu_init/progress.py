@@ -84,6 +84,10 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave a terminal as it was found."""
         self._view.close()
 
     @contextmanager

@@ -1404,6 +1404,43 @@ def stopped_in(job, step, delay, signum):
     return process.returncode, time.monotonic() - start, log
 
 
+IN_NATIVE_CODE = """
+import hashlib
+from gpu_init import cli
+
+def run(job, progress):
+    progress.say("in")
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
+
+cli._run_job = run
+cli.program()
+"""
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_signal_ends_a_long_native_call(log_format, job):
+    job.flags["log_format"] = log_format
+    command = [sys.executable, "-c", IN_NATIVE_CODE, *job.arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+        process.stderr.readline()
+        start = time.monotonic()
+        process.terminate()
+        err = process.stderr.read().decode()
+        assert process.wait(30) == 128 + signal.SIGTERM
+        assert time.monotonic() - start < 5
+    assert "stopped by signal 15; --resume" in (json.loads(err)["message"] if log_format == "json" else err)
+    assert err.count("\n") == 1
+
+
+def test_a_broken_off_import_does_not_keep_the_process():
+    waiting = "import threading; from gpu_init import cli; cli.main = lambda: 143;"
+    waiting += "threading.Thread(target=threading.Event().wait).start(); cli.program()"
+    found = subprocess.run(
+        [sys.executable, "-c", waiting], check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=30
+    )
+    assert found.returncode == 143
+
+
 @pytest.mark.parametrize(
     ("signum", "step", "delay"),
     [

@@ -171,7 +171,7 @@ def test_wheel_says_what_it_is_and_needs(wheel):
     assert metadata["Version"] == gpu_init.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert "gpu-init = gpu_init.cli:main" in entry_points
+    assert "gpu-init = gpu_init.cli:program" in entry_points
     core = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
     assert not [need for need in core if re.match("cu|torch|rmm", need)]
     assert {"cuda12", "cuda13", "torch", "test", "dev"} <= set(metadata.get_all("Provides-Extra"))
