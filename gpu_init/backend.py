@@ -5,7 +5,7 @@
 | arrays | numpy | cupy |
 | sparse | scipy.sparse | cupyx.scipy.sparse |
 | tables | pandas (pyarrow) | cudf |
-| K-means | sklearn.cluster.KMeans | cuml.cluster.KMeans |
+| K-means of a matrix | gpu_init.kmeans | cuml.cluster.KMeans |
 | fused kernels | numba, numpy as the reference | the reference on cupy arrays |
 
 Everything above is written once, against what both columns share.
@@ -19,7 +19,6 @@ import importlib
 import importlib.metadata
 import os
 import platform
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,9 +47,6 @@ class Backend(Protocol):
     kernels: Kernels
     kmeans_name: str
 
-    def prepare(self) -> None:
-        """Start what takes long to load and is needed later, beside whatever comes first."""
-
     def asarray(self, array: Any) -> Any:
         """Array on this device, in C order; no copy where none is needed."""
 
@@ -63,8 +59,8 @@ class Backend(Protocol):
     def in_order(self, function: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
         """``function`` of each part, in order; parts run side by side, each as `deterministic` has it."""
 
-    def kmeans(self, points: Any, clusters: int, seed: int, restarts: int) -> Any:
-        """K-means on points (n, D) float32, k-means++ seeding, the best of some starts; returns centroids (K, D)."""
+    def kmeans(self, matrix: Any, clusters: int, seed: int, restarts: int) -> Any:
+        """Centroids (K, D) that a library's K-means finds for rows (n, D); None: `gpu_init.kmeans` is as fast."""
 
     def batches(self, path: str, separator: str | None, columns: list[str]) -> Iterator[Any]:
         """Data frames of a file's columns, in file order: Parquet as typed, text files (a separator) as text."""
@@ -97,10 +93,10 @@ def select(name: str) -> Backend:
 
 
 class CpuBackend:
-    """numpy, scipy, pandas over pyarrow, scikit-learn, numba."""
+    """numpy, scipy, pandas over pyarrow, numba."""
 
     name = "cpu"
-    kmeans_name = "sklearn.cluster.KMeans"
+    kmeans_name = "gpu_init.kmeans"
 
     def __init__(self, why: str) -> None:
         import pandas as pd
@@ -114,10 +110,6 @@ class CpuBackend:
         self.kernels = cpu_kernels()
         self._threads = ThreadpoolController()  # of the libraries loaded by now, numpy's BLAS among them
         self._pool = ThreadPoolExecutor(cores(), thread_name_prefix="gpu-init")
-
-    def prepare(self) -> None:
-        """See `Backend.prepare`: scikit-learn's clusters take more than a second to import."""
-        self._pool.submit(importlib.import_module, "sklearn.cluster")
 
     def asarray(self, array: Any) -> Any:
         """See `Backend.asarray`."""
@@ -142,23 +134,9 @@ class CpuBackend:
             while ahead:
                 yield ahead.popleft().result()
 
-    def kmeans(self, points: Any, clusters: int, seed: int, restarts: int) -> Any:
-        """See `Backend.kmeans`."""
-        from sklearn.cluster import KMeans
-        from sklearn.exceptions import ConvergenceWarning
-        from threadpoolctl import threadpool_limits
-
-        with threadpool_limits(limits=1), warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters; seen in the sizes
-            model = KMeans(
-                clusters,
-                init="k-means++",
-                n_init=restarts,
-                max_iter=KMEANS_ITERATIONS,
-                tol=1e-4,
-                random_state=seed,
-            ).fit(points)
-        return model.cluster_centers_
+    def kmeans(self, matrix: Any, clusters: int, seed: int, restarts: int) -> Any:  # noqa: ARG002
+        """See `Backend.kmeans`: scikit-learn's takes several times as long, and a second to import."""
+        return None
 
     def batches(self, path: str, separator: str | None, columns: list[str]) -> Iterator[Any]:
         """See `Backend.batches`: the next one is read while the caller works on this one."""
@@ -212,7 +190,7 @@ class CpuBackend:
 
     def versions(self) -> dict[str, str]:
         """See `Backend.versions`."""
-        return _versions("numpy", "scipy", "scikit-learn", "numba", "pandas", "pyarrow")
+        return _versions("numpy", "scipy", "numba", "pandas", "pyarrow")
 
 
 class CudaBackend:
@@ -234,9 +212,6 @@ class CudaBackend:
         self.tables: Any = cudf
         self.kernels: Kernels = ReferenceKernels(cupy, cupyx.scipy.sparse)
 
-    def prepare(self) -> None:
-        """See `Backend.prepare`: what it needs is loaded with it."""
-
     def asarray(self, array: Any) -> Any:
         """See `Backend.asarray`."""
         return self.xp.ascontiguousarray(self.xp.asarray(array))
@@ -253,7 +228,7 @@ class CudaBackend:
         """See `Backend.in_order`: one after another, a device being busy with one."""
         return map(function, parts)
 
-    def kmeans(self, points: Any, clusters: int, seed: int, restarts: int) -> Any:
+    def kmeans(self, matrix: Any, clusters: int, seed: int, restarts: int) -> Any:
         """See `Backend.kmeans`: every setting given, since cuML's own seed is None and its init another."""
         from cuml.cluster import KMeans
 
@@ -265,7 +240,7 @@ class CudaBackend:
             tol=1e-4,
             random_state=seed,
             output_type="cupy",
-        ).fit(points)
+        ).fit(matrix)
         return self.asarray(model.cluster_centers_)
 
     def batches(self, path: str, separator: str | None, columns: list[str]) -> Iterator[Any]:

@@ -36,7 +36,7 @@ from .interactions import (
     read,
     read_user_ids,
 )
-from .kmeans import sample_size
+from .kmeans import sample_sizes
 from .progress import Progress
 from .storage import expand, fingerprint, require_utf8
 from .version import __version__
@@ -71,7 +71,6 @@ def run(config: JobConfig, progress: Progress) -> str:
             return config.out
         if staging.discarded:
             progress.say("an unfinished run was discarded; --resume would have gone on with it")
-        backend.prepare()
         data = _read(config, backend, progress)
         projected = {}
         if config.settings.dim is not None:  # all of them first: one that cannot be projected ends the job
@@ -317,9 +316,8 @@ def _cluster(
     facts = {
         "kmeans": {
             "form": kmeans.form,
-            "library": backend.kmeans_name,
             "iterations": kmeans.iterations,
-            "sample": min(sample_size(config.settings.clusters), len(kmeans.labels)),
+            "samples": sample_sizes(len(kmeans.labels), config.settings.clusters, kmeans.centroids.shape[1]),
             "settled": kmeans.settled,
             "inertia": kmeans.inertia,
         }

@@ -1,9 +1,9 @@
 """K-means on rows that are there, that are made tile by tile, or that never are.
 
 Section 2.4 of the design (k-means++ seeding, Lloyd) and its "two facts that make it scale". The three forms of
-`Points` differ in how they assign rows and sum clusters; what drives them is one: the library's K-means on a
-sample, Lloyd's steps on all rows from there (`descend`), and the last steps in float64 until no label changes
-(`settle`), so that each label is the nearest centroid and each centroid the mean of its members.
+`Points` differ in how they assign rows and sum clusters; what drives them is one: K-means on a sample, Lloyd's
+steps on all rows from there (`descend`), and the last steps in float64 until no label changes (`settle`), so that
+each label is the nearest centroid and each centroid the mean of its members.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from .kernels import Csr
 
 BLOCK_ROWS = 4096  # fixed, so that sums run in one order whatever the memory or the number of threads
 TILE_ROWS = 4 * BLOCK_ROWS  # rows made at a time by the tiled form
-SAMPLE_ROWS = 8192  # that the library clusters, 256 per cluster at least
+SAMPLE_ROWS = 8192  # that are clustered first, 256 per cluster at least
+SAMPLE_BYTES = 64 << 20  # of the rows of a second sample, float32
 STEPS = 300  # of Lloyd until the tolerance is met, as scikit-learn's default
 TOLERANCE = 1e-4  # of the mean variance that centroids may move in all, likewise
-SETTLING_WORK = 1 << 33  # multiplications that may go into steps after that, until no label changes
+SETTLING_WORK = 1 << 32  # multiplications that may go into steps after that, until no label changes
 GROWTH = 1.2  # of the stride, in each step that lowers the inertia
 _LONGEST = 8.0  # stride
 _MARGIN = 1e-4  # of the mean distance: how far float32 may be off, many times over
@@ -60,7 +61,8 @@ class Clusters:
 def fit(backend: Backend, points: Points, clusters: int, seed: int, restarts: int = 1) -> Clusters:
     """K-means on some points.
 
-    The library clusters a sample; few of all rows disagree with what it finds, and the steps on all rows are few.
+    A sample is clustered first; few of all rows disagree with what is found there, and the steps on all rows are few.
+    Where a library is faster on a matrix, it takes the place of the sample.
 
     Parameters
     ----------
@@ -73,7 +75,7 @@ def fit(backend: Backend, points: Points, clusters: int, seed: int, restarts: in
     seed : int
         Of the sample and of the k-means++ seeding.
     restarts : int, default=1
-        Starts of the library on the sample, of which the best is taken.
+        Starts on the sample, of which the best is taken.
 
     Returns
     -------
@@ -81,24 +83,65 @@ def fit(backend: Backend, points: Points, clusters: int, seed: int, restarts: in
     """
     more = SETTLING_WORK // (len(points) * clusters * len(points.middle))
     with backend.deterministic():
-        centroids = _seeds(backend, points, clusters, seed, restarts)
+        centroids = points.by_library(clusters, seed, restarts)
+        if centroids is None:
+            centroids = _from_sample(backend, points, clusters, seed, restarts)
         centroids, history, settled = descend(backend, points, centroids, more)
         centroids, labels, inertia, settled = settle(backend, points, centroids, STEPS if settled else 1)
     return Clusters(centroids, labels, history + inertia, len(history) + len(inertia), settled, points.form)
 
 
-def _seeds(backend: Backend, points: Points, clusters: int, seed: int, restarts: int) -> Any:
-    """Centroids to start from, (K, D) float32: the library's, of a sample."""
+def _from_sample(backend: Backend, points: Points, clusters: int, seed: int, restarts: int) -> Any:
+    """Centroids to start from, (K, D) float32: the best found on a sample, taken further on a larger one."""
     xp = backend.xp
-    size = min(sample_size(clusters), len(points))
-    sample = np.sort(np.random.default_rng(seed).choice(len(points), size, replace=False))
-    centroids = backend.kmeans(points.rows(backend.asarray(sample), xp.float32), clusters, seed, restarts)
+    rng = np.random.default_rng(seed)
+    sizes = sample_sizes(len(points), clusters, len(points.middle))
+    rows = points.rows(_drawn(backend, rng, len(points), sizes[-1]), xp.float32)
+    sample = Dense(backend, rows[_drawn(backend, rng, len(rows), sizes[0])])
+    found = (descend(backend, sample, seeds(backend, sample, clusters, rng), 0) for _ in range(restarts))
+    centroids, _, _ = min(found, key=lambda one: one[1][-1])
+    if len(sizes) > 1:
+        centroids, _, _ = descend(backend, Dense(backend, rows), centroids, 0)
     return (centroids.astype(xp.float64) + points.middle).astype(xp.float32)
 
 
+def _drawn(backend: Backend, rng: np.random.Generator, count: int, size: int) -> Any:
+    """Some of ``count`` rows, (size,) int64, ascending."""
+    return backend.asarray(np.sort(rng.choice(count, size, replace=False)))
+
+
+def seeds(backend: Backend, points: Points, clusters: int, rng: np.random.Generator) -> Any:
+    """Rows to start from, (K, D) float32, by greedy k-means++ (Arthur and Vassilvitskii, SODA 2007).
+
+    The first is drawn from all rows alike. Each further one is the best of 2 + ln K rows, drawn in proportion to
+    the squared distance to the seeds so far, as scikit-learn has it.
+    """
+    xp = backend.xp
+    everyone = xp.arange(len(points))
+    chosen = [int(rng.integers(len(points)))]
+    closest = points.squared_distances(everyone, backend.asarray(np.array(chosen)))[:, 0]
+    while len(chosen) < clusters:
+        reached = xp.cumsum(closest)
+        drawn = backend.asarray(rng.random(2 + int(np.log(clusters)))) * reached[-1]
+        candidates = xp.minimum(xp.searchsorted(reached, drawn, side="right"), len(points) - 1)
+        distances = xp.minimum(closest[:, None], points.squared_distances(everyone, candidates))
+        best = int(distances.sum(axis=0).argmin())
+        chosen.append(int(candidates[best]))
+        closest = distances[:, best]
+    rows = points.rows(backend.asarray(np.array(chosen)), xp.float64)
+    return (rows + points.middle).astype(xp.float32)
+
+
 def sample_size(clusters: int) -> int:
-    """Rows of the sample."""
+    """Rows of the sample that is clustered first."""
     return max(SAMPLE_ROWS, 256 * clusters)
+
+
+def sample_sizes(count: int, clusters: int, width: int) -> list[int]:
+    """Rows of the samples of ``count`` rows: the second one costs little beside all rows, and saves steps on them."""
+    first = min(sample_size(clusters), count)
+    second = min(count // 4, SAMPLE_BYTES // (4 * width))
+    return [first, second] if second >= 2 * first else [first]
 
 
 def settle(backend: Backend, points: Points, centroids: Any, steps: int = STEPS) -> tuple[Any, Any, list[float], bool]:
@@ -116,7 +159,9 @@ def settle(backend: Backend, points: Points, centroids: Any, steps: int = STEPS)
         settled = before is not None and bool((labels == before).all())
         if settled or step == steps:
             break
-        centroids = _means(backend, points, centroids, distances, sums, counts)
+        centroids = _means(backend, points, centroids, sums, counts)
+        if not bool(counts.all()):
+            _refill(backend, points, centroids, distances, counts)
         before = labels
     return centroids, labels, inertia, settled
 
@@ -137,11 +182,12 @@ def descend(
     -------
     centroids (K, D) float32, means of what was nearest; inertia after each step; whether labels settled
     """
-    xp = backend.xp
+    xp, kernels = backend.xp, backend.kernels
     clusters, middle = len(centroids), points.middle
     means = centroids
     labels = xp.full(len(points), -1, xp.int32)
-    upper, lower = xp.full(len(points), xp.inf), xp.zeros(len(points))
+    upper, lower = xp.empty(len(points)), xp.empty(len(points))  # bounds less reach and fall when they were taken
+    reach, fall = xp.zeros(clusters), 0.0  # how far centroids have gone in all; the farthest of each step in all
     sums = xp.zeros(centroids.shape, xp.float64)  # of rows less the middle
     counts = xp.zeros(clusters, xp.int64)
     spread = float(points.squared_norms.sum())
@@ -149,17 +195,15 @@ def descend(
     history: list[float] = []
     margin = 0.0
     limit, stride = STEPS + more, 1.0
+
     while len(history) < limit:
         look = points.look_at if points.few(len(doubtful)) else points.assign
         found, least, second = look(doubtful, centroids, xp.float32)
-        norms = points.squared_norms[doubtful]
-        upper[doubtful] = xp.sqrt(xp.maximum(least + norms, 0.0))
-        lower[doubtful] = xp.sqrt(xp.maximum(second + norms, 0.0))
-        changed = found != labels[doubtful]
-        moved, after = doubtful[changed], found[changed]
-        if len(moved) == 0 and stride == 1.0:
+        before = kernels.note(doubtful, found, least, second, points.squared_norms, reach, fall, labels, upper, lower)
+        changed = xp.flatnonzero(found != before)
+        if len(changed) == 0 and stride == 1.0:
             return means, history, True
-        before, labels[moved] = labels[moved], after
+        moved, before, after = doubtful[changed], before[changed], found[changed]
         if points.few(len(moved) // 8):  # the other way reads all items and all interactions
             sums += points.moves(moved, before, after, clusters)
         else:
@@ -169,37 +213,41 @@ def descend(
         if not history:
             margin = _MARGIN * float(upper.mean())
         history.append(spread - float(((sums * sums).sum(axis=1) / xp.maximum(counts, 1)).sum()))
-        means = _means(backend, points, centroids, upper * upper, sums, counts)
+        means = _means(backend, points, centroids, sums, counts)
+        filled = bool(counts.all())
+        if not filled:
+            _refill(backend, points, means, upper + reach[labels], counts)
         step = means.astype(xp.float64) - centroids
         mean = sums.sum(axis=0) / len(points)
         variance = (spread / len(points) - float(mean @ mean)) / len(middle)
         if limit > len(history) + more and float((step * step).sum()) <= TOLERANCE * variance:
             limit = len(history) + more
         lowered = len(history) == 1 or history[-1] < history[-2]
-        stride = min(growth * stride, _LONGEST) if lowered and limit == STEPS + more else 1.0
+        longer = lowered and filled and limit == STEPS + more
+        stride = min(growth * stride, _LONGEST) if longer else 1.0
         further = (centroids + stride * step).astype(xp.float32) if stride > 1.0 else means
         shifts = xp.sqrt(((further.astype(xp.float64) - centroids) ** 2).sum(axis=1))
         centroids = further
-        upper += shifts[labels]
-        lower -= shifts.max()
-        doubtful = xp.flatnonzero(upper + margin > lower)
+        reach += shifts
+        fall += float(shifts.max())
+        doubtful = kernels.in_doubt(labels, upper, lower, reach, fall + margin)
     return means, history, False
 
 
-def _means(backend: Backend, points: Points, centroids: Any, distances: Any, sums: Any, counts: Any) -> Any:
-    """New centroids, (K, D) float32, from sums of rows less the middle.
-
-    Clusters left empty take the farthest rows, as scikit-learn has it.
-    """
+def _means(backend: Backend, points: Points, centroids: Any, sums: Any, counts: Any) -> Any:
+    """New centroids, (K, D) float32, from sums of rows less the middle; an empty cluster's stays where it is."""
     xp = backend.xp
-    filled = counts > 0
-    means = xp.where(filled[:, None], sums / xp.maximum(counts, 1)[:, None] + points.middle, centroids)
-    empty = xp.flatnonzero(~filled)
-    if len(empty):
-        farthest = xp.argsort(-distances, kind="stable")[: len(empty)]
-        farthest = farthest[distances[farthest] > 0]  # none where distinct rows are fewer than clusters
-        means[empty[: len(farthest)]] = points.rows(farthest, xp.float64) + points.middle
-    return means.astype(xp.float32)
+    filled = (counts > 0)[:, None]
+    return xp.where(filled, sums / xp.maximum(counts, 1)[:, None] + points.middle, centroids).astype(xp.float32)
+
+
+def _refill(backend: Backend, points: Points, means: Any, distances: Any, counts: Any) -> None:
+    """Let clusters left empty take the rows farthest from their centroids, as scikit-learn has it."""
+    xp = backend.xp
+    empty = xp.flatnonzero(counts == 0)
+    farthest = xp.argsort(-distances, kind="stable")[: len(empty)]
+    farthest = farthest[distances[farthest] > 0]  # none where distinct rows are fewer than clusters
+    means[empty[: len(farthest)]] = points.rows(farthest, xp.float64) + points.middle
 
 
 class Points(ABC):
@@ -230,6 +278,18 @@ class Points(ABC):
     @abstractmethod
     def rows(self, index: Any, dtype: Any) -> Any:
         """Some of the rows less the middle, (len(index), D) float32 or float64."""
+
+    def by_library(self, clusters: int, seed: int, restarts: int) -> Any:  # noqa: ARG002
+        """Centroids (K, D) that a library finds, None where there is no matrix, or ours is as fast."""
+        return None
+
+    def squared_distances(self, index: Any, others: Any) -> Any:
+        """Between some rows (m,) and others (p,), (m, p) float64, to float32's rounding."""
+        xp = self.backend.xp
+        table = self.rows(others, xp.float64)
+        products = self._products(index, table, xp.float32)
+        lengths = self.squared_norms[index][:, None] + (table * table).sum(axis=1)
+        return xp.maximum(lengths - 2.0 * products, 0.0)
 
     def few(self, count: int) -> bool:
         """Whether so many rows are better made than sent the way of the form."""
@@ -315,6 +375,7 @@ class Dense(Points):
     def __init__(self, backend: Backend, matrix: Any) -> None:
         super().__init__(backend, len(matrix))
         self._matrix = matrix
+        self._ones = backend.xp.ones(len(matrix))
 
     @cached_property
     def middle(self) -> Any:
@@ -336,9 +397,31 @@ class Dense(Points):
 
         return xp.concatenate(list(self.backend.in_order(work, ranges(len(self), BLOCK_ROWS))))
 
+    def by_library(self, clusters: int, seed: int, restarts: int) -> Any:
+        """See `Points.by_library`."""
+        return self.backend.kmeans(self._matrix, clusters, seed, restarts)
+
     def rows(self, index: Any, dtype: Any) -> Any:
         """See `Points.rows`."""
         return (self._matrix[index] - self.middle).astype(dtype, copy=False)
+
+    def assign(self, index: Any, centroids: Any, dtype: Any) -> tuple[Any, Any, Any]:
+        """See `Points.assign`: where many are asked for, all are looked at, and none is copied."""
+        if 4 * len(index) < len(self):
+            return super().assign(index, centroids, dtype)
+        found = self.look_at(self.backend.xp.arange(len(self)), centroids, dtype)
+        return found if len(index) == len(self) else tuple(values[index] for values in found)
+
+    def moves(self, index: Any, before: Any, after: Any, clusters: int) -> Any:
+        """See `Points.moves`: rows of a matrix are those of the identity's product with it."""
+        xp = self.backend.xp
+        total = xp.zeros((clusters, len(self.middle)))
+        ones = xp.ones(len(index))
+        identity = Csr(xp.arange(len(index) + 1), index.astype(xp.int32), None)
+        every = xp.arange(len(index))
+        arrays = (every, self._matrix, ones, self._ones, self.middle, before, after)
+        self.backend.kernels.move_rows(identity, *arrays, total)
+        return total
 
     def _products(self, index: Any, table: Any, dtype: Any) -> Any:
         rows = self._matrix if len(index) == len(self) else self._matrix[index]

@@ -121,14 +121,14 @@ def batches(backend: Backend, table: Table, where: Where | None, wanted: Sequenc
     before = 0
     for frame in backend.batches(table.path, table.separator, list(dict.fromkeys([*wanted, *table.where.values()]))):
         read = len(frame)
-        positions = backend.xp.arange(before, before + read)
+        positions: Any = range(before, before + read)
         before += read
         kept = frame
         if where:
             named = frame.rename(columns={actual: name for name, actual in table.where.items()})
             keep = where.mask(named, table.path, _rows_named(table.separator, positions))
             kept = frame[keep].reset_index(drop=True)
-            positions = positions[backend.asarray(keep.to_numpy().astype(bool))]
+            positions = positions.start + backend.xp.flatnonzero(backend.asarray(keep.to_numpy().astype(bool)))
         yield Batch(kept, read, _rows_named(table.separator, positions))
 
 

@@ -83,6 +83,28 @@ class Kernels(Protocol):
     def nearest_two(self, products: Any, lengths: Any) -> tuple[Any, Any, Any]:
         """As `assign`, for rows whose products with the centroids (m, K) are there."""
 
+    def note(
+        self,
+        rows: Any,
+        found: Any,
+        least: Any,
+        second: Any,
+        norms: Any,
+        reach: Any,
+        fall: float,
+        labels: Any,
+        upper: Any,
+        lower: Any,
+    ) -> Any:
+        """Write down what `assign` found of the given rows (m,), each once, in arrays (n,) over all rows.
+
+        ``labels`` takes ``found``; ``upper`` and ``lower`` take the distances, the roots of ``least + norms`` and
+        ``second + norms``, less ``reach`` (K,) of the label and more ``fall``. Returns the labels before (m,) int32.
+        """
+
+    def in_doubt(self, labels: Any, upper: Any, lower: Any, reach: Any, fall: float) -> Any:
+        """Rows (m,) int64, ascending, where ``upper + reach[labels] > lower - fall``: others keep their label."""
+
     def move_rows(
         self,
         csr: Csr,

@@ -27,6 +27,7 @@ _SUMMED = 512  # rows that one sum in float32 takes
 _EVEN_PARTS = 64
 _FLOAT_BYTES = 4
 _STREAMED_BYTES = 32 << 20  # less is left in the caches, for whoever reads it next
+_LOOKED_AT = 4096  # rows whose interactions are counted to split many rows
 _LISTED = 64  # items of a user that are listed before their columns are summed
 
 
@@ -362,6 +363,30 @@ def _nearest_two(products, lengths, labels, least, second):  # type: ignore[no-u
 
 
 @compiled
+def _note(  # type: ignore[no-untyped-def]
+    rows, found, least, second, norms, reach, fall, labels, upper, lower, before
+):
+    for part in prange(_EVEN_PARTS):
+        for at in range(part * rows.size // _EVEN_PARTS, (part + 1) * rows.size // _EVEN_PARTS):
+            row = rows[at]
+            upper[row] = np.sqrt(max(least[at] + norms[row], 0.0)) - reach[found[at]]
+            lower[row] = np.sqrt(max(second[at] + norms[row], 0.0)) + fall
+            before[at] = labels[row]
+            labels[row] = found[at]
+
+
+@compiled
+def _in_doubt(labels, upper, lower, reach, fall, rows, counts):  # type: ignore[no-untyped-def]
+    for part in prange(_EVEN_PARTS):
+        first, last = part * labels.size // _EVEN_PARTS, (part + 1) * labels.size // _EVEN_PARTS
+        count = 0
+        for row in range(first, last):
+            rows[first + count] = row  # taken back by the next one unless it counts
+            count += upper[row] + reach[labels[row]] > lower[row] - fall
+        counts[part] = count
+
+
+@compiled
 def _move_rows(  # type: ignore[no-untyped-def]
     indptr, indices, weights, rows, features, row_scale, item_scale, middle, before, after, partial
 ):
@@ -476,9 +501,8 @@ class NumbaKernels:
     ) -> tuple[Any, Any, Any]:
         """See `Kernels.assign`."""
         labels, least, second = np.empty(len(rows), np.int32), np.empty(len(rows)), np.empty(len(rows))
-        work = np.concatenate([[0], np.cumsum(csr.indptr[rows + 1] - csr.indptr[rows])])
         arrays = _inputs(*csr, rows, table, row_scale, _scale(item_scale), lengths)
-        _assign(_bounds(work), *arrays, labels, least, second)
+        _assign(_bounds_of(rows, csr.indptr), *arrays, labels, least, second)
         return labels, least, second
 
     def nearest_two(self, products: Any, lengths: Any) -> tuple[Any, Any, Any]:
@@ -486,6 +510,31 @@ class NumbaKernels:
         labels, least, second = np.empty(len(products), np.int32), np.empty(len(products)), np.empty(len(products))
         _nearest_two(products, lengths, labels, least, second)
         return labels, least, second
+
+    def note(
+        self,
+        rows: Any,
+        found: Any,
+        least: Any,
+        second: Any,
+        norms: Any,
+        reach: Any,
+        fall: float,
+        labels: Any,
+        upper: Any,
+        lower: Any,
+    ) -> Any:
+        """See `Kernels.note`."""
+        before = np.empty(len(rows), np.int32)
+        _note(*_inputs(rows, found, least, second, norms, reach), float(fall), labels, upper, lower, before)
+        return before
+
+    def in_doubt(self, labels: Any, upper: Any, lower: Any, reach: Any, fall: float) -> Any:
+        """See `Kernels.in_doubt`."""
+        rows, counts = np.empty(len(labels), np.int64), np.empty(_EVEN_PARTS, np.int64)
+        _in_doubt(*_inputs(labels, upper, lower, reach), float(fall), rows, counts)
+        starts = np.arange(_EVEN_PARTS) * len(labels) // _EVEN_PARTS
+        return np.concatenate([rows[start : start + count] for start, count in zip(starts, counts, strict=True)])
 
     def move_rows(
         self,
@@ -528,6 +577,15 @@ def _add_ranges(kernel: Any, arrays: list[Any], sums: Any) -> None:
 def _scale(item_scale: Any) -> Any:
     """No scale where all are 1: one access at random less for each interaction."""
     return None if (item_scale == 1.0).all() else item_scale
+
+
+def _bounds_of(rows: Any, indptr: Any) -> Any:
+    """Split some rows (m,) into ranges of about equal work, by the interactions of one in so many."""
+    step = max(1, len(rows) // _LOOKED_AT)
+    some = rows[::step]
+    bounds = step * _bounds(np.concatenate([[0], np.cumsum(indptr[some + 1] - indptr[some])]))
+    bounds[-1] = len(rows)
+    return np.minimum(bounds, len(rows))
 
 
 def _bounds(indptr: Any) -> Any:

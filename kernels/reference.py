@@ -91,6 +91,31 @@ class ReferenceKernels:
         xp.put_along_axis(scores, labels[:, None], xp.inf, axis=1)
         return labels.astype(xp.int32), least, scores.min(axis=1)
 
+    def note(
+        self,
+        rows: Any,
+        found: Any,
+        least: Any,
+        second: Any,
+        norms: Any,
+        reach: Any,
+        fall: float,
+        labels: Any,
+        upper: Any,
+        lower: Any,
+    ) -> Any:
+        """See `Kernels.note`."""
+        xp = self._xp
+        upper[rows] = xp.sqrt(xp.maximum(least + norms[rows], 0.0)) - reach[found]
+        lower[rows] = xp.sqrt(xp.maximum(second + norms[rows], 0.0)) + fall
+        before = labels[rows]
+        labels[rows] = found
+        return before
+
+    def in_doubt(self, labels: Any, upper: Any, lower: Any, reach: Any, fall: float) -> Any:
+        """See `Kernels.in_doubt`."""
+        return self._xp.flatnonzero(upper + reach[labels] > lower - fall)
+
     def move_rows(
         self,
         csr: Csr,

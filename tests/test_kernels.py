@@ -300,3 +300,29 @@ def test_nearest_two(kernels, rng, dtype):
     scores = -2.0 * products
     np.testing.assert_array_equal(labels, scores.argmin(axis=1))
     np.testing.assert_array_equal(np.column_stack([least, second]), np.sort(scores, axis=1)[:, :2])
+
+
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_what_is_noted_decides_who_is_in_doubt(kernels, rng):
+    count, clusters = 1000, 5
+    labels = rng.integers(-1, clusters, count).astype(np.int32)
+    upper, lower, norms = rng.random(count), rng.random(count), rng.random(count)
+    rows = np.flatnonzero(rng.random(count) < 0.6)
+    found = rng.integers(0, clusters, len(rows)).astype(np.int32)
+    least, second = rng.uniform(-1, 1, len(rows)), rng.uniform(0, 2, len(rows))
+    reach, fall = rng.random(clusters), 0.25
+    expected = {"labels": labels.copy(), "upper": upper.copy(), "lower": lower.copy()}
+    for at, row in enumerate(rows):
+        expected["labels"][row] = found[at]
+        expected["upper"][row] = max(least[at] + norms[row], 0) ** 0.5 - reach[found[at]]
+        expected["lower"][row] = max(second[at] + norms[row], 0) ** 0.5 + fall
+    earlier = labels[rows]
+    before = kernels.note(rows, found, least, second, norms, reach, fall, labels, upper, lower)
+    np.testing.assert_array_equal(before, earlier)
+    for name, array in (("labels", labels), ("upper", upper), ("lower", lower)):
+        np.testing.assert_allclose(array, expected[name], rtol=1e-15)
+    labels[labels < 0] = 0
+    doubtful = kernels.in_doubt(labels, upper, lower, reach, fall)
+    wanted = [row for row in range(count) if upper[row] + reach[labels[row]] > lower[row] - fall]
+    assert 0 < len(wanted) < count
+    np.testing.assert_array_equal(doubtful, wanted)

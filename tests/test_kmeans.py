@@ -87,8 +87,8 @@ def test_same_start_and_steps_same_centroids_as_scikit_learn(rng, groups, form):
     for steps in (1, 2, 5):
         centroids = start
         for _ in range(steps):
-            _, distances, sums, counts = points.step(centroids)
-            centroids = kmeans._means(CPU, points, centroids, distances, sums, counts)
+            _, _, sums, counts = points.step(centroids)
+            centroids = kmeans._means(CPU, points, centroids, sums, counts)
         theirs = KMeans(6, init=start, n_init=1, max_iter=steps, tol=0).fit(M.astype(np.float32)).cluster_centers_
         oracle.assert_close(centroids, theirs, 1e-4)
         oracle.assert_close(centroids, lloyd(M, start.astype(np.float64), steps), 1e-4)
@@ -178,6 +178,40 @@ def test_a_cluster_left_empty_takes_the_farthest_row(rng):
     assert settled
     np.testing.assert_array_equal(np.bincount(labels), [50, 1])
     np.testing.assert_allclose(centroids[1], M[50], atol=1e-6)
+
+
+def test_seeds_are_rows_of_different_groups(rng):
+    groups = np.repeat(np.arange(6), 500)
+    M = (50 * rng.standard_normal((6, 10))[groups] + rng.standard_normal((3000, 10))).astype(np.float32)
+    points = kmeans.Dense(CPU, M)
+    for seed in range(5):
+        found = kmeans.seeds(CPU, points, 6, np.random.default_rng(seed))
+        distances = oracle.squared_distances(M, found)
+        assert distances.min(axis=0).max() < 1e-6
+        assert sorted(groups[distances.argmin(axis=0)]) == list(range(6))
+        np.testing.assert_array_equal(found, kmeans.seeds(CPU, points, 6, np.random.default_rng(seed)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_squared_distances(rng, form):
+    points, M = users(rng, count=300, shift=5.0, form=form)
+    some, others = np.array([7, 3, 11]), np.array([3, 0])
+    expected = ((M[some][:, None] - M[others]) ** 2).sum(axis=2)
+    np.testing.assert_allclose(points.squared_distances(some, others), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("count", "clusters", "width", "sizes"),
+    [
+        (100, 8, 64, [100]),
+        (60_000, 8, 64, [8192]),
+        (66_000, 8, 64, [8192, 16_500]),
+        (10**7, 100, 1024, [25_600]),
+        (10**7, 8, 256, [8192, 65_536]),
+    ],
+)
+def test_sizes_of_the_samples(count, clusters, width, sizes):
+    assert kmeans.sample_sizes(count, clusters, width) == sizes
 
 
 def test_fewer_distinct_rows_than_clusters_ends():
