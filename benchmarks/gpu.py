@@ -1,0 +1,288 @@
+"""On a CUDA device: the fused pass against the copy of its bytes and against the libraries; K-means; the whole job.
+
+The bytes are those that have to move: each interaction's row of the features, its item and its weight, and the result.
+A copy of half as many reads and writes as much. Features are four times the second-level cache and 200 MB at least.
+Items are drawn alike, so that none stays in the caches, and by popularity, as people do. Every way is held to the
+reference before it is timed, by the device's own clock.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import baselines
+import numpy as np
+from common import arguments, features, matrix, row, show
+
+from gpu_init import kmeans
+from gpu_init.kernels import Csr, cuda
+
+OURS, LIMIT = "gpu-init", "copy of the same bytes"
+CLUSTERS = 8
+DEGREE = 13
+LEAST_FEATURE_BYTES = 200_000_000
+CACHES = 4
+JOB_WIDTH = 384
+
+
+class Size(NamedTuple):
+    """What is measured, and how often."""
+
+    users: int
+    least_bytes: int
+    widths: tuple[int, ...]
+    repeats: int
+
+
+_WIDTHS = (128, 256, 384, 1024)
+SIZES = {
+    "quick": Size(20_000, 1 << 22, (64,), 3),
+    "default": Size(500_000, LEAST_FEATURE_BYTES, _WIDTHS, 20),
+    "large": Size(2_000_000, 4 * LEAST_FEATURE_BYTES, _WIDTHS, 20),
+}
+
+
+def main() -> None:
+    given = arguments(__doc__)
+    size = SIZES[given.size]
+    missing = no_device()
+    if missing:
+        print(f"benchmarks/gpu.py: nothing is measured: {missing}")
+        return
+    cuda.choose_cache_folder()
+    cupy = importlib.import_module("cupy")
+    properties = cupy.cuda.runtime.getDeviceProperties(0)
+    device = {"gpu": properties["name"].decode(), "cupy": cupy.__version__}
+    lines = []
+    for width in size.widths:
+        n_bytes = max(size.least_bytes, CACHES * properties["l2CacheSize"] if given.size != "quick" else 0)
+        items = -(-n_bytes // (4 * width))
+        values = features("groups", items, width)
+        for draw, pairs in (("alike", alike(size.users, items)), ("popular", popular(size.users, items))):
+            for kind, facts in fused(cupy, pairs, values, size.repeats):
+                counts = {"users": size.users, "items": items, "pairs": pairs.nnz, "D": width, "drawn": draw}
+                row(given.results / "gpu.csv", **device, **counts, **kind, **facts)
+                lines.append([*kind.values(), width, draw, *facts.values()])
+    columns = ["", "features", "D", "drawn", "ms", "GB/s", "of the copy", "x gpu-init"]
+    show(f"fused pass on {device['gpu']}, {size.users:,} users, mean degree {DEGREE}", columns, lines)
+    whole_jobs(cupy, given, size, device)
+
+
+def no_device() -> str:
+    """Why nothing can be measured here, or nothing."""
+    try:
+        cupy = importlib.import_module("cupy")
+        return "" if cupy.cuda.runtime.getDeviceCount() else "no CUDA device"
+    except ImportError as error:
+        return f"cupy cannot be imported ({error})"
+    except RuntimeError as error:
+        return f"no CUDA device ({error})"
+
+
+def popular(users: int, items: int) -> Any:
+    """Interactions whose items follow a power law of popularity."""
+    return matrix(users, items, DEGREE * users)
+
+
+def alike(users: int, items: int, seed: int = 0) -> Any:
+    """Interactions whose items are all as likely, each pair once, as ones (U, I) float32; nobody has none."""
+    import scipy.sparse
+
+    rng = np.random.default_rng(seed)
+    who = np.concatenate([np.arange(users), rng.integers(users, size=(DEGREE - 1) * users)])
+    pairs = np.unique(who * items + rng.integers(items, size=len(who)))
+    shape = (users, items)
+    return scipy.sparse.csr_matrix((np.ones(len(pairs), np.float32), (pairs // items, pairs % items)), shape=shape)
+
+
+# The fused pass.
+
+
+def fused(cupy: Any, interactions: Any, values: Any, repeats: int) -> Iterator[tuple[dict[str, str], dict[str, float]]]:
+    """Each way, in each type of the features, and what it took."""
+    users, width = interactions.shape[0], values.shape[1]
+    for kind in ("float32", "float16"):
+        table = cupy.asarray(values).astype(kind)
+        n_bytes = interactions.nnz * (table.itemsize * width + 4) + users * width * table.itemsize
+        taken = {}
+        for name, function in ways(cupy, interactions, table).items():
+            with leaving_out(f"{name}, D {width}, {kind}"):
+                taken[name] = seconds(cupy, function, repeats)
+            cupy.get_default_memory_pool().free_all_blocks()
+        half = cupy.ones(n_bytes // 8, cupy.float32)
+        other = cupy.zeros_like(half)
+        taken[LIMIT] = seconds(cupy, partial(cupy.copyto, other, half), repeats)
+        del half, other
+        for name, each in sorted(taken.items(), key=lambda one: one[1]):
+            facts = {"ms": 1e3 * each, "gb_per_s": n_bytes / each / 1e9}
+            facts |= {"share_of_copy": taken[LIMIT] / each, "times_ours": each / taken[OURS]}
+            yield {"kernel": name, "features": kind}, facts
+
+
+def ways(cupy: Any, interactions: Any, table: Any) -> dict[str, Callable[[], Any]]:
+    """Every way to the same result (U, D), of the features' type, each held to the first of the library's."""
+    import cupyx.scipy.sparse
+
+    users, width = interactions.shape[0], table.shape[1]
+    rng = np.random.default_rng(1)
+    centroids = cupy.asarray(rng.standard_normal((CLUSTERS, width), dtype=np.float32))
+    labels = cupy.asarray(rng.integers(CLUSTERS, size=users).astype(np.int32))
+    degrees = np.diff(interactions.indptr)
+    csr = Csr(cupy.asarray(interactions.indptr.astype(np.int64)), cupy.asarray(interactions.indices), None)
+    row_scale, item_scale = cupy.asarray(1.0 / degrees), cupy.ones(len(table))
+    lam, cold = cupy.full(users, baselines.LAMBDA), cupy.zeros(width)
+    kernels = cuda.CudaKernels(cupy, cupyx.scipy.sparse)
+    out = cupy.empty((users, width), table.dtype)
+    means = cupyx.scipy.sparse.csr_matrix(baselines.operator(interactions))
+
+    def ours() -> Any:
+        scales = (row_scale, item_scale, lam)
+        kernels.aggregate_blend(csr, table, *scales, centroids, labels, None, None, cold, 1.0, out)
+        return out
+
+    functions: dict[str, Callable[[], Any]] = {OURS: ours}
+    if table.dtype == np.float32:  # cupyx knows no float16
+        functions["cupyx product + blend"] = lambda: baselines.blend(means @ table, centroids, labels)
+    if importlib.util.find_spec("torch") is not None:
+        functions |= torch_ways(means, table, centroids, labels)
+    else:
+        print("torch is not installed: its rows are left out")
+    sample = cupy.arange(0, users, max(1, users // 1000))
+    expected = baselines.blend((means[sample] @ table.astype(np.float32)), centroids, labels[sample])
+    tolerance = 1e-4 if table.dtype == np.float32 else 1e-2
+    for name, function in functions.items():
+        with leaving_out(f"{name}, D {width}, {table.dtype}, held to the reference"):
+            found = cupy.asarray(function())[sample].astype(np.float32)
+            if not cupy.allclose(found, expected, rtol=tolerance, atol=tolerance):
+                raise SystemExit(f"{name}: not the reference's result.")
+            del found
+    return functions
+
+
+@contextmanager
+def leaving_out(name: str) -> Iterator[None]:
+    """Go on where a library fails, most likely for want of memory, and say so; not where we do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if name.startswith(OURS):
+            raise
+        print(f"{name}: left out: {next(iter(str(error).splitlines()), type(error).__name__)}")
+
+
+def torch_ways(means: Any, table: Any, centroids: Any, labels: Any) -> dict[str, Callable[[], Any]]:
+    """The same in torch: cuSPARSE's product with a matrix by rows, and a scatter-add of the E x D gathered rows."""
+    torch = importlib.import_module("torch")
+    values, centres, groups = (torch.from_dlpack(array) for array in (table, centroids, labels.astype(np.int64)))
+    starts, columns, weights = (torch.from_dlpack(array) for array in (means.indptr, means.indices, means.data))
+    centres, weights = centres.to(values.dtype), weights.to(values.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # sparse CSR is called a beta
+        csr = torch.sparse_csr_tensor(starts, columns, weights, size=means.shape)
+    everyone = torch.arange(means.shape[0], device=values.device)
+    users, items = torch.repeat_interleave(everyone, starts.diff().long()), columns.long()
+
+    def blended(local: Any) -> Any:
+        return local.mul_(baselines.LAMBDA).add_(((1 - baselines.LAMBDA) * centres)[groups])
+
+    def scattered() -> Any:
+        rows = values[items].mul_(weights[:, None])
+        return blended(
+            torch.zeros(means.shape[0], values.shape[1], dtype=values.dtype, device=values.device).index_add_(
+                0, users, rows
+            )
+        )
+
+    return {"cuSPARSE by rows + blend": lambda: blended(csr @ values), "torch scatter-add + blend": scattered}
+
+
+def seconds(cupy: Any, function: Callable[[], Any], repeats: int) -> float:
+    """Median time between two marks on the device's clock, after three runs that are not counted."""
+    taken = []
+    for turn in range(repeats + 3):
+        begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+        cupy.cuda.Device().synchronize()
+        begin.record()
+        result = function()
+        end.record()
+        end.synchronize()
+        del result
+        if turn >= 3:
+            taken.append(float(cupy.cuda.get_elapsed_time(begin, end)) / 1e3)
+    return statistics.median(taken)
+
+
+# K-means and the whole job, where RAPIDS is there.
+
+
+def whole_jobs(cupy: Any, given: Any, size: Size, device: dict[str, str]) -> None:
+    """K-means on the users' means, and `initialize()`, against cuSPARSE and cuML."""
+    absent = [name for name in ("cuml", "cudf") if importlib.util.find_spec(name) is None]
+    if absent:
+        print(f"{' and '.join(absent)} not installed: K-means and the whole job are left out")
+        return
+    import cupyx.scipy.sparse
+
+    import gpu_init
+    from gpu_init.backend import select
+    from gpu_init.interactions import from_matrix
+
+    width, items = min(size.widths, key=lambda width: abs(width - JOB_WIDTH)), max(1000, size.users // 10)
+    interactions, values = popular(size.users, items), features("groups", items, width)
+    backend = select("cuda")
+    ours, table = from_matrix(backend, interactions, "benchmark"), cupy.asarray(values)
+    means = cupyx.scipy.sparse.csr_matrix(baselines.operator(interactions))
+    row_scale = cupy.asarray(1.0 / np.diff(interactions.indptr))
+    settings: dict[str, Any] = {"lam": baselines.LAMBDA, "clusters": CLUSTERS, "seed": 0, "backend": "cuda"}
+
+    def factored() -> Any:
+        points = kmeans.Factored(backend, ours.csr, table, row_scale, cupy.ones(items))
+        return kmeans.fit(backend, points, CLUSTERS, 0).centroids
+
+    def library(matrix: Any) -> Any:
+        return (
+            importlib.import_module("cuml.cluster")
+            .KMeans(n_clusters=CLUSTERS, init="scalable-k-means++", n_init=1, random_state=0, output_type="cupy")
+            .fit(matrix)
+        )
+
+    def made() -> Any:
+        return cupy.ascontiguousarray(means @ table)
+
+    def by_libraries() -> Any:
+        local = made()
+        fitted = library(local)
+        return baselines.blend(local, fitted.cluster_centers_, fitted.labels_)
+
+    dense = made()
+    functions: dict[str, Callable[[], Any]] = {
+        "K-means, gpu-init, factored": factored,
+        "K-means, cuML, matrix made": lambda: library(dense),
+        "K-means, cuML, with making": lambda: library(made()),
+        "job, gpu-init": lambda: gpu_init.initialize(interactions, {"text": table}, **settings)["text"].users,
+        "job, cuSPARSE + cuML + cupy": by_libraries,
+    }
+    if importlib.util.find_spec("flash_kmeans") is not None and importlib.util.find_spec("torch") is not None:
+        flash = importlib.import_module("flash_kmeans").batch_kmeans_Euclid
+        tensor = importlib.import_module("torch").from_dlpack(dense)[None]
+        functions["K-means, flash-kmeans, matrix made"] = lambda: flash(tensor, n_clusters=CLUSTERS, tol=1e-4)
+    else:
+        print("flash-kmeans is not installed: its row is left out")
+    lines = []
+    for name, function in functions.items():
+        facts = {"ms": 1e3 * seconds(cupy, function, 3)}
+        counts = {"users": size.users, "items": items, "pairs": interactions.nnz, "D": width, "K": CLUSTERS}
+        row(given.results / "gpu.csv", **device, **counts, kernel=name, **facts)
+        lines.append([name, facts["ms"]])
+    show(f"K-means and job on {device['gpu']}, {size.users:,} users, D {width}, K {CLUSTERS}", ["", "ms"], lines)
+
+
+if __name__ == "__main__":
+    main()

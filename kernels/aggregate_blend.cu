@@ -1,0 +1,217 @@
+// The fused pass: gather a user's item rows, weigh, sum, blend with the centroid, scale, cast, store.
+//
+// In plain C++, for every user u and column d (kernels/reference.py says the same on arrays):
+//
+//     if (row_scale[u] == 0) { out[u][d] = scale * cold[d]; continue; }
+//     double local = 0, cluster = 0;
+//     for (entry = indptr[u]; entry < indptr[u + 1]; ++entry) {
+//         item = indices[entry];
+//         w = weights ? weights[entry] : 1;
+//         if (item_scale[item] != 0) local += row_scale[u] * w * item_scale[item] * features[item][d];
+//         if (item_labels && item_labels[item] >= 0) cluster += mean_scale[u] * w * centroids[item_labels[item]][d];
+//     }
+//     if (user_labels) cluster = centroids[user_labels[u]][d];
+//     out[u][d] = scale * (lam[u] * local + (1 - lam[u]) * cluster);
+//
+// The ladder from there:
+// 1. A thread per value of the result: the loop above. Each lane reads indices and factors anew.
+// 2. A warp per user: a lane per interaction reads index and factors once and hands them round; the 32 lanes read a
+//    row together, 16 bytes each.
+// 3. Several rows at a time, all loads issued before the first is used (gather.cuh: add_rows): without that a warp
+//    waits for one row after another, and memory is idle most of the time.
+// 4. Narrow rows leave lanes idle, so groups of lanes take different interactions of the user (gather.cuh: Lanes);
+//    a group per user instead would wait for the warp's busiest user.
+// 5. Users with more than LONGEST interactions are split: a warp per part, parts summed in float64 in their order.
+//    Nobody waits for them, sums keep their digits, and no atomics means the same bytes in every run.
+// What is here is 5; the shim of tests/shim and the device run it against kernels/reference.py.
+//
+// Bytes of a user of degree n, D columns of b bytes: n * (D * b + 4, and 4 more if weighted) + D * 4 of the result (2
+// in float16) + 28 (row pointer, row_scale, lambda, label). Scales of items (8 each) and centroids are small tables
+// that stay in the second-level cache. At D 128, float32, degree 13: 13 * 516 + 512 + 28 = 7248 bytes and 3400
+// operations: only bandwidth matters. Little's law asks for some 20 KiB in flight per multiprocessor of an H100 (3.35
+// TB/s, 0.8 us, 132 of them); a warp has 8 loads of 16 bytes per lane in flight, 4 KiB, while it reads rows, and 16 or
+// 20 warps fit, some of which read pointers, indices and scales meanwhile.
+
+#include "gather.cuh"
+
+/// E values of a row of the result, past the caches: nobody reads them soon.
+template <int E>
+__device__ __forceinline__ void store(void* out, bool half, Index at, const float* values)
+{
+    if (!half) {
+        float* to = (float*)out + at;
+        if constexpr (E >= 4) {
+#pragma unroll
+            for (int e = 0; e < E; e += 4)
+                __stcs((float4*)(to + e), make_float4(values[e], values[e + 1], values[e + 2], values[e + 3]));
+        } else if constexpr (E == 2) {
+            __stcs((float2*)to, make_float2(values[0], values[1]));
+        } else {
+            __stcs(to, values[0]);
+        }
+        return;
+    }
+    unsigned short* to = (unsigned short*)out + at;
+    if constexpr (E == 1) {
+        __stcs(to, half_of_float(values[0]));
+    } else {
+        unsigned pairs[E / 2];
+#pragma unroll
+        for (int e = 0; e < E; e += 2)
+            pairs[e / 2] = half_of_float(values[e]) | (unsigned)half_of_float(values[e + 1]) << 16;
+        if constexpr (E == 8)
+            __stcs((uint4*)to, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
+        else if constexpr (E == 4)
+            __stcs((uint2*)to, make_uint2(pairs[0], pairs[1]));
+        else
+            __stcs((unsigned*)to, pairs[0]);
+    }
+}
+
+/// A warp per user; users with more than `longest` interactions are left to add_parts, unless they are cold.
+///
+/// `cold` is scaled already. `out` (n, width) is float32, or float16 where `half` says so.
+template <typename T, int E, int V>
+__global__ void __launch_bounds__(128, E == 8 ? 4 : 5) aggregate_blend(
+    Index n, const void* indptr, int wide, const int* indices, const float* weights, const T* features, Index stride,
+    int width, const double* row_scale, const double* item_scale, const double* lam, const float* centroids,
+    const int* user_labels, const int* item_labels, const double* mean_scale, const float* cold, double scale,
+    int groups_log2, Index longest, void* out, int half)
+{
+    Index user = warp_number();
+    if (user >= n)
+        return;
+    Interactions interactions{indptr, wide, indices, weights};
+    Index first = interactions.start(user), last = interactions.start(user + 1);
+    double row_share = row_scale[user], cluster_share = scale * (1.0 - lam[user]);
+    bool is_cold = row_share == 0.0;
+    if (last - first > longest && !is_cold)
+        return;
+
+    const float* base = nullptr;  // what the sum starts from: the user's centroid, or what cold users get
+    if (is_cold)
+        base = cold;
+    else if (user_labels && user_labels[user] >= 0)
+        base = centroids + (Index)user_labels[user] * width;
+    float base_share = is_cold ? 1.0f : (float)cluster_share;
+    double mean_share = item_labels ? cluster_share * mean_scale[user] : 0.0;
+    double share = scale * lam[user] * row_share;
+    last = is_cold ? first : last;
+
+    Lanes lanes(V > 1 ? 0 : groups_log2);
+    for (int start = 0; start < width; start += V * E * lanes.width) {
+        Columns mine(width, start, E, lanes);
+        float total[V * E];
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+            int column = mine.first + v * mine.step;
+            bool wanted = base && lanes.group == 0 && column < width;
+            Pack<float, E> pack = load_pack<false, float, E>(wanted, base + column);
+#pragma unroll
+            for (int e = 0; e < E; ++e)
+                total[v * E + e] = base_share * value(pack, e);
+        }
+        gather<T, E, V, float>(
+            total, interactions, first, last, share, item_scale, features, stride, mine, lanes, item_labels,
+            mean_share, centroids);
+        sum_groups(total, lanes);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+            int column = mine.first + v * mine.step;
+            if (lanes.group == 0 && column < width)
+                store<E>(out, half != 0, user * width + column, total + v * E);
+        }
+    }
+}
+
+/// Parts of busy users: a warp per part, which is interactions begin[p] to end[p], counted from the user's first, of
+/// row owner[p]; sums of RUN interactions in `Sum`, and those in float64, into partial (parts, width).
+///
+/// Row `at` is user rows[at], or user `at` where rows is null; all per-user arrays go by `at` but the row pointers
+/// and row_scale, which go by user. Without lambda the sum is A F; with it, all of the blend that goes by item.
+template <typename T, int E, typename Sum>
+__global__ void __launch_bounds__(128, sizeof(Sum) == 4 ? 4 : 3) add_parts(
+    Index parts, const Index* owner, const Index* begin, const Index* end, const Index* rows, const void* indptr,
+    int wide, const int* indices, const float* weights, const T* features, Index stride, int width,
+    const double* row_scale, const double* item_scale, const double* lam, const float* centroids,
+    const int* item_labels, const double* mean_scale, double scale, int groups_log2, double* partial)
+{
+    Index part = warp_number();
+    if (part >= parts)
+        return;
+    Index at = owner[part];
+    Index user = rows ? rows[at] : at;
+    Interactions interactions{indptr, wide, indices, weights};
+    Index from = interactions.start(user);
+    double share = (lam ? scale * lam[at] : 1.0) * (row_scale ? row_scale[user] : 1.0);
+    double mean_share = item_labels ? scale * (1.0 - lam[at]) * mean_scale[at] : 0.0;
+
+    Lanes lanes(groups_log2);
+    for (int start = 0; start < width; start += E * lanes.width) {
+        Columns mine(width, start, E, lanes);
+        double whole[E] = {};
+        for (Index run = begin[part]; run < end[part]; run += RUN) {
+            Index stop = end[part] - run < RUN ? end[part] : run + RUN;
+            Sum total[E] = {};
+            gather<T, E, 1, Sum>(
+                total, interactions, from + run, from + stop, share, item_scale, features, stride, mine, lanes,
+                item_labels, mean_share, centroids);
+            sum_groups(total, lanes);
+#pragma unroll
+            for (int e = 0; e < E; ++e)
+                whole[e] += (double)total[e];
+        }
+#pragma unroll
+        for (int e = 0; e < E; ++e)
+            if (lanes.group == 0 && mine.first + e < width)
+                partial[part * width + mine.first + e] = whole[e];
+    }
+}
+
+constexpr int COMBINED_COLUMNS = 32, COMBINED_ROWS = 8;
+
+__device__ __forceinline__ void put(Half* out, double value)
+{
+    out->bits = half_of_float((float)value);
+}
+
+__device__ __forceinline__ void put(float* out, double value)
+{
+    *out = (float)value;
+}
+
+__device__ __forceinline__ void put(double* out, double value)
+{
+    *out = value;
+}
+
+/// Rows of busy users from their parts: parts starts[b] to starts[b + 1] make row at[b], or b, of out (n, width).
+///
+/// A block of 32 x 8 threads per user and 32 columns; thread row y sums every eighth part, and these 8 are added in
+/// order. With labels, the share of the user's centroid is added; with a middle, that point is taken off.
+template <typename Out>
+__global__ void __launch_bounds__(256) combine_parts(
+    Index tiles, const Index* starts, const Index* at, const double* partial, int width, const double* lam,
+    const float* centroids, const int* user_labels, double scale, const double* middle, Out* out)
+{
+    __shared__ double sums[COMBINED_ROWS][COMBINED_COLUMNS];
+    Index busy = blockIdx.x / tiles;
+    Index column = blockIdx.x % tiles * COMBINED_COLUMNS + threadIdx.x;
+    double sum = 0.0;
+    if (column < width)
+        for (Index part = starts[busy] + threadIdx.y; part < starts[busy + 1]; part += COMBINED_ROWS)
+            sum += partial[part * width + column];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || column >= width)
+        return;
+#pragma unroll
+    for (int other = 1; other < COMBINED_ROWS; ++other)
+        sum += sums[other][threadIdx.x];
+    Index row = at ? at[busy] : busy;
+    if (user_labels && user_labels[row] >= 0)
+        sum += scale * (1.0 - lam[row]) * centroids[(Index)user_labels[row] * width + column];
+    if (middle)
+        sum -= middle[column];
+    put(out + row * width + column, sum);
+}

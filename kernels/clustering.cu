@@ -1,0 +1,247 @@
+// What K-means on rows that are never made takes from the interactions: see gpu_init/kmeans.py, and
+// kernels/reference.py for each kernel in two lines.
+
+#include "gather.cuh"
+
+/// Rows of A F - middle, (n, width) of the type they are summed in; row `at` is user rows[at], or `at` without rows.
+///
+/// Rows with more than `longest` interactions are left to add_parts. A warp per row.
+template <typename T, int E, typename Sum>
+__global__ void __launch_bounds__(128, sizeof(Sum) == 4 ? 5 : 4) aggregate(
+    Index n, const Index* rows, const void* indptr, int wide, const int* indices, const float* weights,
+    const T* features, Index stride, int width, const double* row_scale, const double* item_scale,
+    const double* middle, int groups_log2, Index longest, Sum* out)
+{
+    Index at = warp_number();
+    if (at >= n)
+        return;
+    Index user = rows ? rows[at] : at;
+    Interactions interactions{indptr, wide, indices, weights};
+    Index first = interactions.start(user), last = interactions.start(user + 1);
+    double share = row_scale ? row_scale[user] : 1.0;
+    if (last - first > longest && share != 0.0)
+        return;
+    last = share == 0.0 ? first : last;
+    Lanes lanes(groups_log2);
+    for (int start = 0; start < width; start += E * lanes.width) {
+        Columns mine(width, start, E, lanes);
+        Sum total[E] = {};
+        gather<T, E, 1, Sum>(
+            total, interactions, first, last, share, item_scale, features, stride, mine, lanes);
+        sum_groups(total, lanes);
+#pragma unroll
+        for (int e = 0; e < E; ++e) {
+            int column = mine.first + e;
+            if (lanes.group == 0 && column < width)
+                out[at * width + column] = (Sum)((double)total[e] - (middle ? middle[column] : 0.0));
+        }
+    }
+}
+
+/// Sum over the lanes of a group; every lane has it.
+__device__ __forceinline__ double sum_within(double value, Lanes lanes)
+{
+    for (int offset = 1; offset < lanes.width; offset *= 2)
+        value += __shfl_xor_sync(ALL, value, offset);
+    return value;
+}
+
+/// Squared lengths of rows of A F - middle, that are summed in float64 and never stored. Otherwise as `aggregate`.
+template <typename T, int E>
+__global__ void __launch_bounds__(128, 4) squared_norms(
+    Index n, const void* indptr, int wide, const int* indices, const float* weights, const T* features, Index stride,
+    int width, const double* row_scale, const double* item_scale, const double* middle, int groups_log2,
+    Index longest, double* out)
+{
+    Index user = warp_number();
+    if (user >= n)
+        return;
+    Interactions interactions{indptr, wide, indices, weights};
+    Index first = interactions.start(user), last = interactions.start(user + 1);
+    double share = row_scale[user], length = 0.0;
+    if (last - first > longest && share != 0.0)
+        return;
+    last = share == 0.0 ? first : last;
+    Lanes lanes(groups_log2);
+    for (int start = 0; start < width; start += E * lanes.width) {
+        Columns mine(width, start, E, lanes);
+        double total[E] = {};
+        gather<T, E, 1, double>(
+            total, interactions, first, last, share, item_scale, features, stride, mine, lanes);
+        sum_groups(total, lanes);
+#pragma unroll
+        for (int e = 0; e < E; ++e) {
+            int column = mine.first + e;
+            double apart = column < width ? total[e] - middle[column] : 0.0;
+            length = fma(apart, apart, length);
+        }
+    }
+    length = sum_within(length, lanes);
+    if (lanes.lane == 0)
+        out[user] = length;
+}
+
+/// Squared lengths of the rows of a matrix (n, width), a warp each; length b goes to out[at[b]], or out[b].
+template <typename T>
+__global__ void __launch_bounds__(128) lengths(
+    Index n, const T* matrix, Index stride, int width, const Index* at, double* out)
+{
+    Index row = warp_number();
+    if (row >= n)
+        return;
+    Lanes lanes(0);
+    double length = 0.0;
+#pragma unroll 4
+    for (Index column = lanes.lane; column < width; column += WARP) {
+        double one = value(load_pack<true, T, 1>(true, matrix + row * stride + column), 0);
+        length = fma(one, one, length);
+    }
+    length = sum_within(length, lanes);
+    if (lanes.lane == 0)
+        out[at ? at[row] : row] = length;
+}
+
+/// The least and second least of some scores, and whose the least is, the first of equals.
+struct Nearest {
+    int label;
+    double least, second;
+
+    __device__ void look(int other, double score)
+    {
+        second = score < least ? least : (score < second ? score : second);
+        if (score < least) {
+            least = score;
+            label = other;
+        }
+    }
+    __device__ void merge(const Nearest& other)
+    {
+        bool theirs = other.least < least || (other.least == least && other.label < label);
+        double loser = theirs ? least : other.least;
+        second = other.second < second ? other.second : second;
+        second = loser < second ? loser : second;
+        label = theirs ? other.label : label;
+        least = theirs ? other.least : least;
+    }
+};
+
+__device__ __forceinline__ Nearest nothing_yet()
+{
+    double infinity = __longlong_as_double(0x7ff0000000000000LL);
+    return {0x7fffffff, infinity, infinity};
+}
+
+/// The nearest over the lanes of a group; 0 where no score is less than infinity.
+__device__ __forceinline__ Nearest nearest_within(Nearest mine, Lanes lanes)
+{
+    for (int offset = 1; offset < lanes.width; offset *= 2) {
+        Nearest other;
+        other.label = __shfl_xor_sync(ALL, mine.label, offset);
+        other.least = __shfl_xor_sync(ALL, mine.least, offset);
+        other.second = __shfl_xor_sync(ALL, mine.second, offset);
+        mine.merge(other);
+    }
+    mine.label = mine.label == 0x7fffffff ? 0 : mine.label;
+    return mine;
+}
+
+/// Nearest centroid of user rows[at] by norms[k] - 2 (A table)[user][k], table (I, clusters), summed in float64.
+///
+/// Rows with more than `longest` interactions are left to add_parts and nearest_two.
+template <typename T, int E>
+__global__ void __launch_bounds__(128, 4) assign(
+    Index n, const Index* rows, const void* indptr, int wide, const int* indices, const float* weights,
+    const T* table, Index stride, int clusters, const double* row_scale, const double* item_scale, const double* norms,
+    int groups_log2, Index longest, int* labels, double* least, double* second)
+{
+    Index at = warp_number();
+    if (at >= n)
+        return;
+    Index user = rows[at];
+    Interactions interactions{indptr, wide, indices, weights};
+    Index first = interactions.start(user), last = interactions.start(user + 1);
+    double share = row_scale[user];
+    if (last - first > longest && share != 0.0)
+        return;
+    last = share == 0.0 ? first : last;
+    Lanes lanes(groups_log2);
+    Nearest nearest = nothing_yet();
+    for (int start = 0; start < clusters; start += E * lanes.width) {
+        Columns mine(clusters, start, E, lanes);
+        double total[E] = {};
+        gather<T, E, 1, double>(
+            total, interactions, first, last, share, item_scale, table, stride, mine, lanes);
+        sum_groups(total, lanes);
+#pragma unroll
+        for (int e = 0; e < E; ++e)
+            if (mine.first + e < clusters)
+                nearest.look(mine.first + e, norms[mine.first + e] - 2.0 * total[e]);
+    }
+    nearest = nearest_within(nearest, lanes);
+    if (lanes.lane == 0) {
+        labels[at] = nearest.label;
+        least[at] = nearest.least;
+        second[at] = nearest.second;
+    }
+}
+
+/// As `assign`, for rows whose products with the centroids (n, clusters) are there; row b goes to place at[b], or b.
+template <typename T>
+__global__ void __launch_bounds__(128) nearest_two(
+    Index n, const T* products, int clusters, const double* norms, int groups_log2, const Index* at, int* labels,
+    double* least, double* second)
+{
+    Lanes lanes(groups_log2);
+    Index row = warp_number() * lanes.groups + lanes.group;
+    Nearest nearest = nothing_yet();
+    if (row < n)
+        for (int cluster = lanes.within; cluster < clusters; cluster += lanes.width)
+            nearest.look(cluster, norms[cluster] - 2.0 * (double)products[row * clusters + cluster]);
+    nearest = nearest_within(nearest, lanes);
+    if (row < n && lanes.within == 0) {
+        Index place = at ? at[row] : row;
+        labels[place] = nearest.label;
+        least[place] = nearest.least;
+        second[place] = nearest.second;
+    }
+}
+
+constexpr int TILE = 256;  // interactions that a warp takes in label_sums, however they lie in rows (cuda.py: TILE)
+
+/// fixed[item][label] += A[user][item], in units that make whole numbers of it: whole numbers add up to the same
+/// whatever the order, so that atomics may bring them in any.
+///
+/// The interactions of users rows[0], rows[1], ... are numbered through; row b starts with number starts[b], and
+/// tile t, the warp's, with row tiles[t]. So no warp waits for a busy user.
+__global__ void __launch_bounds__(128) label_sums(
+    Index n_tiles, const Index* tiles, Index n, const Index* starts, const Index* rows, const int* labels,
+    const void* indptr, int wide, const int* indices, const float* weights, const double* row_scale,
+    const double* item_scale, int clusters, double per_unit, unsigned long long* fixed)
+{
+    Index tile = warp_number();
+    if (tile >= n_tiles)
+        return;
+    Interactions interactions{indptr, wide, indices, weights};
+    int lane = (int)(threadIdx.x % WARP);
+    Index from = tile * TILE, to = from + TILE;
+    for (Index at = tiles[tile]; at < n && starts[at] < to; ++at) {
+        Index user = rows[at], start = interactions.start(user) - starts[at];
+        Index last = starts[at + 1] < to ? starts[at + 1] : to;
+        double share = row_scale[user] * per_unit;
+        int label = labels[at];
+        for (Index number = (starts[at] > from ? starts[at] : from) + lane; number < last; number += WARP) {
+            int item = __ldg(interactions.indices + start + number);
+            double part = share * interactions.weight(start + number) * __ldg(item_scale + item);
+            if (part != 0.0)
+                atomicAdd(fixed + (Index)item * clusters + label, (unsigned long long)__double2ll_rn(part));
+        }
+    }
+}
+
+/// sums += unit * fixed, value by value.
+__global__ void __launch_bounds__(256) add_fixed(Index n, const long long* fixed, double unit, double* sums)
+{
+    Index at = (Index)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < n)
+        sums[at] = fma(unit, (double)fixed[at], sums[at]);
+}

@@ -1,0 +1,173 @@
+"""The CUDA kernels on a device: what `test_cuda_kernels` does on the host, and what only a device can show."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpu_init.kernels import Csr, cuda
+
+from .. import cuda_checks as checks
+
+
+@pytest.fixture(scope="module")
+def where():
+    cuda.choose_cache_folder()
+    import cupy
+    import cupyx.scipy.sparse
+
+    def put(array):
+        if not isinstance(array, np.ndarray):
+            return array
+        if array.dtype == np.dtype("V2"):
+            return cupy.asarray(array.view(np.uint16)).view(pytest.importorskip("ml_dtypes").bfloat16)
+        return cupy.asarray(array)
+
+    return checks.Where(cuda.CudaKernels(cupy, cupyx.scipy.sparse), put, lambda array: array.get())
+
+
+def some(width, features="float32", weighted=True, wide=True, seed=0):
+    """A problem with empty rows, rows that are just not split, just split, and split in many parts."""
+    degrees = checks.random_degrees(np.random.default_rng(seed), 2000, 13.0, longest=(64, 65, 700, 600_000))
+    return checks.problem(seed, degrees, 500, width, 8, weighted, features, wide, offset=3)
+
+
+@pytest.mark.parametrize("width", [1, 3, 64, 100, 128, 384, 1024])
+@pytest.mark.parametrize("features", checks.FEATURE_TYPES)
+@pytest.mark.parametrize("by_item", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_blend_is_the_definition(where, width, features, by_item, dtype):
+    degrees = checks.random_degrees(np.random.default_rng(width), 3000, 13.0, longest=(64, 65, 5000))
+    p = checks.problem(width, degrees, 500, width, 8, width % 2 == 0, features, width % 3 == 0, offset=5)
+    checks.check_blend(where, p, by_item, dtype)
+
+
+@pytest.mark.parametrize("by_item", [False, True])
+def test_blend_of_a_user_with_600_000_interactions(where, by_item):
+    checks.check_blend(where, some(64), by_item)
+
+
+def test_the_same_bytes_in_every_run(where):
+    p = some(128)
+    first = checks.blend(where, p, False)
+    for _ in range(5):
+        np.testing.assert_array_equal(checks.blend(where, p, False), first)
+    on = where.put_all(p)
+    arrays = (on["csr"], where.put(np.arange(2000)), where.put(np.arange(2000, dtype=np.int32) % 8))
+    found = []
+    for _ in range(3):
+        sums = where.put(np.zeros((500, 8)))
+        where.kernels.label_sums(*arrays, on["row_scale"], on["item_scale"], sums)
+        found.append(where.get(sums))
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
+
+
+@pytest.mark.parametrize("by_item", [False, True])
+def test_a_range_of_users_gives_the_same_bytes_as_all(where, by_item):
+    checks.check_bytes_of_a_range(where, some(100), by_item, slice(1, 1500))
+
+
+def test_values_beyond_float16_are_infinite(where):
+    checks.check_overflow(where)
+
+
+def test_nobody_there(where):
+    checks.check_no_users(where)
+
+
+def test_a_very_busy_user_loses_no_digits(where):
+    checks.check_busy_user(where, 600_000, 40)
+
+
+@pytest.mark.parametrize("width", [1, 21, 128])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_aggregate(where, width, dtype):
+    checks.check_aggregate(where, some(width), dtype)
+
+
+@pytest.mark.parametrize("width", [1, 21, 128])
+def test_squared_norms(where, width):
+    checks.check_squared_norms(where, some(width))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_row_sums(where, weighted):
+    checks.check_row_sums(where, some(1, weighted=weighted))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_lengths(where, dtype):
+    checks.check_lengths(where, dtype, 100)
+
+
+@pytest.mark.parametrize("clusters", [1, 8, 33, 256])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_assign(where, clusters, dtype):
+    checks.check_assign(where, some(2), clusters, dtype)
+
+
+@pytest.mark.parametrize("clusters", [1, 6, 40])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nearest_two(where, clusters, dtype):
+    checks.check_nearest_two(where, dtype, clusters)
+
+
+def test_what_is_noted_of_rows(where):
+    checks.check_note(where)
+
+
+def test_move_rows(where):
+    checks.check_move_rows(where, some(21))
+
+
+@pytest.mark.parametrize("clusters", [1, 8])
+def test_label_sums(where, clusters):
+    checks.check_label_sums(where, some(2), clusters)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_products(where, dtype):
+    checks.check_products(where, dtype)
+
+
+def device_memory(needed):
+    import cupy
+
+    cupy.get_default_memory_pool().free_all_blocks()
+    free, _ = cupy.cuda.runtime.memGetInfo()
+    if free < needed:
+        pytest.skip(f"{needed / 1e9:.0f} GB of device memory are needed, {free / 1e9:.0f} GB are free")
+
+
+def test_interactions_past_2_31(where):
+    import cupy
+
+    device_memory(12 << 30)
+    p = checks.problem(1, [3, 64, 0, 300], 50, 128, weighted=False)
+    start = 2**31 + 5
+    indices = cupy.zeros(start + len(p["csr"].indices), cupy.int32)
+    indices[start:] = cupy.asarray(p["csr"].indices)
+    on = where.put_all({name: value for name, value in p.items() if name != "plain"})
+    far = Csr(cupy.asarray(p["csr"].indptr + start), indices, None)
+    out = cupy.full((4, 128), cupy.nan, cupy.float32)
+    where.kernels.aggregate_blend(**{**on, "csr": far, "item_labels": None, "mean_scale": None, "out": out})
+    np.testing.assert_array_equal(out.get(), checks.blend(where, p, False))
+
+
+def test_values_past_2_31(where):
+    """User u has item n - 1 - u alone, whose features all are a number of its own."""
+    import cupy
+
+    device_memory(12 << 30)
+    width = 256
+    n = 2**31 // width + 9
+    numbers = cupy.arange(n) % 1009
+    features = cupy.empty((n, width), cupy.float16)
+    features[...] = numbers[:, None]
+    csr = Csr(cupy.arange(n + 1), cupy.arange(n - 1, -1, -1, dtype=cupy.int32), None)
+    one = cupy.ones(n)
+    out = cupy.empty((n, width), cupy.float16)
+    nothing = (cupy.zeros((1, width), cupy.float32), cupy.zeros(n, cupy.int32), None, None, cupy.zeros(width))
+    where.kernels.aggregate_blend(csr, features, one, one, one, *nothing, 1.0, out)
+    assert bool((out == numbers[::-1, None].astype(cupy.float16)).all())
