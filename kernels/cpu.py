@@ -23,12 +23,11 @@ _PARTS_PER_THREAD = 16
 _PARTIAL_BYTES = 256 << 20
 _MOST_PARTS = 8
 _AHEAD = 16  # interactions that an item's row is asked for before it is summed
-_SUMMED = 512  # rows that one sum in float32 takes
 _EVEN_PARTS = 64
 _FLOAT_BYTES = 4
 _STREAMED_BYTES = 32 << 20  # less is left in the caches, for whoever reads it next
 _LOOKED_AT = 4096  # rows whose interactions are counted to split many rows
-_LISTED = 64  # items of a user that are listed before their columns are summed
+_LISTED = 64  # items of a user whose columns are summed in registers, in one go
 
 
 @compiled
@@ -59,89 +58,61 @@ def _add_row(total, factor, features, item):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _add_four(total, share, entry, indices, weights, item_scale, features):  # type: ignore[no-untyped-def]
-    kind = total.dtype.type
-    item0, item1, item2, item3 = indices[entry], indices[entry + 1], indices[entry + 2], indices[entry + 3]
-    factor0 = _factor(kind, share, weights, entry, item_scale, item0)
-    factor1 = _factor(kind, share, weights, entry + 1, item_scale, item1)
-    factor2 = _factor(kind, share, weights, entry + 2, item_scale, item2)
-    factor3 = _factor(kind, share, weights, entry + 3, item_scale, item3)
-    if factor0 != 0.0 and factor1 != 0.0 and factor2 != 0.0 and factor3 != 0.0:
-        for column in range(total.size):
-            total[column] += (factor0 * features[item0, column] + factor1 * features[item1, column]) + (
-                factor2 * features[item2, column] + factor3 * features[item3, column]
-            )
-    else:
-        _add_row(total, factor0, features, item0)
-        _add_row(total, factor1, features, item1)
-        _add_row(total, factor2, features, item2)
-        _add_row(total, factor3, features, item3)
+def _add_columns(total, table, items, factors, count):  # type: ignore[no-untyped-def]
+    """``total += sum_n factors[n] * table[items[n]]``, as many columns at a time as registers hold well."""
+    column = 0
+    while factors.itemsize > _FLOAT_BYTES and column + 16 <= total.size:
+        add_rows(total, table, items, factors, count, column, 16)
+        column += 16
+    while column + 64 <= total.size:
+        add_rows(total, table, items, factors, count, column, 64)
+        column += 64
+    while column + 8 <= total.size:
+        add_rows(total, table, items, factors, count, column, 8)
+        column += 8
+    while column < total.size:
+        add_rows(total, table, items, factors, count, column, 1)
+        column += 1
 
 
 @inner
-def _add_eight(total, share, entry, indices, weights, item_scale, features):  # type: ignore[no-untyped-def]
-    kind = total.dtype.type
-    item0, item1, item2, item3 = indices[entry], indices[entry + 1], indices[entry + 2], indices[entry + 3]
-    item4, item5, item6, item7 = indices[entry + 4], indices[entry + 5], indices[entry + 6], indices[entry + 7]
-    factor0 = _factor(kind, share, weights, entry, item_scale, item0)
-    factor1 = _factor(kind, share, weights, entry + 1, item_scale, item1)
-    factor2 = _factor(kind, share, weights, entry + 2, item_scale, item2)
-    factor3 = _factor(kind, share, weights, entry + 3, item_scale, item3)
-    factor4 = _factor(kind, share, weights, entry + 4, item_scale, item4)
-    factor5 = _factor(kind, share, weights, entry + 5, item_scale, item5)
-    factor6 = _factor(kind, share, weights, entry + 6, item_scale, item6)
-    factor7 = _factor(kind, share, weights, entry + 7, item_scale, item7)
-    first = factor0 != 0.0 and factor1 != 0.0 and factor2 != 0.0 and factor3 != 0.0
-    if first and factor4 != 0.0 and factor5 != 0.0 and factor6 != 0.0 and factor7 != 0.0:
-        for column in range(total.size):
-            total[column] += (
-                (factor0 * features[item0, column] + factor1 * features[item1, column])
-                + (factor2 * features[item2, column] + factor3 * features[item3, column])
-            ) + (
-                (factor4 * features[item4, column] + factor5 * features[item5, column])
-                + (factor6 * features[item6, column] + factor7 * features[item7, column])
-            )
-    else:
-        _add_four(total, share, entry, indices, weights, item_scale, features)
-        _add_four(total, share, entry + 4, indices, weights, item_scale, features)
-
-
-@inner
-def _add_items(  # type: ignore[no-untyped-def]
-    total, share, first, last, indices, weights, item_scale, features
+def _add_listed(  # type: ignore[no-untyped-def]
+    total, items, factors, share, first, last, indices, weights, item_scale, table
 ):
-    """``total += share * sum_i w_i s_i F_i`` in the type of ``total``, several items at a time.
+    """``total += share * sum_i w_i s_i F_i`` over `_LISTED` interactions at most, in the type of ``factors``.
 
-    Their rows are read side by side, and ``total`` once for all of them.
+    ``factors`` are all ``share`` where interactions have no weights and items no scale.
     """
-    entry = first
-    while entry + 8 <= last:
-        _add_eight(total, share, entry, indices, weights, item_scale, features)
-        entry += 8
-    if entry + 4 <= last:
-        _add_four(total, share, entry, indices, weights, item_scale, features)
-        entry += 4
-    while entry < last:
-        item = indices[entry]
-        _add_row(total, _factor(total.dtype.type, share, weights, entry, item_scale, item), features, item)
-        entry += 1
+    if weights is None and item_scale is None:
+        _add_columns(total, table, indices[first:last], factors, last - first)
+        return
+    count = 0
+    for entry in range(first, last):
+        items[count] = indices[entry]
+        factors[count] = _factor(factors.dtype.type, share, weights, entry, item_scale, indices[entry])
+        count += factors[count] != 0.0  # a missing item's row may be NaN and is not read
+    _add_columns(total, table, items, factors, count)
 
 
 @inner
 def _sum_items(  # type: ignore[no-untyped-def]
-    total, whole, share, first, last, stop, indices, weights, item_scale, features
+    total, whole, items, factors, share, first, last, stop, indices, weights, item_scale, features
 ):
-    """`_add_items`, the rows fetched ahead, up to ``stop``; a busy user's sum is gathered in ``whole``, in float64."""
+    """``total += share * sum_i w_i s_i F_i``, the rows fetched ahead, up to ``stop``.
+
+    Up to `_LISTED` items are summed in the type of ``factors``; a busy user's are gathered in ``whole``, in float64.
+    """
     for entry in range(first + _AHEAD, min(last + _AHEAD, stop)):
         prefetch_row(features, indices[entry])
-    if total.itemsize == 8 or last - first <= _SUMMED:
-        _add_items(total, share, first, last, indices, weights, item_scale, features)
+    if weights is None and item_scale is None:
+        factors[:] = share
+    if last - first <= _LISTED:
+        _add_listed(total, items, factors, share, first, last, indices, weights, item_scale, features)
         return
     whole[:] = total
-    for entry in range(first, last, _SUMMED):
-        total[:] = 0.0
-        _add_items(total, share, entry, min(entry + _SUMMED, last), indices, weights, item_scale, features)
-        whole += total
+    for start in range(first, last, _LISTED):
+        end = min(start + _LISTED, last)
+        _add_listed(whole, items, factors, share, start, end, indices, weights, item_scale, features)
     total[:] = whole
 
 
@@ -152,12 +123,14 @@ def _aggregate(  # type: ignore[no-untyped-def]
     width = features.shape[1]
     for part in prange(bounds.size - 1):
         total, whole = np.empty(width, out.dtype), np.empty(width, np.float64)
+        items, factors = np.empty(_LISTED, indices.dtype), np.empty(_LISTED, out.dtype)
         stop = indptr[bounds[part + 1]]
         for row in range(bounds[part], bounds[part + 1]):
             for column in range(width):
                 total[column] = -middle[column]
             first, last = indptr[row], indptr[row + 1]
-            _sum_items(total, whole, row_scale[row], first, last, stop, indices, weights, item_scale, features)
+            share = row_scale[row]
+            _sum_items(total, whole, items, factors, share, first, last, stop, indices, weights, item_scale, features)
             for column in range(width):
                 out[row, column] = total[column]
 
@@ -184,6 +157,7 @@ def _aggregate_blend(  # type: ignore[no-untyped-def]
     width = features.shape[1]
     for part in prange(bounds.size - 1):
         total, whole = np.empty(width, np.float32), np.empty(width, np.float64)
+        items, factors = np.empty(_LISTED, indices.dtype), np.empty(_LISTED, np.float32)
         stop = indptr[bounds[part + 1]]
         for row in range(bounds[part], bounds[part + 1]):
             if row_scale[row] == 0.0:
@@ -205,7 +179,7 @@ def _aggregate_blend(  # type: ignore[no-untyped-def]
                 for column in range(width):
                     total[column] = factor * centroids[user_labels[row], column]
             share = scale * lam[row] * row_scale[row]
-            _sum_items(total, whole, share, first, last, stop, indices, weights, item_scale, features)
+            _sum_items(total, whole, items, factors, share, first, last, stop, indices, weights, item_scale, features)
             if streamed:
                 stream_row(total, out, row)
             else:
@@ -243,12 +217,14 @@ def _squared_norms(  # type: ignore[no-untyped-def]
     width = features.shape[1]
     for part in prange(bounds.size - 1):
         total = np.empty(width, np.float64)
+        items, factors = np.empty(_LISTED, indices.dtype), np.empty(_LISTED, np.float64)
         stop = indptr[bounds[part + 1]]
         for row in range(bounds[part], bounds[part + 1]):
             for column in range(width):
                 total[column] = -middle[column]
             first, last = indptr[row], indptr[row + 1]
-            _sum_items(total, total, row_scale[row], first, last, stop, indices, weights, item_scale, features)
+            share = row_scale[row]
+            _sum_items(total, total, items, factors, share, first, last, stop, indices, weights, item_scale, features)
             out[row] = _squared_length(total, total)
 
 
@@ -267,26 +243,10 @@ def _two_least(products, factor, lengths):  # type: ignore[no-untyped-def]
     return label, best, runner_up
 
 
-@inner
-def _add_columns(total, table, items, factors, count):  # type: ignore[no-untyped-def]
-    """``total += sum_n factors[n] * table[items[n]]``, as many columns at a time as there are."""
-    column = 0
-    while column + 64 <= total.size:
-        add_rows(total, table, items, factors, count, column, 64)
-        column += 64
-    while column + 8 <= total.size:
-        add_rows(total, table, items, factors, count, column, 8)
-        column += 8
-    while column < total.size:
-        add_rows(total, table, items, factors, count, column, 1)
-        column += 1
-
-
 @compiled
 def _assign(  # type: ignore[no-untyped-def]
     bounds, indptr, indices, weights, rows, table, row_scale, item_scale, lengths, labels, least, second
 ):
-    plain = weights is None and item_scale is None
     for part in prange(bounds.size - 1):
         products = np.empty(table.shape[1], np.float64)
         items, factors = np.empty(_LISTED, indices.dtype), np.ones(_LISTED, table.dtype)
@@ -297,15 +257,7 @@ def _assign(  # type: ignore[no-untyped-def]
             products[:] = 0.0
             for first in range(indptr[row], indptr[row + 1], _LISTED):
                 last = min(first + _LISTED, indptr[row + 1])
-                if plain:
-                    _add_columns(products, table, indices[first:last], factors, last - first)
-                    continue
-                count = 0
-                for entry in range(first, last):
-                    items[count] = indices[entry]
-                    factors[count] = _factor(table.dtype.type, 1.0, weights, entry, item_scale, indices[entry])
-                    count += factors[count] != 0.0
-                _add_columns(products, table, items, factors, count)
+                _add_listed(products, items, factors, 1.0, first, last, indices, weights, item_scale, table)
             labels[at], least[at], second[at] = _two_least(products, 2.0 * row_scale[row], lengths)
 
 
@@ -394,6 +346,7 @@ def _move_rows(  # type: ignore[no-untyped-def]
     parts = partial.shape[0]
     for part in prange(parts):
         total, whole = np.empty(width, np.float32), np.empty(width, np.float64)
+        items, factors = np.empty(_LISTED, indices.dtype), np.empty(_LISTED, np.float32)
         for at in range(part * rows.size // parts, (part + 1) * rows.size // parts):
             row = rows[at]
             first, last = indptr[row], indptr[row + 1]
@@ -401,7 +354,8 @@ def _move_rows(  # type: ignore[no-untyped-def]
                 prefetch_row(features, indices[entry])
             for column in range(width):
                 total[column] = -middle[column]
-            _sum_items(total, whole, row_scale[row], first, last, first, indices, weights, item_scale, features)
+            share = row_scale[row]
+            _sum_items(total, whole, items, factors, share, first, last, first, indices, weights, item_scale, features)
             if before[at] >= 0:
                 for column in range(width):
                     partial[part, before[at], column] -= total[column]

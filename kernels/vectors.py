@@ -87,7 +87,7 @@ def finish_streams(typingctx):  # type: ignore[no-untyped-def]  # noqa: ARG001
 def add_rows(typingctx, total, table, items, factors, count, column, lanes):  # type: ignore[no-untyped-def]  # noqa: ARG001
     """``total[c] += sum_n factors[n] * table[items[n], c]`` for the ``lanes`` columns from ``column``, n < ``count``.
 
-    The sum runs in registers, in the type of ``table`` and ``factors``; ``total`` is float64. ``lanes`` is a constant.
+    The sum runs in registers, in the type of ``factors``. ``lanes`` is a constant.
     """
     if not isinstance(lanes, types.IntegerLiteral):
         return None
@@ -95,15 +95,16 @@ def add_rows(typingctx, total, table, items, factors, count, column, lanes):  # 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         sums, rows, indices, weights = (_array(context, builder, signature, arguments, at) for at in range(4))
         count, column = arguments[4], arguments[5]
-        value = context.get_value_type(table.dtype)
-        vector = ir.VectorType(value, lanes.literal_value)
+        stored, vector, wide = (
+            ir.VectorType(context.get_value_type(array.dtype), lanes.literal_value) for array in (table, factors, total)
+        )
         align = table.dtype.bitwidth // 8
 
         def step(entry: Any, before: Any) -> Any:
             start = _row(builder, rows, builder.load(builder.gep(indices.data, [entry])), column)
-            row = builder.load(builder.bitcast(start, vector.as_pointer()), align=align)
+            row = builder.load(builder.bitcast(start, stored.as_pointer()), align=align)
             factor = builder.load(builder.gep(weights.data, [entry]))
-            return builder.fadd(before, builder.fmul(_spread(builder, factor, vector), row))
+            return builder.fadd(before, builder.fmul(_spread(builder, factor, vector), _as(builder, row, vector)))
 
         zero = ir.Constant(vector, [0.0] * lanes.literal_value)
         before = builder.block
@@ -120,10 +121,10 @@ def add_rows(typingctx, total, table, items, factors, count, column, lanes):  # 
         found = builder.phi(vector)
         found.add_incoming(zero, before)
         found.add_incoming(more, body)
-        wide = ir.VectorType(ir.DoubleType(), lanes.literal_value)
         place = builder.bitcast(builder.gep(sums.data, [column]), wide.as_pointer())
-        found = found if vector == wide else builder.fpext(found, wide)
-        builder.store(builder.fadd(builder.load(place, align=8), found), place, align=8)
+        align = total.dtype.bitwidth // 8
+        added = builder.fadd(builder.load(place, align=align), _as(builder, found, wide))
+        builder.store(added, place, align=align)
         return context.get_dummy_value()
 
     return types.void(total, table, items, factors, count, column, lanes), generate
@@ -145,6 +146,13 @@ def _row(builder: Any, array: Any, row: Any, column: Any = None) -> Any:
     start = array.data if column is None else builder.gep(array.data, [column])
     offset = builder.mul(row, builder.extract_value(array.strides, 0))
     return builder.gep(builder.bitcast(start, _BYTE.as_pointer()), [offset])
+
+
+def _as(builder: Any, value: Any, vector: Any) -> Any:
+    """The same numbers as a vector of another type of float."""
+    if value.type == vector:
+        return value
+    return builder.fptrunc(value, vector) if value.type.element == ir.DoubleType() else builder.fpext(value, vector)
 
 
 def _spread(builder: Any, value: Any, vector: Any) -> Any:

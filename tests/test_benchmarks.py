@@ -13,6 +13,7 @@ ROWS = {
     "initialize": {"seconds", "baseline_s", "speedup", "inertia_ratio"},
     "job": {"seconds", "baseline_s", "floor_s", "speedup", "times_floor", "inertia_ratio", "peak_mib"},
     "scale": {"seconds", "us_per_interaction", "peak_mib"},
+    "memory": {"seconds", "peak_mib", "promised_mib"},
 }
 
 
