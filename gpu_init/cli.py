@@ -149,6 +149,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print the manifest as JSON")
     inspect.set_defaults(command=_inspect)
 
+    export = commands.add_parser("export", help="write an artifact as safetensors, .pt or Parquet")
+    export.add_argument("artifact", metavar="ARTIFACT")
+    export.add_argument("--format", required=True, metavar="FORMAT", help="safetensors, pt or parquet")
+    export.add_argument("--out", metavar="PATH", help="where (default: the artifact's path and the format's ending)")
+    export.add_argument("--overwrite", action="store_true", help="replace what stands there")
+    export.set_defaults(command=_export)
+
     demo = commands.add_parser("demo", help="make a data set, run the job on it, show the result")
     demo.add_argument("--folder", default="demo", help="where the data and the result go (default: demo)")
     demo.add_argument("--users", type=int, default=20_000, help="number of users (default: 20000)")
@@ -203,6 +210,13 @@ def _inspect(given: argparse.Namespace) -> int:
         _print_summary(given.artifact)
         if given.verify:
             print("every file matches its hash")
+    return 0
+
+
+def _export(given: argparse.Namespace) -> int:
+    from .export import export
+
+    print(export(given.artifact, given.format, given.out, overwrite=given.overwrite))
     return 0
 
 

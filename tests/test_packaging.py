@@ -23,7 +23,8 @@ GROUND = {"config", "errors", "ids", "progress", "storage", "version", "where"}
 KNOWS = {
     "__init__": {"artifact", "method"},
     "__main__": {"cli"},
-    "cli": {"demo", "job", "summary"},
+    "cli": {"demo", "export", "job", "summary"},
+    "mmrec": {"job", "torch"},
     "job": {"artifact", "method"},
     "method": {"blend", "features", "interactions", "kmeans"},
     "kmeans": {"backend", "interactions"},
@@ -33,6 +34,8 @@ KNOWS = {
     "axes": {"kernels"},
     "tables": {"backend"},
     "artifact": set(),
+    "export": {"artifact"},
+    "torch": {"artifact"},
     "summary": {"artifact"},
     "demo": {"artifact"},
     "backend": {"kernels"},
@@ -157,7 +160,9 @@ def test_wheel_holds_the_package_the_kernels_and_nothing_else(wheel):
     assert {name.split("/")[0] for name in names} == {"gpu_init", info}
     modules = {f"gpu_init/{path.name}" for path in (ROOT / "gpu_init").glob("*.py")}
     kernels = {
-        f"gpu_init/kernels/{path.name}" for path in (ROOT / "kernels").iterdir() if path.suffix in (".py", ".cu")
+        f"gpu_init/kernels/{path.name}"
+        for path in (ROOT / "kernels").iterdir()
+        if path.suffix in (".py", ".cu", ".cuh")
     }
     assert {name for name in names if name.startswith("gpu_init/")} == modules | kernels | {"gpu_init/py.typed"}
     assert f"{info}/licenses/LICENSE" in names

@@ -1,0 +1,375 @@
+"""What a trained model gains: random against initialised tables, full ranking, paired over seeds.
+
+A row of `results/quality.csv` is one run: the model's own early stopping on validation Recall@20, and, at the epoch
+of the best validation score, test metrics of all users, by degree, and of items without training interactions. Runs
+that have a row are not run again, so the table grows by calling this again with more seeds, models or recipes::
+
+    python benchmarks/quality.py --library MRLib --models FREEDOM DRAGON --seeds 1 2 3 4 5
+    python benchmarks/quality.py --library MRLib --models FREEDOM --recipes tries.toml    # [name] gain = 0.5 ...
+    python benchmarks/quality.py --table
+
+Arms: `random`, `preset` (gpu_init.mmrec's), and each table of the recipes' TOML files, changes to the preset as
+`gpu_init.mmrec.adjusted` takes them. Settings are to be chosen by the columns `valid_...` alone: `--table valid`.
+Without `--library`, the small model of `small_model.py`. Several processes may write to one CSV file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import fcntl
+import importlib
+import importlib.util
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import small_model
+from common import RESULTS, row, show
+from numpy.typing import NDArray
+from ranking import Split, metrics
+from scipy.sparse import csr_matrix
+from scipy.stats import t as student
+
+import gpu_init
+from gpu_init import mmrec
+from gpu_init.torch import Table
+
+del sys.modules["common"]  # the libraries have a package of that name
+
+MODELS = ("MMGCN", "FREEDOM", "DRAGON", "LGMRec")
+SMALL = "LightGCN"
+KEY = ("dataset", "library", "model", "arm", "seed", "recipe", "config")
+SUFFIXES = ("", "_degree_to_2", "_degree_3_to_5", "_degree_above_5", "_cold_items")
+
+# One value for each hyper-parameter of the libraries' grids; what is not said is the library's first.
+CONFIG: dict[str, dict[str, Any]] = {
+    "MMGCN": {"n_layers": 2, "learning_rate": 0.001},
+    "DRAGON": {"reg_weight": 0.001, "learning_rate": 0.001},
+    "LGMRec": {"hyper_num": 4, "keep_rate": 0.4, "alpha": 0.3, "cl_weight": 0.1, "learning_rate": 0.001},
+    SMALL: {"layers": 2, "learning_rate": 0.001},
+}
+SMALL_PRESET = mmrec.Preset(
+    {
+        "user": (Table("v+t", gain="match", centre=True, cold="keep"),),
+        "item": (Table("items:v+t", gain="match", cold="keep"),),
+    }
+)
+
+
+class Recorder:
+    """Listens to a run's evaluations; keeps the metrics of each epoch's two, and the best epoch's.
+
+    Attributes
+    ----------
+    valid : list of dict
+        Metrics of each validation.
+    best_test : dict
+        Metrics of the test that followed the best validation.
+    """
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+        self.valid: list[dict[str, float]] = []
+        self.best = -1
+        self.best_test: dict[str, float] = {}
+
+    def __call__(self, kind: str, users: NDArray[np.int64], top: NDArray[np.int64]) -> None:
+        """Take an evaluation, as `gpu_init.mmrec.Observer`."""
+        found = metrics(users, top, self.split, getattr(self.split, kind))
+        if kind == "valid":
+            self.valid.append(found)
+            # rounded as the libraries do, which stop, and report, by the first of equal scores
+            scores = [round(one["recall_20"], 4) for one in self.valid]
+            self.best = int(np.argmax(scores))
+        elif self.best == len(self.valid) - 1:
+            self.best_test = found
+
+
+def main() -> None:
+    given = _arguments()
+    path = given.results / "quality.csv"
+    if given.table is None:
+        if not (given.data / f"{given.dataset}.inter").is_file():
+            print(f"skipped: {given.dataset}.inter is not there; name the folder that holds it with --data")
+            return
+        _run_all(given, path)
+    rows = [one for one in read_rows(path) if one["dataset"] == given.dataset]
+    show_table(rows, "valid" if given.table == "valid" else "test")
+    plot_curves(rows, given.results / "quality.png")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", type=Path, help="checkout of MMRec or MRLib (default: the small model)")
+    parser.add_argument("--models", nargs="+", help=f"default: {' '.join(MODELS)}, or {SMALL} without a library")
+    parser.add_argument("--dataset", default="tiktok", help="name of the data set (default: tiktok)")
+    shared = Path(__file__).parents[2] / "shared" / "data" / "tiktok"
+    parser.add_argument("--data", type=Path, default=shared, help="its folder")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--arms", nargs="+", help="default: random preset, and every recipe")
+    parser.add_argument("--recipes", type=Path, nargs="+", default=[], help="TOML files, a table for each recipe")
+    parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="over the model's settings here")
+    parser.add_argument("--epochs", type=int, help="at most so many")
+    parser.add_argument("--quick", action="store_true", help="one seed, two epochs: does it run?")
+    parser.add_argument(
+        "--table", nargs="?", const="test", choices=("test", "valid"), help="show the rows, run nothing"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV file and the plot")
+    given = parser.parse_args()
+    given.models = given.models or (MODELS if given.library else (SMALL,))
+    if given.quick:
+        given.seeds, given.epochs = given.seeds[:1], given.epochs or 2
+    return given
+
+
+# Runs.
+
+
+def _run_all(given: argparse.Namespace, path: Path) -> None:
+    data = mmrec.read_data(given.data)
+    split = split_of(data)
+    library = mmrec.Library(given.library) if given.library else None
+    recipes = _recipes(given.recipes)
+    arms = given.arms or ["random", "preset", *recipes]
+    for seed in given.seeds:  # outermost: the table is even, whenever one stops
+        for model in given.models:
+            preset = SMALL_PRESET if library is None else mmrec.preset_of(model)
+            config = {**CONFIG.get(model, {}), **mmrec.values_of(given.config)}
+            if given.epochs:
+                config["epochs"] = given.epochs
+            for arm in arms:
+                chosen = None if arm == "random" else mmrec.adjusted(preset, recipes.get(arm, {}))
+                if arm not in ("random", "preset", *recipes):
+                    raise SystemExit(
+                        f"no recipe {arm}; there are random, preset and {', '.join(recipes) or 'no others'}"
+                    )
+                key = {
+                    "dataset": given.dataset,
+                    "library": library.name if library else "own",
+                    "model": model,
+                    "arm": arm,
+                    "seed": str(seed),
+                    "recipe": "" if chosen is None else described(chosen),
+                    "config": json.dumps(config, sort_keys=True),
+                }
+                if any(all(one[name] == key[name] for name in KEY) for one in read_rows(path)):
+                    continue
+                _run_one(path, key, library, data, split, seed, config, chosen)
+
+
+def _run_one(
+    path: Path,
+    key: Mapping[str, str],
+    library: mmrec.Library | None,
+    data: mmrec.Data,
+    split: Split,
+    seed: int,
+    config: Mapping[str, Any],
+    preset: mmrec.Preset | None,
+) -> None:
+    """Run one arm with one seed, which K-means takes too unless the recipe says otherwise, and append its row."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare: Callable[[Any], object] | None = None
+        if preset is not None:
+            width = int(
+                library.config(key["model"], data, config)["embedding_size"] if library else config.get("dim", 64)
+            )
+            settings = {"seed": seed, **mmrec.job_settings(preset, width)}
+            artifact = gpu_init.load(mmrec.make(data, settings, f"{folder}/vectors"))
+
+            def prepare(model: Any) -> object:
+                return mmrec.attach(model, artifact, preset)
+
+        recorder = Recorder(split)
+        if library is None:
+            outcome = small_model.train(split, seed=seed, options=config, prepare=prepare, observe=recorder)
+        else:
+            outcome = library.train(key["model"], data, seed=seed, options=config, prepare=prepare, observe=recorder)
+    best = recorder.valid[recorder.best] if recorder.valid else {}
+    row_fields = {
+        **key,
+        "epochs": len(outcome.curve),
+        "best_epoch": recorder.best + 1,
+        "epochs_to_95": outcome.epochs_to(0.95),
+        "diverged": outcome.diverged,
+        "seconds": round(outcome.seconds, 1),
+        **{f"valid_{name}": round(value, 6) for name, value in best.items()},
+        **{f"test_{name}": round(value, 6) for name, value in recorder.best_test.items()},
+        "curve": " ".join(f"{one['recall_20']:.4f}" for one in recorder.valid),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path.parent, os.O_RDONLY)  # locked, so that no lock file is left beside the rows
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        row(path, **row_fields)
+    finally:
+        os.close(lock)
+    score = recorder.best_test.get("recall_20", math.nan)
+    print(
+        f"{key['model']} {key['arm']}, seed {seed}: test Recall@20 {score:.4f}, {len(outcome.curve)} epochs", flush=True
+    )
+
+
+def described(preset: mmrec.Preset) -> str:
+    """All that decides what a preset does, as JSON."""
+    tables = {
+        path: [{name: _plain(value) for name, value in vars(one).items() if name != "rows"} for one in vectors]
+        for path, vectors in preset.tables.items()
+    }
+    return json.dumps({"tables": tables, "width": preset.width, **preset.settings}, sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    if callable(value):
+        return value.__name__
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
+
+
+def _recipes(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        with path.open("rb") as file:
+            found.update(tomllib.load(file))
+    return found
+
+
+def split_of(data: mmrec.Data) -> Split:
+    """Interactions of a data folder; users without a training interaction are left out of the other two parts."""
+    table = pd.read_csv(data.inter, sep="\t")
+    shape = (data.users, data.items)
+
+    def ones(part: pd.DataFrame) -> csr_matrix:
+        pairs = part[[data.user_column, data.item_column]].drop_duplicates().to_numpy()
+        return csr_matrix((np.ones(len(pairs), np.float32), (pairs[:, 0], pairs[:, 1])), shape=shape)
+
+    label = table["x_label"]
+    known = table[data.user_column].isin(table.loc[label == 0, data.user_column])
+    return Split(ones(table[label == 0]), ones(table[(label == 1) & known]), ones(table[(label == 2) & known]))
+
+
+# Tables and plots.
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows so far."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def show_table(rows: Sequence[Mapping[str, str]], part: str) -> None:
+    """Print each arm's means and its gain over random of the same seeds, with its 95% interval; then by group."""
+    lines, split = [], []
+    for (library, model, _), arms in _grouped(rows).items():
+        random = next((runs for (arm, _), runs in arms.items() if arm == "random"), {})
+        for number, ((arm, _), runs) in enumerate(arms.items()):
+            seeds = sorted(runs) if arm == "random" else sorted(set(runs) & set(random))
+            if not seeds:
+                continue
+            names = [f"{part}_{metric}" for metric in ("recall_10", "recall_20", "ndcg_10", "ndcg_20")]
+            means = [_mean(runs, seeds, name) for name in (*names, "best_epoch", "epochs_to_95")]
+            gain, reached = "", ""
+            if arm != "random":
+                pair = [[float(side[seed][f"{part}_recall_20"]) for seed in seeds] for side in (random, runs)]
+                gain, reached = gain_text(*pair), _reached(runs, random, seeds)
+                groups = [f"{part}_recall_20{suffix}" for suffix in SUFFIXES[1:]]
+                sides = [[f"{_mean(side, seeds, name):.4f}" for name in groups] for side in (random, runs)]
+                split.append([library, model, f"{number} {arm}", *map(" -> ".join, zip(*sides, strict=True))])
+            epochs = [f"{mean:.0f}" for mean in means[4:]]
+            figures = [f"{mean:.4f}" for mean in means[:4]]
+            lines.append([library, model, f"{number} {arm}", len(seeds), *figures, gain, *epochs, reached])
+    columns = ["library", "model", "tables", "seeds", "R@10", "R@20", "N@10", "N@20", "gain in R@20 (95% interval)"]
+    columns += ["best epoch", "to 95%", "to random's best"]
+    show(f"{part}, mean over seeds; gains paired by seed", columns, lines)
+    columns = ["library", "model", "tables", "degree to 2", "3 to 5", "above 5", "cold items"]
+    show(f"{part} Recall@20, random -> initialised", columns, split)
+
+
+def _mean(runs: Mapping[str, Mapping[str, str]], seeds: Sequence[str], column: str) -> float:
+    return statistics.mean(float(runs[seed][column]) for seed in seeds)
+
+
+def _grouped(rows: Sequence[Mapping[str, str]]) -> dict[Any, dict[Any, dict[str, Mapping[str, str]]]]:
+    """Runs by seed, by arm and recipe, by library, model and its settings."""
+    groups: dict[Any, dict[Any, dict[str, Mapping[str, str]]]] = {}
+    for one in rows:
+        if one["test_recall_20"]:
+            arms = groups.setdefault((one["library"], one["model"], one["config"]), {})
+            arms.setdefault((one["arm"], one["recipe"]), {})[one["seed"]] = one
+    return groups
+
+
+def gain_text(random: Sequence[float], other: Sequence[float]) -> str:
+    """Mean gain over random in percent, with the 95% interval of Student's t over the seeds' differences."""
+    base = statistics.mean(random)
+    if not base > 0:
+        return "-"
+    differences = [(b - a) / base * 100 for a, b in zip(random, other, strict=True)]
+    mean = statistics.mean(differences)
+    if len(differences) < 2:
+        return f"{mean:+.1f}%"
+    half = float(student.ppf(0.975, len(differences) - 1)) * statistics.stdev(differences) / math.sqrt(len(differences))
+    return f"{mean:+.1f}% ({mean - half:+.1f} to {mean + half:+.1f})"
+
+
+def _reached(
+    runs: Mapping[str, Mapping[str, str]], random: Mapping[str, Mapping[str, str]], seeds: Sequence[str]
+) -> str:
+    """Mean epochs until the random run's best validation score, of the seeds that reach it, and how many do."""
+    epochs = []
+    for seed in seeds:
+        goal = max(map(float, random[seed]["curve"].split()))
+        curve = map(float, runs[seed]["curve"].split())
+        epochs.append(next((epoch for epoch, score in enumerate(curve, 1) if score >= goal), None))
+    there = [epoch for epoch in epochs if epoch is not None]
+    if not there:
+        return f"0 of {len(seeds)}"
+    return f"{statistics.mean(there):.0f}" + ("" if len(there) == len(seeds) else f" ({len(there)} of {len(seeds)})")
+
+
+def plot_curves(rows: Sequence[Mapping[str, str]], path: Path) -> None:
+    """Draw validation Recall@20 by epoch, a panel for each model, a line for each run; needs matplotlib."""
+    groups = _grouped(rows)
+    if not groups:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"no plot {path.name}: matplotlib is not installed (pip install 'gpu-init[bench]')")
+        return
+    columns = min(len(groups), 3)
+    lines = math.ceil(len(groups) / columns)
+    figure = importlib.import_module("matplotlib.figure").Figure(
+        figsize=(5 * columns, 3.5 * lines), layout="constrained"
+    )
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for panel, ((library, model, _), arms) in zip(panels, groups.items(), strict=False):
+        for number, ((arm, _), runs) in enumerate(arms.items()):
+            for position, one in enumerate(runs.values()):
+                curve = [float(score) for score in one["curve"].split()]
+                label = arm if position == 0 else None
+                panel.plot(range(1, len(curve) + 1), curve, color=f"C{number}", linewidth=0.8, label=label)
+        panel.set_title(f"{model} ({library})", loc="left", fontsize=9)
+        panel.set_xlabel("epoch")
+        panel.set_ylabel("validation Recall@20")
+        panel.legend(fontsize=7)
+    for panel in panels[len(groups) :]:
+        panel.set_axis_off()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except gpu_init.GpuInitError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

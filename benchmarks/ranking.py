@@ -1,0 +1,56 @@
+"""Recall and NDCG of a full ranking, of all users, by degree, and of cold items: one measure for every model."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+KS = (10, 20)
+
+
+class Split(NamedTuple):
+    """Interactions as ones (U, I): to train on, to stop by, to report."""
+
+    train: csr_matrix
+    valid: csr_matrix
+    test: csr_matrix
+
+
+def metrics(users: NDArray[np.int64], top: NDArray[np.int64], split: Split, held_out: csr_matrix) -> dict[str, float]:
+    """Recall and NDCG, the mean over users with held-out items: of all, by training degree, and of cold items.
+
+    ``top`` (n, 20) are the best items of ``users`` (n,), best first, training items left out. ``_cold_items``: only
+    held-out items without a training interaction are looked for, ranked among all. Nan where there are none.
+    """
+    degree = np.diff(split.train.indptr)[users]
+    cold = np.diff(split.train.tocsc().indptr) == 0
+    wanted = held_out[users]
+    hits = np.concatenate([_hits(wanted, top, first) for first in range(0, len(users), 1024)])
+    cold_hits, cold_wanted = hits & cold[top], np.diff(wanted[:, cold].indptr)
+    counts = np.diff(wanted.indptr)
+    return {
+        **_means(hits, counts, ""),
+        **_means(hits[degree <= 2], counts[degree <= 2], "_degree_to_2"),
+        **_means(hits[(degree > 2) & (degree <= 5)], counts[(degree > 2) & (degree <= 5)], "_degree_3_to_5"),
+        **_means(hits[degree > 5], counts[degree > 5], "_degree_above_5"),
+        **_means(cold_hits, cold_wanted, "_cold_items"),
+    }
+
+
+def _hits(wanted: csr_matrix, top: NDArray[np.int64], first: int) -> NDArray[np.bool_]:
+    part = slice(first, first + 1024)
+    return np.take_along_axis(wanted[part].toarray() > 0, top[part], axis=1)
+
+
+def _means(hits: NDArray[np.bool_], counts: NDArray[Any], suffix: str) -> dict[str, float]:
+    hits, counts = hits[counts > 0], counts[counts > 0]
+    discounts = 1 / np.log2(np.arange(2, max(KS) + 2))
+    found: dict[str, float] = {}
+    for k in KS:
+        ideal = np.cumsum(discounts)[np.minimum(counts, k) - 1]
+        found[f"recall_{k}{suffix}"] = float((hits[:, :k].sum(axis=1) / counts).mean()) if len(counts) else np.nan
+        found[f"ndcg_{k}{suffix}"] = float((hits[:, :k] @ discounts[:k] / ideal).mean()) if len(counts) else np.nan
+    return found
