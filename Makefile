@@ -2,7 +2,8 @@
 #
 #   make demo        makes a data set, runs the job on it and shows the result
 #   make test        the tests that take minutes          make test-slow   the long proofs
-#   make lint        ruff and mypy                        make bench       the benchmarks, rows to benchmarks/results
+#   make lint        ruff and mypy                        make bench       the benchmarks of speed and memory, rows to benchmarks/results
+#   make test-gpu    the tests that need a CUDA device    make bench-gpu   the benchmarks that need one
 #   make clean       removes what the others made
 
 SHELL := bash
@@ -12,9 +13,11 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-BENCHMARKS = $(filter-out benchmarks/common.py benchmarks/baselines.py,$(wildcard benchmarks/*.py))
+BENCHMARKS = $(filter-out $(addprefix benchmarks/,common.py baselines.py gpu.py quality.py ranking.py small_model.py),$(wildcard benchmarks/*.py))
+# cuda12 or cuda13, by what the driver serves; make CUDA=cuda12 ... chooses
+CUDA ?= $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *1\([0-9]\).*/1\1/p' | sed 's/1[3-9]/13/; s/^/cuda/')
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-gpu lint bench bench-gpu clean
 .SECONDARY:
 
 demo: $(VENV)/core.stamp
@@ -25,6 +28,9 @@ test: $(VENV)/test.stamp
 
 test-slow: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -m slow
+
+test-gpu: $(VENV)/gpu.stamp
+	$(VENV)/bin/python -m pytest tests/gpu
 
 # kernels/ is installed as gpu_init.kernels, so mypy reads a tree of links in which it lies there.
 lint: $(VENV)/dev.stamp
@@ -37,6 +43,9 @@ lint: $(VENV)/dev.stamp
 
 bench: $(VENV)/bench.stamp
 	for script in $(BENCHMARKS); do $(VENV)/bin/python $$script; done
+
+bench-gpu: $(VENV)/gpu.stamp
+	$(VENV)/bin/python benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -55,6 +64,11 @@ $(VENV)/python.stamp: pyproject.toml
 
 $(VENV)/core.stamp: $(VENV)/python.stamp
 	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/gpu.stamp: $(VENV)/python.stamp
+	@test -n "$(CUDA)" || { echo "nvidia-smi names no CUDA driver. Where there is one all the same: make CUDA=cuda12 $(MAKECMDGOALS), or cuda13" >&2; exit 1; }
+	$(PIP) --editable '.[$(CUDA),test,bench]'
 	@touch $@
 
 $(VENV)/%.stamp: $(VENV)/python.stamp

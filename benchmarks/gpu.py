@@ -1,4 +1,4 @@
-"""On a CUDA device: the fused pass against the copy of its bytes and against the libraries; K-means; the whole job.
+"""On a CUDA device: the fused pass against the copy of its bytes and the libraries; K-means; the job, from files too.
 
 The bytes are those that have to move: each interaction's row of the features, its item and its weight, and the result.
 A copy of half as many reads and writes as much. Features are four times the second-level cache and 200 MB at least.
@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import statistics
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import baselines
 import numpy as np
-from common import arguments, features, matrix, row, show
+from common import arguments, features, matrix, row, show, write_interactions
 
 from gpu_init import kmeans
 from gpu_init.kernels import Csr, cuda
@@ -52,11 +55,11 @@ SIZES = {
 def main() -> None:
     given = arguments(__doc__)
     size = SIZES[given.size]
+    cuda.choose_cache_folder()
     missing = no_device()
     if missing:
         print(f"benchmarks/gpu.py: nothing is measured: {missing}")
         return
-    cuda.choose_cache_folder()
     cupy = importlib.import_module("cupy")
     properties = cupy.cuda.runtime.getDeviceProperties(0)
     device = {"gpu": properties["name"].decode(), "cupy": cupy.__version__}
@@ -72,7 +75,12 @@ def main() -> None:
                 lines.append([*kind.values(), width, draw, *facts.values()])
     columns = ["", "features", "D", "drawn", "ms", "GB/s", "of the copy", "x gpu-init"]
     show(f"fused pass on {device['gpu']}, {size.users:,} users, mean degree {DEGREE}", columns, lines)
+    absent = [name for name in ("cuml", "cudf") if importlib.util.find_spec(name) is None]
+    if absent:
+        print(f"{' and '.join(absent)} not installed: K-means and the whole job are left out")
+        return
     whole_jobs(cupy, given, size, device)
+    from_files(given.results, size, device, ("cuda", "cpu"))
 
 
 def no_device() -> str:
@@ -224,14 +232,12 @@ def seconds(cupy: Any, function: Callable[[], Any], repeats: int) -> float:
 
 def whole_jobs(cupy: Any, given: Any, size: Size, device: dict[str, str]) -> None:
     """K-means on the users' means, and `initialize()`, against cuSPARSE and cuML."""
-    absent = [name for name in ("cuml", "cudf") if importlib.util.find_spec(name) is None]
-    if absent:
-        print(f"{' and '.join(absent)} not installed: K-means and the whole job are left out")
-        return
     import cupyx.scipy.sparse
 
     import gpu_init
     from gpu_init.backend import select
+
+    cupy.get_default_memory_pool().free_all_blocks()  # the backend's own pool may have all that is free
     from gpu_init.interactions import from_matrix
 
     width, items = min(size.widths, key=lambda width: abs(width - JOB_WIDTH)), max(1000, size.users // 10)
@@ -282,6 +288,37 @@ def whole_jobs(cupy: Any, given: Any, size: Size, device: dict[str, str]) -> Non
         row(given.results / "gpu.csv", **device, **counts, kernel=name, **facts)
         lines.append([name, facts["ms"]])
     show(f"K-means and job on {device['gpu']}, {size.users:,} users, D {width}, K {CLUSTERS}", ["", "ms"], lines)
+
+
+# From files to an artifact.
+
+
+def from_files(results: Path, size: Size, device: dict[str, str], backends: tuple[str, ...]) -> None:
+    """The command's work on each backend, step by step, the second of two runs: the first one compiles."""
+    from gpu_init import load
+    from gpu_init.cli import main as run
+
+    width, items = min(size.widths, key=lambda width: abs(width - JOB_WIDTH)), max(1000, size.users // 10)
+    counts = {"users": size.users, "items": items, "pairs": DEGREE * size.users, "D": width, "K": CLUSTERS}
+    lines = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_interactions(folder / "clicks.parquet", size.users, items, DEGREE * size.users)
+        np.save(folder / "text.npy", features("groups", items, width))
+        given = [f"--interactions={folder}/clicks.parquet", f"--features=text={folder}/text.npy", "--overwrite"]
+        for backend in backends:
+            for _ in range(2):
+                with redirect_stdout(io.StringIO()):
+                    code = run(["run", *given, f"--backend={backend}", f"--clusters={CLUSTERS}", f"--out={folder}/out"])
+                if code != 0:
+                    raise SystemExit(f"the job on {backend} failed.")
+            timings = load(folder / "out").manifest["timings"]
+            steps = [*timings["steps"], {"step": "in all", "seconds": timings["seconds"]}]
+            for step in steps:
+                facts = {"kernel": f"files, {backend}: {step['step']}", "ms": 1e3 * step["seconds"]}
+                row(results / "gpu.csv", **device, **counts, **facts)
+                lines.append(list(facts.values()))
+    show(f"from files, {size.users:,} users, D {width}, K {CLUSTERS}", ["", "ms"], lines)
 
 
 if __name__ == "__main__":

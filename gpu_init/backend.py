@@ -6,7 +6,7 @@
 | sparse | scipy.sparse | cupyx.scipy.sparse |
 | tables | pandas (pyarrow) | cudf |
 | K-means of a matrix | gpu_init.kmeans | cuml.cluster.KMeans |
-| fused kernels | numba, numpy as the reference | the reference on cupy arrays |
+| fused kernels | numba, numpy as the reference | CUDA C++ through cupy.RawModule |
 
 Everything above is written once, against what both columns share.
 """
@@ -15,25 +15,39 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import importlib.metadata
+import io
+import itertools
 import os
 import platform
+import re
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, ResourceError
 from .kernels import Kernels, cpu_kernels
+from .kernels.cuda import OLDEST, CudaKernels, choose_cache_folder
 
 TEXT_BLOCK_BYTES = 16 << 20  # of a text file read at a time; no line may be longer
 PARQUET_BATCH_ROWS = 1 << 18
 PARQUET_BUFFER_BYTES = 1 << 20  # of a column read at a time, however large its row groups are
 KMEANS_ITERATIONS = 300  # as scikit-learn's default
+DEVICE_TEXT_BYTES = 256 << 20  # of a text file that a device reads at a time
+DEVICE_ROWS = 1 << 24  # of a Parquet file, likewise, or one row group that has more
+LIBRARY_VALUES = 2**31  # rows x columns, or rows x clusters, from where cuML's K-means was seen to crash (raft#1258)
+LIBRARY_ROW_BYTES = 64  # that K-means takes per row beside the rows: labels, distances, bounds
+SPARE = 0.9  # of the free memory that a plan may count on
+
+_LIBRARIES = ("cupy", "cudf", "cuml")
+_OF_MEMORY = re.compile(r"out[ _]of[ _]memory|bad_alloc|cudaErrorMemoryAllocation|ALLOC_FAILED", re.IGNORECASE)
+_OF_CUDA = re.compile(r"cuda|cublas|cusparse|cusolver|cudf|cuml|cuvs|cupy|raft|rmm|nvrtc", re.IGNORECASE)
 
 
 class Backend(Protocol):
@@ -46,6 +60,8 @@ class Backend(Protocol):
     tables: Any
     kernels: Kernels
     kmeans_name: str
+    kmeans_dtype: str  # of the rows that `kmeans` is given
+    say: Callable[[str], None]  # tells the user one line; whoever has a log sets it
 
     def asarray(self, array: Any) -> Any:
         """Array on this device, in C order; no copy where none is needed."""
@@ -60,7 +76,22 @@ class Backend(Protocol):
         """``function`` of each part, in order; parts run side by side, each as `deterministic` has it."""
 
     def kmeans(self, matrix: Any, clusters: int, seed: int, restarts: int) -> Any:
-        """Centroids (K, D) that a library's K-means finds for rows (n, D); None: `gpu_init.kmeans` is as fast."""
+        """Centroids (K, D) that a library's K-means finds for rows (n, D); None: ours is as fast, or has to do."""
+
+    def takes_matrix(self, rows: int, width: int, clusters: int) -> bool:
+        """Whether rows (n, D) should be made for `kmeans`; where only memory speaks against it, one line says so."""
+
+    def outbox(self, rows: int, width: int, dtype: str, write: Callable[[Any], None]) -> Outbox:
+        """Way of blocks of at most so many rows to ``write``, which is called with each as numpy's, in order."""
+
+    def out_of_memory(self, error: BaseException) -> bool:
+        """Whether it says that memory ran out, so that less at a time may do."""
+
+    def explained(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, failures of the device come as a `ResourceError` that says what failed."""
+
+    def peak_memory(self) -> dict[str, int]:
+        """Most bytes of the device's own memory that were in use so far, by what the manifest calls it."""
 
     def batches(self, path: str, separator: str | None, columns: list[str]) -> Iterator[Any]:
         """Data frames of a file's columns, in file order: Parquet as typed, text files (a separator) as text."""
@@ -70,6 +101,54 @@ class Backend(Protocol):
 
     def versions(self) -> dict[str, str]:
         """Versions of the libraries that shape the result."""
+
+
+class Outbox(Protocol):
+    """Blocks of rows on their way to a writer, which has one while the next is computed.
+
+    A context manager: at its end all blocks are handed over, unless an exception ends it.
+    """
+
+    def __enter__(self) -> Outbox: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
+
+    def space(self, rows: int) -> Any:
+        """Where to compute the next block, (rows, D) on the device; it may be used again two blocks later."""
+
+    def send(self, block: Any) -> None:
+        """Hand over a block, rows of the last space."""
+
+
+def in_blocks(
+    backend: Backend, count: int, rows: int, least: int, make: Callable[[slice], Any]
+) -> Iterator[tuple[slice, Any]]:
+    """``make`` of slices of ``rows``; where memory runs out, of half as many from there on, but not below ``least``.
+
+    Parameters
+    ----------
+    backend : Backend
+        Says on one line that there are fewer rows from now on.
+    count : int
+        Rows in all.
+    rows, least : int
+        Slices are cut at multiples of ``least``, of which ``rows`` is one.
+    make : callable
+        Makes what belongs to a slice, and may be called for it again.
+    """
+    start = 0
+    while start < count:
+        part = slice(start, min(start + rows, count))
+        try:
+            made = make(part)
+        except Exception as error:
+            if rows <= least or not backend.out_of_memory(error):
+                raise
+            rows = least * max(1, rows // (2 * least))
+            backend.say(f"memory ran out: from row {start} on, {rows} rows at a time ({one_line(error)})")
+            continue
+        start = part.stop
+        yield part, made
 
 
 def select(name: str) -> Backend:
@@ -97,6 +176,7 @@ class CpuBackend:
 
     name = "cpu"
     kmeans_name = "gpu_init.kmeans"
+    kmeans_dtype = "float64"
 
     def __init__(self, why: str) -> None:
         import pandas as pd
@@ -104,6 +184,7 @@ class CpuBackend:
         from threadpoolctl import ThreadpoolController
 
         self.why = why
+        self.say: Callable[[str], None] = _silent
         self.xp: Any = np
         self.sparse: Any = scipy.sparse
         self.tables: Any = pd
@@ -137,6 +218,26 @@ class CpuBackend:
     def kmeans(self, matrix: Any, clusters: int, seed: int, restarts: int) -> Any:  # noqa: ARG002
         """See `Backend.kmeans`: scikit-learn's takes several times as long, and a second to import."""
         return None
+
+    def takes_matrix(self, rows: int, width: int, clusters: int) -> bool:  # noqa: ARG002
+        """See `Backend.takes_matrix`: there is no library to make it for."""
+        return False
+
+    def outbox(self, rows: int, width: int, dtype: str, write: Callable[[Any], None]) -> Outbox:
+        """See `Backend.outbox`: blocks lie on the host already."""
+        return _HostOutbox(rows, width, dtype, write)
+
+    def out_of_memory(self, error: BaseException) -> bool:
+        """See `Backend.out_of_memory`."""
+        return isinstance(error, MemoryError)
+
+    def explained(self) -> contextlib.AbstractContextManager[Any]:
+        """See `Backend.explained`: there is no device."""
+        return contextlib.nullcontext()
+
+    def peak_memory(self) -> dict[str, int]:
+        """See `Backend.peak_memory`: there is none."""
+        return {}
 
     def batches(self, path: str, separator: str | None, columns: list[str]) -> Iterator[Any]:
         """See `Backend.batches`: the next one is read while the caller works on this one."""
@@ -194,23 +295,33 @@ class CpuBackend:
 
 
 class CudaBackend:
-    """cupy, cupyx, cudf, cuml."""
+    """cupy, cupyx, cudf, cuml, and one pool of device memory for all of them.
+
+    Raises
+    ------
+    ImportError
+        One of them is not installed; `select` looks before.
+    """
 
     name = "cuda"
     kmeans_name = "cuml.cluster.KMeans"
+    kmeans_dtype = "float32"
 
     def __init__(self, why: str) -> None:
+        choose_cache_folder()
         import cudf
         import cupy
+        import cupyx
         import cupyx.scipy.sparse
 
-        from .kernels.reference import ReferenceKernels
-
         self.why = why
+        self.say: Callable[[str], None] = _silent
         self.xp: Any = cupy
         self.sparse: Any = cupyx.scipy.sparse
         self.tables: Any = cudf
-        self.kernels: Kernels = ReferenceKernels(cupy, cupyx.scipy.sparse)
+        self.kernels: Kernels = CudaKernels(cupy, cupyx.scipy.sparse)
+        self._pinned: Callable[..., Any] = cupyx.empty_pinned
+        self._memory, self._limit = _pool(cupy)
 
     def asarray(self, array: Any) -> Any:
         """See `Backend.asarray`."""
@@ -229,7 +340,14 @@ class CudaBackend:
         return map(function, parts)
 
     def kmeans(self, matrix: Any, clusters: int, seed: int, restarts: int) -> Any:
-        """See `Backend.kmeans`: every setting given, since cuML's own seed is None and its init another."""
+        """See `Backend.kmeans`: every setting given, since cuML's own seed is None and its number of starts varies.
+
+        Its peak is about twice its input (cuvs#1773), which is there already; where no second one has room, or the
+        shape is one that it crashes at, and takes the process with it, it is left alone.
+        """
+        n, width = matrix.shape
+        if _crashes(n, width, clusters) or not self._has_room(n, width, matrix.itemsize, 1):
+            return None
         from cuml.cluster import KMeans
 
         model = KMeans(
@@ -243,24 +361,93 @@ class CudaBackend:
         ).fit(matrix)
         return self.asarray(model.cluster_centers_)
 
-    def batches(self, path: str, separator: str | None, columns: list[str]) -> Iterator[Any]:
-        """See `Backend.batches`."""
-        if separator is None:
-            import pyarrow.parquet as pq
+    def takes_matrix(self, rows: int, width: int, clusters: int) -> bool:
+        """See `Backend.takes_matrix`: twice the matrix must fit, and what is kept per row."""
+        return not _crashes(rows, width, clusters) and self._has_room(rows, width, 4, 2)
 
-            with pq.ParquetFile(path) as file:
-                groups = file.num_row_groups
-            for group in range(groups):
-                yield self.tables.read_parquet(path, columns=columns, row_groups=[group])[columns]
-            return
-        yield self.tables.read_csv(
-            path,
-            sep=separator,
-            usecols=columns,
-            dtype=dict.fromkeys(columns, "str"),
-            keep_default_na=False,
-            na_values=[""],
-        )[columns]
+    def _has_room(self, rows: int, width: int, itemsize: int, copies: int) -> bool:
+        needed = rows * (copies * width * itemsize + LIBRARY_ROW_BYTES)
+        free = self._limit - self._memory.allocation_counts.current_bytes
+        if needed <= SPARE * free:
+            return True
+        self.say(
+            f"cuML's K-means on {rows} x {width} values takes {needed / 1e9:.2f} GB more, of {free / 1e9:.2f} GB that"
+            " are free on the device: gpu-init's own K-means runs, without that matrix where it can"
+        )
+        return False
+
+    def outbox(self, rows: int, width: int, dtype: str, write: Callable[[Any], None]) -> Outbox:
+        """See `Backend.outbox`: through pinned memory."""
+        return _PinnedOutbox(self.xp, self._pinned, (rows, width), dtype, write)
+
+    def out_of_memory(self, error: BaseException) -> bool:
+        """See `Backend.out_of_memory`: each library has its own error for that."""
+        return isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and bool(_OF_MEMORY.search(str(error)))
+        )
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """See `Backend.explained`."""
+        try:
+            yield
+        except Exception as error:
+            if self.out_of_memory(error):
+                counts = self._memory.allocation_counts
+                raise ResourceError(
+                    f"not enough memory: {one_line(error)}.\nOf {self._limit / 1e9:.2f} GB on the device"
+                    f" {counts.current_bytes / 1e9:.2f} GB were in use, {counts.peak_bytes / 1e9:.2f} GB at most."
+                ) from error
+            if _of_cuda(error):
+                raise ResourceError(
+                    f"the CUDA device, or a library for it, failed: {one_line(error)}.\n"
+                    "What is written so far can be resumed; --backend cpu does without the device."
+                ) from error
+            raise
+
+    def peak_memory(self) -> dict[str, int]:
+        """See `Backend.peak_memory`."""
+        return {"peak_device_memory_bytes": int(self._memory.allocation_counts.peak_bytes)}
+
+    def batches(self, path: str, separator: str | None, columns: list[str]) -> Iterator[Any]:
+        """See `Backend.batches`: straight to the device, some row groups or many lines at a time."""
+        frames = self._parquet(path, columns) if separator is None else self._text(path, separator, columns)
+        while True:
+            try:
+                frame = next(frames, None)
+            except InputError:
+                raise
+            except Exception as error:  # a broken file: pyarrow, cudf and Python have many kinds of error for it
+                if self.out_of_memory(error) or "CUDA error" in str(error):
+                    raise
+                raise InputError(f"{path}: {one_line(error)}") from None
+            if frame is None:
+                return
+            yield frame[columns]
+
+    def _parquet(self, path: str, columns: list[str]) -> Iterator[Any]:
+        import pyarrow.parquet as pq
+
+        metadata = pq.read_metadata(path)
+        rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        for groups in row_groups(rows, DEVICE_ROWS):
+            # an index that pandas wrote would take its column away
+            yield self.tables.read_parquet(path, columns=columns, row_groups=groups, use_pandas_metadata=False)
+
+    def _text(self, path: str, separator: str, columns: list[str]) -> Iterator[Any]:
+        import pyarrow as pa
+
+        with pa.input_stream(path, compression="detect") as stream:
+            for part in text_parts(stream, DEVICE_TEXT_BYTES):
+                yield self.tables.read_csv(
+                    io.BytesIO(part),
+                    sep=separator,
+                    usecols=columns,
+                    dtype=dict.fromkeys(columns, "str"),
+                    keep_default_na=False,
+                    na_values=[""],
+                    compression=None,
+                )
 
     def host_column(self, column: Any) -> Any:
         """See `Backend.host_column`."""
@@ -268,7 +455,155 @@ class CudaBackend:
 
     def versions(self) -> dict[str, str]:
         """See `Backend.versions`."""
-        return _versions("cupy-cuda12x", "cupy-cuda13x", "cudf-cu12", "cudf-cu13", "cuml-cu12", "cuml-cu13", "numpy")
+        return _versions("numpy", *itertools.chain(*map(_distributions, (*_LIBRARIES, "rmm"))))
+
+
+class _HostOutbox:
+    """Two spaces used in turn: the writer has one while the other is filled; new ones would cost their pages anew."""
+
+    def __init__(self, rows: int, width: int, dtype: str, write: Callable[[Any], None]) -> None:
+        self._spaces = itertools.cycle(np.empty((2, rows, width), dtype))
+        self.send = write
+
+    def __enter__(self) -> _HostOutbox:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        pass
+
+    def space(self, rows: int) -> Any:
+        """See `Outbox.space`."""
+        return next(self._spaces)[:rows]
+
+
+class _PinnedOutbox:
+    """While a block is computed, the one before is copied to pinned memory, and the one before that is written."""
+
+    def __init__(
+        self, xp: Any, pinned: Callable[..., Any], shape: tuple[int, int], dtype: str, write: Callable[[Any], None]
+    ) -> None:
+        self._xp = xp
+        self._make = (lambda: xp.empty(shape, dtype), lambda: pinned(shape, dtype))
+        self._slots: list[tuple[Any, Any]] = []  # made when they are needed: memory may run out
+        self._turn = 0
+        self._stream = xp.cuda.Stream(non_blocking=True)
+        self._write = write
+        self._copied: Any = None
+
+    def __enter__(self) -> _PinnedOutbox:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stream.synchronize()  # nothing may be on its way into memory that is let go
+        if kind is None:
+            self._flush()
+
+    def space(self, rows: int) -> Any:
+        """See `Outbox.space`."""
+        self._turn = 1 - self._turn
+        while len(self._slots) <= self._turn:
+            self._slots.append((self._make[0](), self._make[1]()))
+        return self._slots[self._turn][0][:rows]
+
+    def send(self, block: Any) -> None:
+        """See `Outbox.send`."""
+        self._flush()
+        computed = self._xp.cuda.Event(disable_timing=True)
+        computed.record()
+        self._stream.wait_event(computed)
+        self._copied = self._slots[self._turn][1][: len(block)]
+        self._xp.asnumpy(block, stream=self._stream, out=self._copied, blocking=False)
+
+    def _flush(self) -> None:
+        """Hand over the block before; the writer gives back the one before that, whose memory is the next one's."""
+        if self._copied is not None:
+            self._stream.synchronize()
+            block, self._copied = self._copied, None
+            self._write(block)
+
+
+@functools.cache
+def _pool(cupy: Any) -> tuple[Any, int]:
+    """One pool for CuPy, cuDF and cuML that counts what is in use, and the bytes that it may grow to.
+
+    Importing cuDF makes CuPy allocate through RMM, which takes each array from the driver unless told otherwise. A
+    resource that the program has chosen stays below. What others take later is seen only when it is missing.
+    """
+    import rmm.mr
+    from rmm.allocators.cupy import rmm_cupy_allocator
+
+    memory = rmm.mr.get_current_device_resource()
+    if not isinstance(memory, rmm.mr.StatisticsResourceAdaptor):
+        plain = type(memory) is rmm.mr.CudaMemoryResource
+        memory = rmm.mr.StatisticsResourceAdaptor(rmm.mr.CudaAsyncMemoryResource() if plain else memory)
+        rmm.mr.set_current_device_resource(memory)
+    cupy.cuda.set_allocator(rmm_cupy_allocator)
+    return memory, int(cupy.cuda.runtime.memGetInfo()[0])
+
+
+def _crashes(rows: int, width: int, clusters: int) -> bool:
+    return rows * max(width, clusters) >= LIBRARY_VALUES
+
+
+def _of_cuda(error: Exception) -> bool:
+    library = type(error).__module__.partition(".")[0]
+    return bool(_OF_CUDA.match(library)) or (isinstance(error, RuntimeError) and bool(_OF_CUDA.search(str(error))))
+
+
+def _silent(line: str) -> None:
+    """Tell nobody."""
+
+
+def row_groups(rows: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Numbers of row groups, from how many rows each has: as many as have ``most`` rows together, one at least."""
+    groups: list[int] = []
+    held = 0
+    for group, count in enumerate(rows):
+        if groups and held + count > most:
+            yield groups
+            groups, held = [], 0
+        groups.append(group)
+        held += count
+    if groups:
+        yield groups
+
+
+def text_parts(stream: Any, size: int) -> Iterator[bytes]:
+    """Lines of a text file, some ``size`` bytes at a time, each part with the header before it.
+
+    A part ends with a line, and not within quotes. Where twice as many bytes have no such end, a mark is open that
+    quotes nothing, and the last line's end is taken.
+    """
+    head, _, rest = stream.read(size).partition(b"\n")
+    head = head.removeprefix(b"\xef\xbb\xbf")
+    windows = head.endswith(b"\r")
+    several = False
+    while more := stream.read(size):
+        rest += more
+        end = _end_of_lines(rest)
+        if not end and len(rest) > 2 * size:
+            end = rest.rfind(b"\n") + 1
+        if end:
+            yield _lines(head, rest[:end], windows)
+            rest, several = rest[end:], True
+    if rest or not several:
+        yield _lines(head, rest, windows)
+
+
+def _lines(head: bytes, data: bytes, windows: bool) -> bytes:
+    joined = b"".join([head, b"\n", data])
+    return joined.replace(b"\r\n", b"\n") if windows else joined
+
+
+def _end_of_lines(data: bytes) -> int:
+    """Where the last line that ends outside quotes does, the next one's start; 0 where there is none."""
+    end = data.rfind(b"\n")
+    quotes = data.count(b'"', 0, max(end, 0))
+    while end >= 0 and quotes % 2:
+        before = data.rfind(b"\n", 0, end)
+        quotes -= data.count(b'"', max(before, 0), end)
+        end = before
+    return end + 1
 
 
 def ranges(count: int, step: int) -> Iterator[slice]:
@@ -317,16 +652,11 @@ def facts() -> list[Fact]:
 def _cuda_facts() -> list[Fact]:
     driver = _driver_version()
     lines = [Fact("CUDA driver", f"for CUDA {driver[0]}.{driver[1]}" if driver else "none found")]
-    for library in ("cupy", "cudf", "cuml"):
-        found = [f"{name} {_version(name)}" for name in _distributions(library)]
-        twice = library == "cupy" and len(found) > 1
-        lines.append(
-            Fact(
-                library,
-                ", ".join(found) or "not installed",
-                f"keep one: pip uninstall {' or '.join(_distributions(library))}" if twice else "",
-            )
-        )
+    for library in (*_LIBRARIES, "rmm"):
+        found = _distributions(library)
+        shown = ", ".join(f"{name} {_version(name)}" for name in found)
+        fix = f"keep one: pip uninstall {' or '.join(found)}, then install the other again" if len(found) > 1 else ""
+        lines.append(Fact(library, shown or "not installed", fix))
     missing = _missing_for_cuda()
     if missing:
         lines.append(Fact("CUDA backend", f"no: {missing.what}", missing.fix))
@@ -345,7 +675,7 @@ def _cuda_facts() -> list[Fact]:
                 f"{name}, compute capability {capability}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free",
             )
         )
-    return [*lines, Fact("CUDA backend", "ready")]
+    return [*lines, Fact("CUDA backend", "ready, on device 0")]
 
 
 @dataclass(frozen=True)
@@ -362,19 +692,41 @@ def _missing_for_cuda() -> _Missing | None:
             "no NVIDIA driver is loaded on this machine (libcuda.so.1 not found)",
             "Run on a machine with an NVIDIA GPU (containers: --gpus all), or use --backend cpu.",
         )
-    extra = "cuda13" if driver[0] >= 13 else "cuda12"
-    absent = [library for library in ("cupy", "cudf", "cuml") if not _importable(library)]
+    if driver[0] < 12:
+        return _Missing(
+            f"the NVIDIA driver serves CUDA {driver[0]}.{driver[1]}, and 12.0 is the oldest that will do",
+            "Install a newer driver, or use --backend cpu.",
+        )
+    install = f"pip install 'gpu-init[{'cuda13' if driver[0] >= 13 else 'cuda12'}]'"
+    twice = _distributions("cupy")
+    if len(twice) > 1:
+        return _Missing(
+            f"{' and '.join(twice)} are installed side by side, and break one another",
+            f"Install with: pip uninstall --yes {' '.join(twice)} && {install}",
+        )
+    choose_cache_folder()
+    absent = [library for library in _LIBRARIES if not _importable(library)]
     if absent:
-        return _Missing(f"{', '.join(absent)} cannot be imported", f"Install with: pip install 'gpu-init[{extra}]'")
+        return _Missing(f"{', '.join(absent)} cannot be imported", f"Install with: {install}")
     import cupy
 
     try:
-        if cupy.cuda.runtime.getDeviceCount() > 0:
-            return None
-        what = "the driver reports no device"
+        if cupy.cuda.runtime.getDeviceCount() == 0:
+            return _Missing("the driver reports no device", "Check nvidia-smi, and CUDA_VISIBLE_DEVICES.")
+        properties = cupy.cuda.runtime.getDeviceProperties(0)
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        what = one_line(error)
-    return _Missing(what, "Check nvidia-smi, and CUDA_VISIBLE_DEVICES, or use --backend cpu.")
+        return _Missing(one_line(error), f"Check nvidia-smi and CUDA_VISIBLE_DEVICES; this driver takes: {install}")
+    if 10 * properties["major"] + properties["minor"] < OLDEST:
+        return _Missing(
+            f"device 0 has compute capability {properties['major']}.{properties['minor']}, and kernels need"
+            f" {OLDEST / 10} (Volta) or newer",
+            "Choose another device with CUDA_VISIBLE_DEVICES, or use --backend cpu.",
+        )
+    try:
+        cupy.cuda.nvrtc.getVersion()
+    except Exception:  # what CuPy raises for a library that is not there has changed from version to version
+        return _Missing("CuPy finds no NVRTC, the compiler of kernels", f"Install with: {install}")
+    return None
 
 
 def _driver_version() -> tuple[int, int] | None:

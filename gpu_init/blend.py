@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .backend import Backend, ranges
+from .backend import Backend, in_blocks, ranges
 from .features import Modality
 from .interactions import Interactions
 
@@ -78,8 +78,10 @@ def scale_to_items(backend: Backend, interactions: Interactions, fit: Blend, blo
     Cold rows count, items without the modality do not. 1 where either norm is 0.
     """
     items = item_norms(backend, fit.modality)
-    parts = ranges(interactions.users, block_rows)
-    users = norms(backend, (blend(backend, interactions, fit, part) for part in parts))
+    parts = in_blocks(
+        backend, interactions.users, block_rows, NORM_ROWS, lambda part: blend(backend, interactions, fit, part)
+    )
+    users = norms(backend, (block for _, block in parts))
     return items["mean"] / users["mean"] if items["mean"] > 0 and users["mean"] > 0 else 1.0
 
 

@@ -619,7 +619,7 @@ def check(values: Any, place: str) -> Any:
         if not bool((block <= limit).all()):
             _check_block(values[start : start + step], limit, start, place)
             block = block[block >= 0]  # what is left are missing items
-        most = max(most, float(block.max(initial=0)))
+        most = max(most, float(block.max()) if block.size else 0.0)
     if 0 < most < SMALLEST:
         raise InputError(f"{place}: no value is larger than {most:g}; below 1e-30 squares underflow; rescale them.")
     present = values[:, 0] == values[:, 0]  # no row is NaN in part, so one column says it all

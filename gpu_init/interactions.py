@@ -108,7 +108,7 @@ def build(backend: Backend, users: Any, items: Any, weights: Any, shape: tuple[i
     ----------
     backend : Backend
         Where the arrays lie.
-    users, items : array, shape (n,), int64
+    users, items : array, shape (n,), int32 or int64
         Row and column of each interaction, within ``shape``.
     weights : array, shape (n,), float, or None
         Taken as float32 and summed in float64; None: 1 per interaction.
@@ -122,7 +122,7 @@ def build(backend: Backend, users: Any, items: Any, weights: Any, shape: tuple[i
     xp = backend.xp
     if shape[0] * shape[1] >= 2**63:
         raise InputError(f"{shape[0]} users x {shape[1]} items: the product must stay below 2^63.")
-    key = users * shape[1] + items
+    key = users.astype(xp.int64, copy=False) * shape[1] + items
     if weights is None:
         if not bool((key[1:] >= key[:-1]).all()):
             key = xp.sort(key)
@@ -317,13 +317,13 @@ class _Checks:
 
 
 class _Hold:
-    """All rows held until the end, then sorted: on any device."""
+    """All rows held until the end, two codes of 32 bits each, then sorted: on any device."""
 
     def __init__(self, checks: _Checks) -> None:
         self.read = self.kept = 0
         self._checks = checks
-        self._users: list[Any] = []
-        self._items: list[Any] = []
+        self._users = _Held(checks.backend, checks.listed if isinstance(checks.listed, int) else None)
+        self._items = _Held(checks.backend, checks.axis.rows)
         self._weights: list[Any] = []
 
     def take(self, table: Table) -> None:
@@ -335,30 +335,63 @@ class _Hold:
             if len(batch.frame) == 0:
                 continue
             self.kept += len(batch.frame)
-            self._users.append(checks.users(table, batch))
-            self._items.append(checks.items(table, batch))
+            self._users.take(checks.users(table, batch))
+            self._items.take(checks.items(table, batch))
             if table.weight:
                 self._weights.append(checks.weights(table, batch))
 
     def finish(self, place: str) -> tuple[Interactions, Any, Any]:
         """R, and the ids of its rows and columns where they are not the row numbers."""
-        backend, axis, listed = self._checks.backend, self._checks.axis, self._checks.listed
+        checks = self._checks
+        users = self._users.rows(lambda found: user_axis(found, place, checks.listed))
+        items = self._items.rows(lambda found: item_axis(found, place, checks.axis))
+        weights = checks.backend.xp.concatenate(self._weights) if self._weights else None
+        shape = (self._users.size, self._items.size)
+        return build(checks.backend, users, items, weights, shape), self._users.ids, self._items.ids
 
-        def rows(parts: list[Any], resolve: Resolve) -> tuple[Any, int, Any]:
-            codes, found = joined(backend, parts).factorize()
-            rows, count, row_ids = resolve(backend.host_column(found))
-            return backend.asarray(rows)[backend.asarray(codes)], count, row_ids
 
-        if isinstance(listed, int):
-            users, user_count, user_ids = backend.asarray(joined(backend, self._users).values), listed, None
+class _Held:
+    """Ids of an axis, each as its row number, or as a code of its batch, whose distinct ids are kept beside.
+
+    Parameters
+    ----------
+    backend : Backend
+    size : int or None
+        Ids are row numbers below this; None: `rows` asks what they mean.
+    """
+
+    def __init__(self, backend: Backend, size: int | None) -> None:
+        self.size = size or 0
+        self.ids: Any = None
+        self._backend = backend
+        self._coded = size is None
+        self._codes: list[Any] = []
+        self._found: list[Any] = []
+
+    def take(self, column: Any) -> None:
+        """Keep the ids of a batch, int64 or text."""
+        if self._coded:
+            codes, found = column.factorize()
+            self._found.append(self._backend.tables.Series(found))
         else:
-            users, user_count, user_ids = rows(self._users, lambda found: user_axis(found, place, listed))
-        if axis.rows is not None:
-            items, item_count, item_ids = backend.asarray(joined(backend, self._items).values), axis.rows, None
-        else:
-            items, item_count, item_ids = rows(self._items, lambda found: item_axis(found, place, axis))
-        weights = backend.xp.concatenate(self._weights) if self._weights else None
-        return build(backend, users, items, weights, (user_count, item_count)), user_ids, item_ids
+            codes = column.values
+        codes = self._backend.asarray(codes)
+        self._codes.append(codes.astype("int32") if self._coded or self.size <= 2**31 else codes)
+
+    def rows(self, resolve: Resolve) -> Any:
+        """Row of each id (n,), int32 or int64; sets ``size``, and ``ids`` where they are not the row numbers."""
+        backend = self._backend
+        if self._coded:
+            places, found = joined(backend, self._found).factorize()
+            rows, self.size, self.ids = resolve(backend.host_column(found))
+            by_batch = backend.asarray(rows)[backend.asarray(places)]
+            start = 0
+            for batch, distinct in enumerate(map(len, self._found)):
+                self._codes[batch] = by_batch[start : start + distinct][self._codes[batch]]
+                start += distinct
+        rows = backend.xp.concatenate(self._codes)
+        self._codes, self._found = [], []
+        return rows
 
 
 class _Stream:

@@ -6,7 +6,6 @@ one fused kernel call each. What is done is recorded in the staging folder, and 
 
 from __future__ import annotations
 
-import itertools
 import os
 import resource
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ import pandas as pd
 
 from . import features, method
 from .artifact import Staging, check_modality
-from .backend import Backend, ranges, select
+from .backend import Backend, select
 from .blend import Weighting, item_norms, norms
 from .config import JobConfig, settings_to_dict
 from .errors import InputError
@@ -55,11 +54,17 @@ def run(config: JobConfig, progress: Progress) -> str:
     InputError
         The input or the settings are wrong; nothing is left behind.
     ResourceError
-        Not enough memory or disk; what was done can be resumed.
+        Not enough memory or disk, or the device failed; what was done can be resumed.
     """
-    started = datetime.now(UTC)
     _check_places(config)
     backend = select(config.backend)
+    backend.say = progress.say
+    with backend.explained():
+        return _run(config, backend, progress)
+
+
+def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
+    started = datetime.now(UTC)
     progress.say(f"backend {backend.name}: {backend.why}; kernels {backend.kernels.name}")
     with progress.step("fingerprint inputs"):
         inputs = _inputs(config)
@@ -89,6 +94,7 @@ def run(config: JobConfig, progress: Progress) -> str:
             "seconds": round((datetime.now(UTC) - started).total_seconds(), 3),
             "steps": progress.timings,
             "peak_memory_bytes": _peak_memory(),
+            **backend.peak_memory(),
         }
         return staging.commit(manifest)
 
@@ -233,20 +239,24 @@ def _run_modality(
     users = f"{name}/users.npy"
     with progress.step(f"write {name}", total=matrix.users, unit="user") as step:
         writer = staging.rows(users, (matrix.users, width), np.dtype(settings.dtype))
-        with writer, backend.kernels.leaving_a_core():
+
+        def write(block: Any) -> None:
+            writer.write(block)
+            step.advance(len(block))
+
+        outbox = backend.outbox(min(step_rows, matrix.users), width, settings.dtype, write)
+        with writer, outbox, backend.kernels.leaving_a_core():
             step.advance(writer.done)
-            # one is written while the other is filled; new ones would cost the kernel their pages each time
-            spaces = itertools.cycle(backend.xp.empty((2, min(step_rows, matrix.users), width), settings.dtype))
 
             def blocks() -> Iterator[Any]:
-                for part in ranges(matrix.users, step_rows):
-                    out = next(spaces)[: part.stop - part.start]
-                    block = method.rows(backend, matrix, plan, part, settings.dtype, out)
+                made = method.blocks(
+                    backend, matrix, plan, step_rows, settings.dtype, lambda part: outbox.space(part.stop - part.start)
+                )
+                for part, block in made:
                     yield block  # for its norms; what an earlier run wrote is made again for them alone
                     left = max(writer.done - part.start, 0)
                     if left < len(block):
-                        writer.write(backend.to_host(block[left:]))
-                        step.advance(len(block) - left)
+                        outbox.send(block[left:])
 
             user_norms = norms(backend, blocks())
     host_labels = backend.to_host(labels[1])
@@ -316,6 +326,7 @@ def _cluster(
     facts = {
         "kmeans": {
             "form": kmeans.form,
+            "library": kmeans.library,
             "iterations": kmeans.iterations,
             "samples": sample_sizes(len(kmeans.labels), config.settings.clusters, kmeans.centroids.shape[1]),
             "settled": kmeans.settled,

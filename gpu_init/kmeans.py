@@ -48,6 +48,8 @@ class Clusters:
         Whether no label changed any more; else centroids moved less than the tolerance, or steps ran out.
     form : str
         ``dense``, ``tiled`` or ``factored``.
+    library : bool
+        Whether the backend's library found the centroids that these steps started from.
     """
 
     centroids: Any
@@ -56,6 +58,7 @@ class Clusters:
     iterations: int
     settled: bool
     form: str
+    library: bool
 
 
 def fit(backend: Backend, points: Points, clusters: int, seed: int, restarts: int = 1) -> Clusters:
@@ -84,11 +87,12 @@ def fit(backend: Backend, points: Points, clusters: int, seed: int, restarts: in
     more = SETTLING_WORK // (len(points) * clusters * len(points.middle))
     with backend.deterministic():
         centroids = points.by_library(clusters, seed, restarts)
-        if centroids is None:
+        library = centroids is not None
+        if not library:
             centroids = _from_sample(backend, points, clusters, seed, restarts)
         centroids, history, settled = descend(backend, points, centroids, more)
         centroids, labels, inertia, settled = settle(backend, points, centroids, STEPS if settled else 1)
-    return Clusters(centroids, labels, history + inertia, len(history) + len(inertia), settled, points.form)
+    return Clusters(centroids, labels, history + inertia, len(history) + len(inertia), settled, points.form, library)
 
 
 def _from_sample(backend: Backend, points: Points, clusters: int, seed: int, restarts: int) -> Any:

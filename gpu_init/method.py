@@ -5,13 +5,13 @@ SG-URInit (SIGIR 2026, arXiv 2604.14839), built from public readings of the pape
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from . import features as feature_arrays
 from . import kmeans
-from .backend import Backend, ranges, select
+from .backend import Backend, in_blocks, ranges, select
 from .blend import NORM_ROWS, Blend, Weighting, blend, scale_to_items
 from .config import Settings
 from .errors import InputError
@@ -20,6 +20,7 @@ from .interactions import Interactions, from_matrix
 
 KMEANS_BYTES = 1 << 30  # that K-means may take beside the interactions and the features
 ARRAY_BLOCK_BYTES = 64 << 20  # of the result, per kernel call, where nobody says how much memory there is
+MATRIX_ROWS = 16 * kmeans.TILE_ROWS  # of the users' means made at a time, where they are made
 
 
 def weighting(backend: Backend, interactions: Interactions, present: Any, kind: str) -> Weighting:
@@ -120,22 +121,34 @@ def _cluster_users(
     settings: Settings,
     memory: int,
 ) -> kmeans.Clusters:
-    """K-means on the warm users' means, in the form that `kmeans_form` gives."""
+    """K-means on the warm users' means: on their matrix where a library takes that, else as `kmeans_form` says.
+
+    The matrix is made by the kernel and not as a sparse product of the library: cupyx copies R's weights to float32
+    values of each interaction, counts interactions in 32 bits, and gives columns one after another, which cuML copies.
+    """
     arguments = (backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
     points: kmeans.Points = kmeans.Tiled(*arguments)
     sizes = (len(points), interactions.items, interactions.pairs, settings.clusters, modality.values.shape[1])
-    form = kmeans_form(*sizes, memory)
+    library = backend.takes_matrix(len(points), modality.values.shape[1], settings.clusters)
+    form = "dense" if library else kmeans_form(*sizes, memory)
     if form == "factored":
         points = kmeans.Factored(*arguments)
     elif form == "dense":
-        matrix = points.rows(backend.xp.arange(len(points)), backend.xp.float64)
-        matrix += points.middle
-        points = kmeans.Dense(backend, matrix)
+        points = kmeans.Dense(backend, _matrix(backend, points))
     return kmeans.fit(backend, points, settings.clusters, settings.seed, settings.restarts)
 
 
+def _matrix(backend: Backend, points: kmeans.Points) -> Any:
+    """All rows of some points, (n, D), in the type that the library takes."""
+    xp = backend.xp
+    matrix = xp.empty((len(points), len(points.middle)), backend.kmeans_dtype)
+    for part in ranges(len(points), MATRIX_ROWS):
+        matrix[part] = points.rows(xp.arange(part.start, part.stop), matrix.dtype) + points.middle
+    return matrix
+
+
 def kmeans_form(users: int, items: int, pairs: int, clusters: int, width: int, memory: int = KMEANS_BYTES) -> str:
-    """Form of K-means on users' means that costs least, of those that take ``memory`` bytes at most.
+    """Form of our K-means on users' means that costs least, of those that take ``memory`` bytes at most.
 
     A step of the factored form costs the mean degree times K per user, of the other two D times K, in what a
     processor does best and without the matrix's bytes: measured, the factored form is ahead until the mean degree
@@ -213,6 +226,25 @@ def rows(backend: Backend, interactions: Interactions, plan: Blend, part: slice,
         return block.astype(dtype)
     out[...] = block
     return out
+
+
+def blocks(
+    backend: Backend,
+    interactions: Interactions,
+    plan: Blend,
+    step: int,
+    dtype: str,
+    space: Callable[[slice], Any],
+) -> Iterator[tuple[slice, Any]]:
+    """Section 2.6: all of X, block by block, each in the space given for its users, (n, d).
+
+    ``step`` users at a time, a multiple of `NORM_ROWS`; half as many where memory runs out.
+    """
+
+    def make(part: slice) -> Any:
+        return rows(backend, interactions, plan, part, dtype, space(part))
+
+    return in_blocks(backend, interactions.users, step, NORM_ROWS, make)
 
 
 def block_rows(width: int, memory: int) -> int:
@@ -331,6 +363,8 @@ def initialize(
     ------
     InputError
         A ValueError that says which array or setting is wrong and what is wanted.
+    ResourceError
+        Not enough memory on the device, or it failed.
     """
     settings = Settings(
         lam=lam,
@@ -347,10 +381,14 @@ def initialize(
     if not isinstance(features, Mapping) or not features:
         raise InputError("features: a mapping of modality names to arrays is wanted, with one modality or more.")
     device = select(backend)
+    with device.explained():
+        return _initialize(device, interactions, features, settings)
+
+
+def _initialize(device: Backend, interactions: Any, features: Mapping[str, Any], settings: Settings) -> Result:
     matrix = from_matrix(device, interactions, "interactions")
-    sources = {
-        name: feature_arrays.from_array(device, name, array, exact=dim is not None) for name, array in features.items()
-    }
+    exact = settings.dim is not None
+    sources = {name: feature_arrays.from_array(device, name, array, exact=exact) for name, array in features.items()}
     for name, modality in sources.items():
         if len(modality.values) != matrix.items:
             raise InputError(
@@ -358,13 +396,9 @@ def initialize(
             )
     operators = {}
     for name, modality in sources.items():
-        operators[name] = _weighting(device, matrix, modality.present, settings.weighting)
+        operators[name] = weighting(device, matrix, modality.present, settings.weighting)
         check_clusters(name, modality.n_present, operators[name], settings)
     return Result({name: _initialize_one(device, matrix, sources[name], operators[name], settings) for name in sources})
-
-
-_weighting = weighting  # `initialize` has a parameter of this name
-_clusters = clusters
 
 
 def _initialize_one(
@@ -376,12 +410,12 @@ def _initialize_one(
         modality = feature_arrays.project(backend, modality, projection)
     width = modality.values.shape[1]
     step = block_rows(width, 4 * ARRAY_BLOCK_BYTES)
-    found = _clusters(backend, interactions, modality, operator, settings)
+    found = clusters(backend, interactions, modality, operator, settings)
     labels = (found.centroids, found.user_labels, found.item_labels)
     plan = fit(backend, interactions, modality, operator, settings, labels, None, step)
     users = xp.empty((interactions.users, width), settings.dtype)
-    for part in ranges(interactions.users, step):
-        rows(backend, interactions, plan, part, settings.dtype, users[part])
+    for _ in blocks(backend, interactions, plan, step, settings.dtype, users.__getitem__):
+        pass
     projected = settings.dim is not None
     return ModalityResult(
         users,

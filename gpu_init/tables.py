@@ -261,7 +261,7 @@ def read_user_ids(backend: Backend, path: str, user_column: str | None) -> Any:
     twice = column.duplicated()
     if bool(twice.any()):
         at = ids.first_true(twice)
-        user = column.iloc[[at]].tolist()[0]
+        user = backend.host_column(column.iloc[[at]]).tolist()[0]
         raise InputError(f"{path}: user {user!r} stands there twice (again in row {at}); a user has one row.")
     return backend.host_column(column)
 

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from gpu_init.kernels.cuda import choose_cache_folder
+
 
 @cache
 def missing():
     """What keeps these tests from running here, or None."""
+    choose_cache_folder()
     try:
         import cupy
     except Exception as error:  # a broken installation raises whatever it likes
