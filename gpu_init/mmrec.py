@@ -26,7 +26,7 @@ import tempfile
 import time
 import tomllib
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn
 
@@ -459,14 +459,12 @@ class Library:
         _adapt()
         if self.source not in sys.path:
             sys.path.insert(0, self.source)
-        written, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the checkout stays as it is
         try:
-            names = ("utils.configurator", "utils.dataset", "utils.dataloader", "utils.utils", "common.trainer")
-            self._configurator, self._dataset, self._loaders, self._utils, _ = map(importlib.import_module, names)
+            with _no_bytecode():
+                names = ("utils.configurator", "utils.dataset", "utils.dataloader", "utils.utils", "common.trainer")
+                self._configurator, self._dataset, self._loaders, self._utils, _ = map(importlib.import_module, names)
         except ImportError as error:
             raise _not_installed(self.name, error) from None
-        finally:
-            sys.dont_write_bytecode = written
 
     def _claim(self, name: str) -> None:
         """See that a package of the library is found under its name, which is nobody's in particular."""
@@ -550,7 +548,7 @@ class Library:
         observe : callable, optional
             Called after each evaluation.
         """
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr), _no_bytecode():
             _stage(data, os.path.join(folder, data.name))
             config = self.config(model, data, {**(options or {}), "seed": seed}, folder)
             if model in _USER_GRAPH_MODELS:
@@ -609,6 +607,16 @@ class Library:
         best = int(np.argmax(curve)) + 1 if curve else 0
         ended = len(curve) >= config["epochs"] or trainer.cur_step > config["stopping_step"]
         return Outcome(curve, best, trainer.best_valid_result, trainer.best_test_upon_valid, seconds, not ended)
+
+
+@contextlib.contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """Import without leaving compiled code behind: a checkout stays as it is."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def _not_installed(library: str, error: ImportError) -> InputError:
