@@ -7,25 +7,15 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from common import arguments, features, plot, process_cost, row, show, write_interactions
 from job import job_command
+from scale import Size
 
 MEMORY = 500_000_000  # bytes that --memory gives
 LIBRARIES = 400_000_000  # bytes
 MODALITIES = ("image", "text")
-
-
-class Size(NamedTuple):
-    """One job."""
-
-    users: int
-    items: int
-    interactions: int
-    width: int
-    clusters: int
 
 
 SIZES = {

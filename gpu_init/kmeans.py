@@ -257,7 +257,7 @@ def _refill(backend: Backend, points: Points, means: Any, distances: Any, counts
 class Points(ABC):
     """Rows to cluster, (n, D): what all forms share, going through the rows tile by tile.
 
-    A form gives `rows`, `middle` and `squared_norms`, and may assign and sum in a way of its own.
+    A form gives `rows`, `moves`, `middle` and `squared_norms`, and may assign and sum in a way of its own.
     """
 
     form: str
@@ -330,14 +330,9 @@ class Points(ABC):
             self._sum(self.rows(xp.arange(tile.start, tile.stop), dtype), labels[tile], total)
         return total
 
+    @abstractmethod
     def moves(self, index: Any, before: Any, after: Any, clusters: int) -> Any:
         """What `sums` changes by, in float32, where labels of some rows change; a label before may be -1, for none."""
-        xp = self.backend.xp
-        lost, won = xp.zeros((clusters, len(self.middle))), xp.zeros((clusters, len(self.middle)))
-        rows, had_one = self.rows(index, xp.float32), before >= 0
-        self._sum(rows, after, won)
-        self._sum(rows[had_one], before[had_one], lost)
-        return won - lost
 
     def _sum(self, rows: Any, labels: Any, total: Any) -> None:
         """Add rows to the sums of their labels, in one order whatever the rows at a time."""
@@ -420,10 +415,9 @@ class Dense(Points):
         """See `Points.moves`: rows of a matrix are those of the identity's product with it."""
         xp = self.backend.xp
         total = xp.zeros((clusters, len(self.middle)))
-        ones = xp.ones(len(index))
-        identity = Csr(xp.arange(len(index) + 1), index.astype(xp.int32), None)
-        every = xp.arange(len(index))
-        arrays = (every, self._matrix, ones, self._ones, self.middle, before, after)
+        starts = xp.arange(len(index) + 1)
+        identity = Csr(starts, index.astype(xp.int32), None)
+        arrays = (starts[:-1], self._matrix, xp.ones(len(index)), self._ones, self.middle, before, after)
         self.backend.kernels.move_rows(identity, *arrays, total)
         return total
 
