@@ -32,11 +32,11 @@ def metrics(users: NDArray[np.int64], top: NDArray[np.int64], split: Split, held
     cold_hits, cold_wanted = hits & cold[top], np.diff(wanted[:, cold].indptr)
     counts = np.diff(wanted.indptr)
     return {
-        **_means(hits, counts, ""),
-        **_means(hits[degree <= 2], counts[degree <= 2], "_degree_to_2"),
-        **_means(hits[(degree > 2) & (degree <= 5)], counts[(degree > 2) & (degree <= 5)], "_degree_3_to_5"),
-        **_means(hits[degree > 5], counts[degree > 5], "_degree_above_5"),
-        **_means(cold_hits, cold_wanted, "_cold_items"),
+        **means(hits, counts, ""),
+        **means(hits[degree <= 2], counts[degree <= 2], "_degree_to_2"),
+        **means(hits[(degree > 2) & (degree <= 5)], counts[(degree > 2) & (degree <= 5)], "_degree_3_to_5"),
+        **means(hits[degree > 5], counts[degree > 5], "_degree_above_5"),
+        **means(cold_hits, cold_wanted, "_cold_items"),
     }
 
 
@@ -45,7 +45,12 @@ def _hits(wanted: csr_matrix, top: NDArray[np.int64], first: int) -> NDArray[np.
     return np.take_along_axis(wanted[part].toarray() > 0, top[part], axis=1)
 
 
-def _means(hits: NDArray[np.bool_], counts: NDArray[Any], suffix: str) -> dict[str, float]:
+def means(hits: NDArray[np.bool_], counts: NDArray[Any], suffix: str = "") -> dict[str, float]:
+    """Recall and NDCG, the mean over users with held-out items, nan where there are none.
+
+    ``hits`` (n, 20) says which of a user's best items, best first, are held out, ``counts`` (n,) how many are in all.
+    NDCG: gain 1 per hit, divided by log2(rank + 1), over the best that the user's number of held-out items allows.
+    """
     hits, counts = hits[counts > 0], counts[counts > 0]
     discounts = 1 / np.log2(np.arange(2, max(KS) + 2))
     found: dict[str, float] = {}

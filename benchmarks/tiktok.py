@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from common import RESULTS, peak_memory, row, show
 from numpy.typing import NDArray
+from ranking import means
 from scipy.sparse import csr_matrix
 
 import gpu_init
@@ -105,23 +106,16 @@ def ranking(data: Path) -> None:
 def metrics(
     result: Mapping[str, Any], train: csr_matrix, held_out: csr_matrix, block: int = 1024
 ) -> tuple[float, float]:
-    """Recall@20 and NDCG@20, the mean over the users who have held-out rows.
-
-    NDCG: gain 1 per hit, divided by log2(rank + 1), over the best that the user's number of held-out items allows.
-    """
-    discounts = 1 / np.log2(np.arange(2, TOP + 2))
-    ideal = np.concatenate([[0.0], np.cumsum(discounts)])
+    """Recall@20 and NDCG@20, the mean over the users who have held-out rows."""
     active = np.flatnonzero(np.diff(held_out.indptr))
-    recall = gain = 0.0
+    hits = []
     for first in range(0, len(active), block):
         users = active[first : first + block]
         scores = np.add.reduce([result[name].users[users] @ result[name].items.T for name in MODALITIES])
         scores[train[users].nonzero()] = -np.inf
-        hits = np.take_along_axis(held_out[users].toarray(), _top(scores), axis=1) > 0
-        wanted = np.diff(held_out[users].indptr)
-        recall += float((hits.sum(axis=1) / wanted).sum())
-        gain += float((hits @ discounts / ideal[np.minimum(wanted, TOP)]).sum())
-    return recall / len(active), gain / len(active)
+        hits.append(np.take_along_axis(held_out[users].toarray(), _top(scores), axis=1) > 0)
+    found = means(np.concatenate(hits), np.diff(held_out.indptr)[active])
+    return found[f"recall_{TOP}"], found[f"ndcg_{TOP}"]
 
 
 def _top(scores: NDArray[np.float32]) -> NDArray[np.int64]:
