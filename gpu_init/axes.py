@@ -13,7 +13,7 @@ import numpy as np
 
 from . import ids
 from .errors import InputError
-from .kernels import Builder, Numbers
+from .kernels import Builder, Numbers, Texts
 
 Resolve = Callable[[Any], tuple[Any, int, Any]]  # distinct ids to rows, as `user_axis` does
 
@@ -162,14 +162,14 @@ class RowNumbers:
         self._builder = builder
         self._starts = np.zeros(size + 1, np.int64)
 
-    def count(self, numbers: Any) -> None:
-        """Count the rows of ids (n,) int64."""
-        self._builder.count(numbers, self._starts[1:])
+    def count(self, column: Any) -> None:
+        """Count the rows of ids (n,), all whole numbers."""
+        self._builder.count(column.to_numpy(), self._starts[1:])
 
     def encode(self, column: Any) -> Any:
         """Count ids, int64 or text, and give what is to be kept of each (n,)."""
+        self.count(column)
         numbers = column.to_numpy()
-        self.count(numbers)
         return numbers if self.size > 2**31 else numbers.astype(np.int32)
 
     def settle(self, _: Resolve) -> None:
@@ -179,9 +179,9 @@ class RowNumbers:
         """Where each row starts and the last ends (size + 1,) int64, once rows are numbered."""
         return np.cumsum(self._starts, out=self._starts)
 
-    def rows(self, numbers: Any) -> Any:
-        """Rows (n,) int64 of ids (n,) int64 that were counted."""
-        return numbers
+    def rows(self, column: Any) -> Any:
+        """Rows (n,) int64 of ids (n,) that were counted."""
+        return column.to_numpy()
 
     def rows_of_codes(self, codes: Any) -> Any:
         """Rows (n,) int64 of what `encode` gave."""
@@ -204,31 +204,28 @@ class Codes:
         self._builder = builder
         self._table: Any = np.zeros(dense + 1, np.int64)  # memory is taken page by page, as ids fall there
         self._numbers: Numbers | None = None  # instead of the table
-        self._texts: dict[str, int] = {}
-        self._text_counts: Any = np.zeros(0, np.int64)
+        self._texts: Texts | None = None
         self._rows: Any = None  # of each id of the table, or of each code
         self._degrees: Any = None  # of each id or code found: (rows, counts)
 
-    def count(self, numbers: Any) -> None:
-        """See `RowNumbers.count`."""
-        if self._numbers is None and numbers.min() >= 0 and numbers.max() < len(self._table) - 1:
-            self._builder.count(numbers, self._table[1:])
-            self.size = max(self.size, int(numbers.max()) + 1)
-        else:
-            self._coded().encode(numbers)
+    def count(self, column: Any) -> None:
+        """See `RowNumbers.count`; texts too."""
+        if self._numbers is None and not ids.is_text(str(column.dtype)):
+            numbers = column.to_numpy()
+            if numbers.min() >= 0 and numbers.max() < len(self._table) - 1:
+                self._builder.count(numbers, self._table[1:])
+                self.size = max(self.size, int(numbers.max()) + 1)
+                return
+        self.encode(column)
 
     def encode(self, column: Any) -> Any:
         """See `RowNumbers.encode`."""
         numbers = self._coded()
         if not ids.is_text(str(column.dtype)):
             return numbers.encode(column.to_numpy())
-        places, found = column.factorize()
-        texts = self._texts
-        codes = np.array([texts.setdefault(text, len(texts)) for text in found.to_numpy()], np.int32)
-        if len(texts) > len(self._text_counts):
-            self._text_counts = np.concatenate([self._text_counts, np.zeros(len(texts), np.int64)])
-        self._text_counts[codes] += np.bincount(places, minlength=len(found))
-        return -1 - codes[places]
+        if self._texts is None:
+            self._texts = self._builder.texts()
+        return -1 - self._texts.encode(*_bytes(column))
 
     def settle(self, resolve: Resolve) -> None:
         """See `RowNumbers.settle`."""
@@ -245,15 +242,18 @@ class Codes:
             self._rows = counts
             return
         known, counts = self._numbers.known()
-        if not self._texts:
+        if self._texts is None:
             self._rows, self.size, self.ids = resolve(pd.Series(known))
         else:
-            every = pd.concat([pd.Series(known).astype("str"), pd.Series(list(self._texts), dtype="str")])
-            places, distinct = every.factorize()  # what is a number in one batch may be text in another
-            rows, self.size, self.ids = resolve(pd.Series(distinct))
+            starts, data, text_counts = self._texts.known()
+            every = _texts(starts, data)
+            places: Any = slice(None)
+            if len(known):  # what is a number in one batch may be text in another
+                places, every = pd.concat([pd.Series(known).astype("str"), every]).factorize()
+            rows, self.size, self.ids = resolve(pd.Series(every))
             rows = rows[places]
             self._rows = np.concatenate([rows[: len(known)], rows[len(known) :][::-1]])
-            counts = np.concatenate([counts, self._text_counts[: len(self._texts)][::-1]])
+            counts = np.concatenate([counts, text_counts[::-1]])
         self._degrees = self._rows, counts
 
     def starts(self) -> Any:
@@ -266,12 +266,16 @@ class Codes:
             self._degrees = None
         return np.cumsum(starts, out=starts)
 
-    def rows(self, numbers: Any) -> Any:
-        """See `RowNumbers.rows`."""
+    def rows(self, column: Any) -> Any:
+        """See `RowNumbers.rows`. Ids that were not counted get any row: the file changed, which is seen later."""
+        if ids.is_text(str(column.dtype)):
+            assert self._texts is not None
+            return self._rows[-1 - self._texts.find(*_bytes(column))]
+        numbers = column.to_numpy()
         if self._rows is None:
             return numbers
         codes = numbers if self._numbers is None else self._numbers.find(numbers)
-        return self._rows.take(codes, mode="clip")  # ids that were not counted: the file changed, which is seen later
+        return self._rows.take(codes, mode="clip")
 
     def rows_of_codes(self, codes: Any) -> Any:
         """See `RowNumbers.rows_of_codes`."""
@@ -286,3 +290,22 @@ class Codes:
             self._numbers.known()[1][:] = self._table[1:][found]
             self._table = None
         return self._numbers
+
+
+def _bytes(column: Any) -> tuple[Any, Any]:
+    """Where each text (n,) starts among the bytes of all, and the last ends (n + 1,) int64; the bytes, UTF-8."""
+    import pyarrow as pa
+
+    texts = pa.array(column, pa.large_string())
+    texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
+    _, starts, data = texts.buffers()
+    starts = np.frombuffer(starts, np.int64, len(texts) + 1, 8 * texts.offset)
+    return starts, np.frombuffer(data or b"", np.uint8)
+
+
+def _texts(starts: Any, data: Any) -> Any:
+    """Texts as a pandas Series (n,), from what `_bytes` gives."""
+    import pyarrow as pa
+
+    buffers = [None, pa.py_buffer(starts), pa.py_buffer(data)]
+    return pa.Array.from_buffers(pa.large_string(), len(starts) - 1, buffers).to_pandas()

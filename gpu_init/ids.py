@@ -61,13 +61,18 @@ def normalize(column: Any, place: str, row: Callable[[int], str] = _row) -> Any:
     blank = column == ""
     if bool(blank.any()):
         raise InputError(f"{place}: {row(first_true(blank))} has no id; drop such rows or give them one.")
-    if bool(column.str.match(WHOLE_NUMBER).all()):
+    if _all_match(column, WHOLE_NUMBER):
         return column.astype("int64[pyarrow]" if "pyarrow" in kind else "int64").astype("int64")
-    if bool(column.str.match(_WRITTEN_AS_FLOAT).all()):
+    if _all_match(column, _WRITTEN_AS_FLOAT):
         raise InputError(
             f"{place}: ids such as {column.iloc[0]!r}, whole numbers turned into decimals; write them as integers."
         )
     return column
+
+
+def _all_match(column: Any, pattern: str) -> bool:
+    """Whether every text matches; the first one, looked at alone, mostly says no at once."""
+    return bool(column.iloc[:1].str.match(pattern).all()) and bool(column.str.match(pattern).all())
 
 
 def is_text(kind: str) -> bool:

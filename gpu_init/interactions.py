@@ -51,6 +51,7 @@ __all__ = [
 
 _SUM_USERS = 1 << 16
 _ENTRIES = 1 << 20  # of a matrix, put into R at a time
+_HELD_ROWS = 1 << 24  # whose codes are kept so that they need not be read again, 8 bytes each, 4 more with weights
 
 
 @dataclass(frozen=True)
@@ -397,8 +398,8 @@ class _Held:
 class _Stream:
     """Rows counted as they are read, then put into R in place.
 
-    Tables whose ids are whole numbers are read twice, first for the users alone; of others each id is kept as
-    an int32 code.
+    Tables whose ids are whole numbers are read twice, first for the users alone. Of others, `_HELD_ROWS` in all are
+    kept as int32 codes, and only what comes after these is read again.
     """
 
     def __init__(self, checks: _Checks, builder: Builder, tables: list[Table]) -> None:
@@ -406,8 +407,9 @@ class _Stream:
         self._checks = checks
         self._builder = builder
         axis, listed = checks.axis, checks.listed
-        self._again: list[Table] = []
+        self._again: list[tuple[Table, int]] = []  # and how many of its rows are held
         self._coded: deque[tuple[Any, Any, Any]] = deque()
+        self._room = _HELD_ROWS
         self._weighted = False
         self._users: RowNumbers | Codes
         self._items: RowNumbers | Codes
@@ -422,26 +424,30 @@ class _Stream:
         """Read a table, or the columns of it that say how R is laid out."""
         checks = self._checks
         self._weighted = table.weight is not None
-        if table.whole is None:
-            for batch in checks.batches(table, table.user, table.item, table.weight):
-                self.read += batch.read
+        holds, counts_items = table.whole is None, isinstance(self._items, Codes)
+        item, weight = (table.item, table.weight) if holds else (table.item if counts_items else None, None)
+        held = read = 0
+        for batch in checks.batches(table, table.user, item, weight):
+            read += batch.read
+            if holds and len(batch.frame) <= self._room:
+                held = read
                 checks.advance(batch.read)
                 if len(batch.frame):
-                    self.kept += len(batch.frame)
                     users = self._users.encode(checks.users(table, batch))
                     items = self._items.encode(checks.items(table, batch))
                     self._coded.append((users, items, checks.weights(table, batch)))
-            return
-        self._again.append(table)
-        join = isinstance(self._items, Codes)
-        for batch in checks.batches(table, table.user, table.item if join else None):
-            self.read += batch.read
-            checks.advance(batch.read // 2)  # the other half when it is read again
-            if len(batch.frame):
-                self.kept += len(batch.frame)
-                self._users.count(checks.users(table, batch).to_numpy())
-                if join:
-                    self._items.count(checks.items(table, batch).to_numpy())
+                    self._room -= len(batch.frame)
+            else:
+                holds = False
+                checks.advance(batch.read // 2)  # the other half when it is read again
+                if len(batch.frame):
+                    self._users.count(checks.users(table, batch))
+                    if counts_items:
+                        self._items.count(checks.items(table, batch))
+            self.kept += len(batch.frame)
+        self.read += read
+        if held < read:
+            self._again.append((table, held))
 
     def finish(self, place: str) -> tuple[Interactions, Any, Any]:
         """R, and the ids of its rows and columns where they are not the row numbers."""
@@ -453,11 +459,15 @@ class _Stream:
         while self._coded:
             user_codes, item_codes, weights = self._coded.popleft()
             filling.add(users.rows_of_codes(user_codes), items.rows_of_codes(item_codes), weights)
-        for table in self._again:
+        for table, held in self._again:
+            read = 0
             for batch in checks.batches(table, table.user, table.item, table.weight):
+                read += batch.read
+                if read <= held:  # batches are cut as they were the first time
+                    continue
                 if len(batch.frame):
-                    rows = users.rows(checks.users(table, batch).to_numpy())
-                    columns = items.rows(checks.items(table, batch).to_numpy())
+                    rows = users.rows(checks.users(table, batch))
+                    columns = items.rows(checks.items(table, batch))
                     filling.add(rows, columns, checks.weights(table, batch))
                 checks.advance(batch.read - batch.read // 2)
         return Interactions(filling.finish(), items.size), users.ids, items.ids

@@ -10,7 +10,7 @@ from gpu_init.errors import InputError
 
 from .csr import Csr
 
-__all__ = ["Builder", "Csr", "Kernels", "Numbers", "Rows", "cpu_kernels"]
+__all__ = ["Builder", "Csr", "Kernels", "Numbers", "Rows", "Texts", "cpu_kernels"]
 
 
 class Kernels(Protocol):
@@ -138,6 +138,9 @@ class Builder(Protocol):
     def numbers(self) -> Numbers:
         """Start with no number known."""
 
+    def texts(self) -> Texts:
+        """Start with no text known."""
+
     def rows(self, starts: Any, weighted: bool) -> Rows:
         """Start R from ``starts`` (U + 1,) int64, where each row starts and the last ends; it becomes `indptr`.
 
@@ -159,6 +162,23 @@ class Numbers(Protocol):
 
     def known(self) -> tuple[Any, Any]:
         """The numbers (m,) int64 in order of their codes, and how often each came (m,) int64."""
+
+
+class Texts(Protocol):
+    """Distinct texts, coded 0, 1, ... in order of appearance, and how often each came.
+
+    Texts (n,) are the bytes of all, uint8, and ``starts`` (n + 1,) int64, where each starts among them and the last
+    ends.
+    """
+
+    def encode(self, starts: Any, data: Any) -> Any:
+        """Codes (n,) int32 of texts, new ones for those not seen before; counts them."""
+
+    def find(self, starts: Any, data: Any) -> Any:
+        """Codes (n,) int32 of texts, -1 for those not seen before."""
+
+    def known(self) -> tuple[Any, Any, Any]:
+        """``starts`` and bytes of the texts (m,) in order of their codes, and how often each came (m,) int64."""
 
 
 class Rows(Protocol):

@@ -15,10 +15,11 @@ from gpu_init.errors import ResourceError
 
 from .compiled import compiled, compiled_serial
 from .csr import Csr
+from .texts import NumbaTexts
 
 _PARTS = 256  # of the rows, to spread uneven rows over the threads
 _STEP = 1 << 16  # numbers coded at a time: the table has room for so many new ones
-_HELD = 1 << 23  # interactions put into R at a time
+_HELD = 1 << 21  # interactions put into R at a time
 _GROUP_BITS = 9  # of the groups of neighbouring rows that they are sorted into first
 _SHORT = 16  # rows up to this length are sorted by insertion
 _DIGIT_BITS = 6
@@ -406,6 +407,10 @@ class NumbaBuilder:
     def numbers(self) -> NumbaNumbers:
         """See `Builder.numbers`."""
         return NumbaNumbers()
+
+    def texts(self) -> NumbaTexts:
+        """See `Builder.texts`."""
+        return NumbaTexts()
 
     def rows(self, starts: Any, weighted: bool) -> NumbaRows:
         """See `Builder.rows`."""

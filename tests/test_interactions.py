@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpu_init.backend
+import gpu_init.interactions
 import gpu_init.kernels.build
 from gpu_init.backend import CpuBackend
 from gpu_init.errors import InputError
@@ -544,6 +545,41 @@ def test_many_numbers_are_coded(rng):
     np.testing.assert_array_equal(numbers.known()[0], found)
 
 
+TEXTS = st.lists(st.lists(st.text("ab\0é", max_size=20) | st.text(max_size=9), max_size=40), max_size=5)
+
+
+@given(TEXTS)
+@settings(max_examples=100, deadline=None)
+def test_texts_are_coded_in_order_of_appearance(batches):
+    texts = NumbaBuilder().texts()
+    codes = [texts.encode(*as_bytes(batch)) for batch in batches]
+    every = [text for batch in batches for text in batch]
+    found = list(dict.fromkeys(every))
+    expected = [found.index(text) for text in every]
+    np.testing.assert_array_equal(np.concatenate([np.empty(0, np.int32), *codes]), expected)
+    starts, data, counts = texts.known()
+    assert [bytes(data[a:b]).decode() for a, b in itertools.pairwise(starts)] == found
+    np.testing.assert_array_equal(counts, np.bincount(expected, minlength=len(found)))
+    np.testing.assert_array_equal(texts.find(*as_bytes(every)), expected)
+    assert texts.find(*as_bytes(["another text"]))[0] == -1
+
+
+def test_many_texts_are_coded(rng):
+    every = [f"user {number}" for number in rng.integers(0, 10**6, 100_000)]
+    texts = NumbaBuilder().texts()
+    expected, found = pd.factorize(pd.Series(every + every[::-1]))
+    np.testing.assert_array_equal(
+        np.concatenate([texts.encode(*as_bytes(every)), texts.encode(*as_bytes(every[::-1]))]), expected
+    )
+    assert len(texts.known()[2]) == len(found)
+
+
+def as_bytes(texts):
+    parts = [text.encode() for text in texts]
+    starts = np.cumsum([0, *map(len, parts)])
+    return starts, np.frombuffer(b"".join(parts), np.uint8)
+
+
 USER_IDS = {
     "gapless": lambda rng, n: np.concatenate([np.arange(6), rng.integers(0, 6, n - 6)]),
     "gaps": lambda rng, n: rng.integers(0, n // 2, n) * 2,
@@ -556,8 +592,11 @@ USER_IDS = {
 @pytest.mark.parametrize("kind", USER_IDS)
 @pytest.mark.parametrize("formats", [("parquet",), ("csv",), ("parquet", "csv"), ("csv", "parquet", "tsv")])
 @pytest.mark.parametrize("join", [False, True])
-def test_streaming_gives_what_holding_gives(tmp_path, rng, monkeypatch, kind, formats, join):
+@pytest.mark.parametrize("held", [0, 20, 1000])
+def test_streaming_gives_what_holding_gives(tmp_path, rng, monkeypatch, kind, formats, join, held):
     monkeypatch.setattr(gpu_init.backend, "PARQUET_BATCH_ROWS", 13)
+    monkeypatch.setattr(gpu_init.backend, "TEXT_BLOCK_BYTES", 200)
+    monkeypatch.setattr(gpu_init.interactions, "_HELD_ROWS", held)
     n = 60
     for number, name in enumerate(formats):
         part = frame(
