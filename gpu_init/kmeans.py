@@ -9,6 +9,7 @@ each label is the nearest centroid and each centroid the mean of its members.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,9 @@ from .backend import Backend, ranges
 from .kernels import Csr
 
 BLOCK_ROWS = 4096  # fixed, so that sums run in one order whatever the memory or the number of threads
-TILE_ROWS = 4 * BLOCK_ROWS  # rows made at a time by the tiled form
+TILE_ROWS = 4 * BLOCK_ROWS  # rows made at a time by the tiled form, fewer where they are long
+TILE_BYTES = 64 << 20  # of these rows in float64, where so few hold a block
+LOOK_ROWS = 64 * TILE_ROWS  # looked at in one go: what is found of them is kept no longer
 SAMPLE_ROWS = 8192  # that are clustered first, 256 per cluster at least
 SAMPLE_BYTES = 64 << 20  # of the rows of a second sample, float32
 STEPS = 300  # of Lloyd until the tolerance is met, as scikit-learn's default
@@ -156,18 +159,17 @@ def settle(backend: Backend, points: Points, centroids: Any, steps: int = STEPS)
     centroids (K, D) float32, labels (n,) int32, the nearest of them, inertia per step, whether labels settled
     """
     inertia: list[float] = []
-    before = None
+    labels = backend.xp.full(len(points), -1, backend.xp.int32)
     for step in range(steps + 1):
-        labels, distances, sums, counts = points.step(centroids)
-        inertia.append(float(distances.sum()))
-        settled = before is not None and bool((labels == before).all())
-        if settled or step == steps:
+        found, changed, sums, counts = points.step(centroids, labels)
+        inertia.append(found)
+        if changed == 0 or step == steps:
             break
-        centroids = _means(backend, points, centroids, sums, counts)
+        means = _means(backend, points, centroids, sums, counts)
         if not bool(counts.all()):
-            _refill(backend, points, centroids, distances, counts)
-        before = labels
-    return centroids, labels, inertia, settled
+            _refill(backend, points, means, centroids, counts)
+        centroids = means
+    return centroids, labels, inertia, changed == 0
 
 
 def descend(
@@ -201,26 +203,35 @@ def descend(
     limit, stride = STEPS + more, 1.0
 
     while len(history) < limit:
-        look = points.look_at if points.few(len(doubtful)) else points.assign
-        found, least, second = look(doubtful, centroids, xp.float32)
-        before = kernels.note(doubtful, found, least, second, points.squared_norms, reach, fall, labels, upper, lower)
-        changed = xp.flatnonzero(found != before)
-        if len(changed) == 0 and stride == 1.0:
+        look = (points.looking_at if points.few(len(doubtful)) else points.assigning)(centroids, xp.float32)
+        moved, n_moved = [], 0
+        for part in ranges(len(doubtful), LOOK_ROWS):
+            rows = doubtful[part]
+            found, least, second = look(rows)
+            before = kernels.note(rows, found, least, second, points.squared_norms, reach, fall, labels, upper, lower)
+            changed = xp.flatnonzero(found != before)
+            before, after = before[changed], found[changed]
+            counts += xp.bincount(after, minlength=clusters)
+            counts -= xp.bincount(before[before >= 0], minlength=clusters)
+            n_moved += len(changed)
+            if points.few(n_moved // 8):  # else the form's own way, which reads all items and all interactions
+                moved.append((rows[changed], before, after))
+            else:
+                moved.clear()
+        if n_moved == 0 and stride == 1.0:
             return means, history, True
-        moved, before, after = doubtful[changed], before[changed], found[changed]
-        if points.few(len(moved) // 8):  # the other way reads all items and all interactions
-            sums += points.moves(moved, before, after, clusters)
-        else:
+        del look, doubtful  # and the memory that they take
+        if not points.few(n_moved // 8):
             sums = points.sums(labels, clusters, xp.float32)
-        counts += xp.bincount(after, minlength=clusters)
-        counts -= xp.bincount(before[before >= 0], minlength=clusters)
+        for rows, before, after in moved:
+            sums += points.moves(rows, before, after, clusters)
         if not history:
             margin = _MARGIN * float(upper.mean())
         history.append(spread - float(((sums * sums).sum(axis=1) / xp.maximum(counts, 1)).sum()))
         means = _means(backend, points, centroids, sums, counts)
         filled = bool(counts.all())
         if not filled:
-            _refill(backend, points, means, upper + reach[labels], counts)
+            _refill(backend, points, means, centroids, counts)
         step = means.astype(xp.float64) - centroids
         mean = sums.sum(axis=0) / len(points)
         variance = (spread / len(points) - float(mean @ mean)) / len(middle)
@@ -245,13 +256,25 @@ def _means(backend: Backend, points: Points, centroids: Any, sums: Any, counts: 
     return xp.where(filled, sums / xp.maximum(counts, 1)[:, None] + points.middle, centroids).astype(xp.float32)
 
 
-def _refill(backend: Backend, points: Points, means: Any, distances: Any, counts: Any) -> None:
-    """Let clusters left empty take the rows farthest from their centroids, as scikit-learn has it."""
+def _refill(backend: Backend, points: Points, means: Any, centroids: Any, counts: Any) -> None:
+    """Let clusters left empty take the rows farthest from the centroids, as scikit-learn has it."""
     xp = backend.xp
     empty = xp.flatnonzero(counts == 0)
-    farthest = xp.argsort(-distances, kind="stable")[: len(empty)]
-    farthest = farthest[distances[farthest] > 0]  # none where distinct rows are fewer than clusters
+    farthest = points.farthest(centroids, len(empty))  # fewer where distinct rows are fewer than clusters
     means[empty[: len(farthest)]] = points.rows(farthest, xp.float64) + points.middle
+
+
+_Look = Callable[[Any], tuple[Any, Any, Any]]
+"""From some rows (m,) int64, ascending, to their nearest centroid.
+
+That is: labels (m,) int32, the first of equals; the least and second least squared distance, both less the row's
+squared norm, (m,) float64.
+"""
+
+
+def tile_rows(width: int) -> int:
+    """Rows (D wide) made at a time by the tiled form: a multiple of `BLOCK_ROWS`."""
+    return BLOCK_ROWS * max(1, min(TILE_ROWS, TILE_BYTES // (8 * width)) // BLOCK_ROWS)
 
 
 class Points(ABC):
@@ -295,15 +318,31 @@ class Points(ABC):
         lengths = self.squared_norms[index][:, None] + (table * table).sum(axis=1)
         return xp.maximum(lengths - 2.0 * products, 0.0)
 
+    @property
+    def tile_rows(self) -> int:
+        """Rows made at a time."""
+        return min(tile_rows(len(self.middle)), TILE_ROWS)
+
     def few(self, count: int) -> bool:
         """Whether so many rows are better made than sent the way of the form."""
-        return count <= TILE_ROWS
+        return count <= self.tile_rows
 
-    def look_at(self, index: Any, centroids: Any, dtype: Any) -> tuple[Any, Any, Any]:
-        """As `assign`, for rows that are made all at once."""
+    def looking_at(self, centroids: Any, dtype: Any) -> _Look:
+        """Look at rows that are made all at once; products are taken in ``dtype``."""
         xp = self.backend.xp
         table = centroids.astype(xp.float64) - self.middle
-        return self.backend.kernels.nearest_two(self._products(index, table, dtype), (table * table).sum(axis=1))
+        lengths = (table * table).sum(axis=1)
+        return lambda index: self.backend.kernels.nearest_two(self._products(index, table, dtype), lengths)
+
+    def assigning(self, centroids: Any, dtype: Any) -> _Look:
+        """Look at any number of rows, the form's own way."""
+        look = self.looking_at(centroids, dtype)
+
+        def assign(index: Any) -> tuple[Any, Any, Any]:
+            tiles = [look(index[part]) for part in ranges(len(index), self.tile_rows)]
+            return tuple(map(self.backend.xp.concatenate, zip(*tiles, strict=True)))
+
+        return assign
 
     def _products(self, index: Any, table: Any, dtype: Any) -> Any:
         """Products of some rows less the middle with ``table`` (K, D), (m, K)."""
@@ -311,22 +350,11 @@ class Points(ABC):
         nowhere = xp.zeros(len(self.middle))
         return self.backend.kernels.products(self.rows(index, dtype), nowhere, table, dtype)
 
-    def assign(self, index: Any, centroids: Any, dtype: Any) -> tuple[Any, Any, Any]:
-        """Nearest centroid of some rows.
-
-        Returns
-        -------
-        labels (m,) int32, the first of equals; the least and second least squared distance, both less the
-        row's squared norm, (m,) float64; products are taken in ``dtype``
-        """
-        tiles = [self.look_at(index[part], centroids, dtype) for part in ranges(len(index), TILE_ROWS)]
-        return tuple(map(self.backend.xp.concatenate, zip(*tiles, strict=True)))
-
     def sums(self, labels: Any, clusters: int, dtype: Any) -> Any:
         """Sums of the rows less the middle of each label, (K, D) float64; products are taken in ``dtype``."""
         xp = self.backend.xp
         total = xp.zeros((clusters, len(self.middle)), xp.float64)
-        for tile in ranges(len(self), TILE_ROWS):
+        for tile in ranges(len(self), self.tile_rows):
             self._sum(self.rows(xp.arange(tile.start, tile.stop), dtype), labels[tile], total)
         return total
 
@@ -343,19 +371,49 @@ class Points(ABC):
         for partial in self.backend.in_order(work, ranges(len(rows), BLOCK_ROWS)):
             total += partial
 
-    def step(self, centroids: Any) -> tuple[Any, Any, Any, Any]:
-        """One Lloyd step in float64.
+    def step(self, centroids: Any, labels: Any) -> tuple[float, int, Any, Any]:
+        """One Lloyd step in float64; ``labels`` (n,) int32 become those of the nearest centroids, the first of equals.
 
         Returns
         -------
-        labels (n,) int32, the first of equals; squared distances (n,) float64; the sums of the rows less the
-        middle of each label (K, D) float64; their counts (K,)
+        sum of squared distances; how many labels changed; the sums of the rows less the middle of each label
+        (K, D) float64; their counts (K,)
         """
         xp = self.backend.xp
-        labels, least, _ = self.assign(xp.arange(len(self)), centroids, xp.float64)
-        sums = self.sums(labels, len(centroids), xp.float64)
-        distances = xp.maximum(least + self.squared_norms, 0.0)
-        return labels, distances, sums, xp.bincount(labels, minlength=len(centroids))
+        inertia, changed = 0.0, 0
+        counts = xp.zeros(len(centroids), xp.int64)
+        for part, found, distances in self._distances(centroids):
+            inertia += float(distances.sum())
+            changed += int((found != labels[part]).sum())
+            counts += xp.bincount(found, minlength=len(centroids))
+            labels[part] = found
+        return inertia, changed, self.sums(labels, len(centroids), xp.float64), counts
+
+    def nearest(self, centroids: Any) -> Any:
+        """Labels (n,) int32 of the nearest centroids, the first of equals, in float64."""
+        labels = self.backend.xp.empty(len(self), self.backend.xp.int32)
+        for part, found, _ in self._distances(centroids):
+            labels[part] = found
+        return labels
+
+    def farthest(self, centroids: Any, count: int) -> Any:
+        """Rows (m,) int64 farthest from their nearest centroids, the farthest first, that are not on them."""
+        xp = self.backend.xp
+        rows, reached = xp.empty(0, xp.int64), xp.empty(0, xp.float64)
+        for part, _, distances in self._distances(centroids):
+            rows = xp.concatenate([rows, xp.arange(part.start, part.stop)])
+            reached = xp.concatenate([reached, distances])
+            order = xp.argsort(-reached, kind="stable")[:count]
+            rows, reached = rows[order], reached[order]
+        return rows[reached > 0]
+
+    def _distances(self, centroids: Any) -> Iterator[tuple[slice, Any, Any]]:
+        """Range by range: labels of the nearest centroids, and squared distances to them, in float64."""
+        xp = self.backend.xp
+        look = self.assigning(centroids, xp.float64)
+        for part in ranges(len(self), LOOK_ROWS):
+            found, least, _ = look(xp.arange(part.start, part.stop))
+            yield part, found, xp.maximum(least + self.squared_norms[part], 0.0)
 
     def _one_hot(self, labels: Any, clusters: int) -> Any:
         """Labels as a sparse K x n matrix, made by rows: a transposed product varies between runs on CUDA."""
@@ -404,12 +462,18 @@ class Dense(Points):
         """See `Points.rows`."""
         return (self._matrix[index] - self.middle).astype(dtype, copy=False)
 
-    def assign(self, index: Any, centroids: Any, dtype: Any) -> tuple[Any, Any, Any]:
-        """See `Points.assign`: where many are asked for, all are looked at, and none is copied."""
-        if 4 * len(index) < len(self):
-            return super().assign(index, centroids, dtype)
-        found = self.look_at(self.backend.xp.arange(len(self)), centroids, dtype)
-        return found if len(index) == len(self) else tuple(values[index] for values in found)
+    def assigning(self, centroids: Any, dtype: Any) -> _Look:
+        """See `Points.assigning`: where many are asked for, all between are looked at, and none is copied."""
+        some, look = super().assigning(centroids, dtype), self.looking_at(centroids, dtype)
+
+        def assign(index: Any) -> tuple[Any, Any, Any]:
+            first, last = (int(index[0]), int(index[-1])) if len(index) else (0, -1)
+            if 4 * len(index) <= last - first:
+                return some(index)
+            found = look(slice(first, last + 1))
+            return found if len(index) == last + 1 - first else tuple(values[index - first] for values in found)
+
+        return assign
 
     def moves(self, index: Any, before: Any, after: Any, clusters: int) -> Any:
         """See `Points.moves`: rows of a matrix are those of the identity's product with it."""
@@ -422,8 +486,7 @@ class Dense(Points):
         return total
 
     def _products(self, index: Any, table: Any, dtype: Any) -> Any:
-        rows = self._matrix if len(index) == len(self) else self._matrix[index]
-        return self.backend.kernels.products(rows, self.middle, table, dtype)
+        return self.backend.kernels.products(self._matrix[index], self.middle, table, dtype)
 
 
 class Tiled(Points):
@@ -465,7 +528,7 @@ class Tiled(Points):
         """See `Points.squared_norms`: one gather pass."""
         kernels = self.backend.kernels
         norms = kernels.squared_norms(self._csr, self._features, self._row_scale, self._item_scale, self.middle)
-        return norms[self.users]
+        return norms if len(self) == len(norms) else norms[self.users]
 
     def rows(self, index: Any, dtype: Any) -> Any:
         """See `Points.rows`."""
@@ -508,15 +571,15 @@ class Factored(Tiled):
 
     def few(self, count: int) -> bool:
         """See `Points.few`: making the rows reads less than all items' features."""
-        return count <= TILE_ROWS and count * len(self._csr.indices) < len(self._features) * len(self)
+        return super().few(count) and count * len(self._csr.indices) < len(self._features) * len(self)
 
-    def assign(self, index: Any, centroids: Any, dtype: Any) -> tuple[Any, Any, Any]:
-        """See `Points.assign`."""
+    def assigning(self, centroids: Any, dtype: Any) -> _Look:
+        """See `Points.assigning`: the products of all items are taken once."""
         table = centroids.astype(self.backend.xp.float64) - self.middle
         kernels = self.backend.kernels
         products = kernels.products(self._features, self.middle, table, dtype)
-        scales = (self._row_scale, self._item_scale)
-        return kernels.assign(self._csr, self.users[index], products, *scales, (table * table).sum(axis=1))
+        arrays = (products, self._row_scale, self._item_scale, (table * table).sum(axis=1))
+        return lambda index: kernels.assign(self._csr, self.users[index], *arrays)
 
     def sums(self, labels: Any, clusters: int, dtype: Any) -> Any:
         """See `Points.sums`."""

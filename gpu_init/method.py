@@ -97,11 +97,10 @@ def clusters(
     ``memory``: bytes that it may take beside the interactions and the features.
     """
     xp = backend.xp
-    warm = xp.flatnonzero(operator.warm)
     user_labels = xp.full(interactions.users, -1, xp.int32)
     if settings.cluster_on == "users":
         found = _cluster_users(backend, interactions, modality, operator, settings, memory)
-        user_labels[warm] = found.labels
+        user_labels[operator.warm] = found.labels
         return Clustering(found.centroids, user_labels, None, found)
     kept = xp.flatnonzero(modality.present)
     points = kmeans.Dense(backend, modality.values if len(kept) == interactions.items else modality.values[kept])
@@ -109,7 +108,7 @@ def clusters(
     item_labels = xp.full(interactions.items, -1, xp.int32)
     item_labels[kept] = found.labels
     users = kmeans.Factored(backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
-    user_labels[warm], _, _ = users.assign(xp.arange(len(users)), found.centroids, xp.float64)
+    user_labels[operator.warm] = users.nearest(found.centroids)
     return Clustering(found.centroids, user_labels, item_labels, found)
 
 

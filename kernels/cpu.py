@@ -20,7 +20,7 @@ from .csr import Csr
 from .vectors import STREAM_VALUES, add_rows, finish_streams, prefetch, prefetch_row, stream_row
 
 _PARTS_PER_THREAD = 16
-_PARTIAL_BYTES = 256 << 20
+_PARTIAL_BYTES = 128 << 20
 _MOST_PARTS = 8
 _AHEAD = 16  # interactions that an item's row is asked for before it is summed
 _EVEN_PARTS = 64
@@ -487,8 +487,11 @@ class NumbaKernels:
         """See `Kernels.in_doubt`."""
         rows, counts = np.empty(len(labels), np.int64), np.empty(_EVEN_PARTS, np.int64)
         _in_doubt(*_inputs(labels, upper, lower, reach), float(fall), rows, counts)
-        starts = np.arange(_EVEN_PARTS) * len(labels) // _EVEN_PARTS
-        return np.concatenate([rows[start : start + count] for start, count in zip(starts, counts, strict=True)])
+        total = 0
+        for start, count in zip(np.arange(_EVEN_PARTS) * len(labels) // _EVEN_PARTS, counts, strict=True):
+            rows[total : total + count] = rows[start : start + count]
+            total += int(count)
+        return rows[:total] if 2 * total > len(labels) else rows[:total].copy()
 
     def move_rows(
         self,

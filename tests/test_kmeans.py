@@ -58,15 +58,22 @@ FORMS = [kmeans.Dense, kmeans.Tiled, kmeans.Factored]
 @pytest.mark.parametrize("missing", [0.0, 0.2])
 def test_a_step_is_the_definition(rng, monkeypatch, form, weighted, shift, missing):
     monkeypatch.setattr(kmeans, "TILE_ROWS", 1000)
+    monkeypatch.setattr(kmeans, "LOOK_ROWS", 1700)
     points, M = users(rng, weighted=weighted, shift=shift, missing=missing, form=form)
     start = M[:7].astype(np.float32)
-    labels, distances, sums, counts = points.step(start)
+    labels = np.full(len(M), -1, np.int32)
+    inertia, changed, sums, counts = points.step(start, labels)
+    distances = np.concatenate([each for _, _, each in points._distances(start)])
     expected = oracle.squared_distances(M, start)
     tolerance = (
         1e-3 if shift and form is not kmeans.Factored else 1e-6
     )  # float32 rows of length 3000 have lost these digits
     np.testing.assert_allclose(distances, expected.min(axis=1), rtol=tolerance, atol=tolerance * expected.mean())
+    assert inertia == pytest.approx(distances.sum())
+    assert (changed, points.step(start, labels)[1]) == (len(M), 0)
     oracle.assert_nearest(M, start, labels)
+    np.testing.assert_array_equal(points.nearest(start), labels)
+    np.testing.assert_array_equal(points.farthest(start, 5), np.argsort(-distances, kind="stable")[:5])
     for k in range(7):
         expected_sum = (M[labels == k] - points.middle).sum(axis=0)
         np.testing.assert_allclose(sums[k], expected_sum, rtol=1e-6, atol=tolerance * counts[k])
@@ -87,7 +94,7 @@ def test_same_start_and_steps_same_centroids_as_scikit_learn(rng, groups, form):
     for steps in (1, 2, 5):
         centroids = start
         for _ in range(steps):
-            _, _, sums, counts = points.step(centroids)
+            _, _, sums, counts = points.step(centroids, np.full(len(M), -1, np.int32))
             centroids = kmeans._means(CPU, points, centroids, sums, counts)
         theirs = KMeans(6, init=start, n_init=1, max_iter=steps, tol=0).fit(M.astype(np.float32)).cluster_centers_
         oracle.assert_close(centroids, theirs, 1e-4)
@@ -98,6 +105,7 @@ def test_same_start_and_steps_same_centroids_as_scikit_learn(rng, groups, form):
 @pytest.mark.parametrize("tile", [500, 1 << 16])
 def test_bounds_change_nothing(rng, monkeypatch, form, tile):
     monkeypatch.setattr(kmeans, "TILE_ROWS", tile)
+    monkeypatch.setattr(kmeans, "LOOK_ROWS", 6 * tile)
     points, M = users(rng, count=8000, groups=5, form=form)
     start = M[:9].astype(np.float32)
     fast, inertia, settled = kmeans.descend(CPU, points, start, growth=1.0)
@@ -117,9 +125,10 @@ def test_longer_strides_end_where_labels_settle_in_fewer_steps(rng, form):
         start = M[rng.choice(len(M), 9, replace=False)].astype(np.float32)
         centroids, inertia, settled = kmeans.descend(CPU, points, start)
         assert settled
-        labels, distances, _, _ = points.step(centroids)
+        labels = np.full(len(M), -1, np.int32)
+        exact, _, _, _ = points.step(centroids, labels)
         oracle.assert_means(M, centroids, labels)
-        assert distances.sum() == pytest.approx(inertia[-1], rel=1e-4)
+        assert exact == pytest.approx(inertia[-1], rel=1e-4)
         longer.append((len(inertia), inertia[-1]))
         _, inertia, _ = kmeans.descend(CPU, points, start, growth=1.0)
         plain.append((len(inertia), inertia[-1]))
