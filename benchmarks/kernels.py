@@ -17,6 +17,7 @@ from common import alternate, arguments, cache_bytes, copier, features, matrix, 
 
 from gpu_init.backend import select
 from gpu_init.interactions import from_matrix
+from gpu_init.kernels.arrays import empty
 from gpu_init.kernels.reference import ReferenceKernels
 
 OURS, LIMIT = "gpu-init", "copy of the same bytes"
@@ -81,7 +82,7 @@ def competitors(interactions: Any, values: Any) -> dict[str, Callable[[], Any]]:
     row_scale, item_scale = 1.0 / np.diff(ours.csr.indptr), np.ones(ours.items)
     lam, cold = np.full(users, baselines.LAMBDA), np.zeros(width)
     means = baselines.operator(interactions)
-    out = np.zeros((users, width), np.float32)
+    out = empty((users, width), np.float32)
 
     def fused(implementation: Any) -> Any:
         scales = (row_scale, item_scale, lam)

@@ -32,7 +32,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .errors import InputError, ResourceError
-from .kernels import Kernels, cpu_kernels
+from .kernels import Kernels, arrays, cpu_kernels
 from .kernels.cuda import OLDEST, CudaKernels, choose_cache_folder
 
 TEXT_BLOCK_BYTES = 16 << 20  # of a text file read at a time; no line may be longer
@@ -65,6 +65,9 @@ class Backend(Protocol):
 
     def asarray(self, array: Any) -> Any:
         """Array on this device, in C order; no copy where none is needed."""
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Array on this device, in C order, where the kernels read and write rows best."""
 
     def to_host(self, array: Any) -> np.ndarray[Any, Any]:
         """The same array as numpy's."""
@@ -196,6 +199,10 @@ class CpuBackend:
         """See `Backend.asarray`."""
         return np.ascontiguousarray(array)
 
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """See `Backend.empty`: on a cache line."""
+        return arrays.empty(shape, dtype)
+
     def to_host(self, array: Any) -> np.ndarray[Any, Any]:
         """See `Backend.to_host`."""
         return np.asarray(array)
@@ -326,6 +333,10 @@ class CudaBackend:
     def asarray(self, array: Any) -> Any:
         """See `Backend.asarray`."""
         return self.xp.ascontiguousarray(self.xp.asarray(array))
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """See `Backend.empty`."""
+        return self.xp.empty(shape, dtype)
 
     def to_host(self, array: Any) -> np.ndarray[Any, Any]:
         """See `Backend.to_host`."""
@@ -462,7 +473,7 @@ class _HostOutbox:
     """Two spaces used in turn: the writer has one while the other is filled; new ones would cost their pages anew."""
 
     def __init__(self, rows: int, width: int, dtype: str, write: Callable[[Any], None]) -> None:
-        self._spaces = itertools.cycle(np.empty((2, rows, width), dtype))
+        self._spaces = itertools.cycle([arrays.empty((rows, width), dtype) for _ in range(2)])
         self.send = write
 
     def __enter__(self) -> _HostOutbox:

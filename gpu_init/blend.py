@@ -54,7 +54,7 @@ def blend(backend: Backend, interactions: Interactions, fit: Blend, rows: slice,
     """Rows of X, (n, d) float32: one kernel call, into ``out`` where one is given."""
     by_item = fit.item_labels is not None
     if out is None:
-        out = backend.xp.empty((rows.stop - rows.start, fit.modality.values.shape[1]), backend.xp.float32)
+        out = backend.empty((rows.stop - rows.start, fit.modality.values.shape[1]), backend.xp.float32)
     backend.kernels.aggregate_blend(
         interactions.csr.rows(rows.start, rows.stop),
         fit.modality.values,

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from . import ids
 from .backend import Backend, one_line
 from .errors import GpuInitError, InputError, ResourceError
+from .kernels.arrays import empty
 from .storage import expand, reading
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def _read_npz(file: io.BufferedReader, path: str) -> NDArray[Any]:
         with archive.open(member) as stream:
             header = _npy_header(stream, f"{path}, {member.filename}", member.file_size)
         require_memory(path, member.file_size)
-        data = np.empty(header.end - header.offset, np.uint8)
+        data = empty((header.end - header.offset,), np.uint8)
         with archive.open(member) as stream:
             stream.read(header.offset)
             filled = 0
@@ -358,7 +359,7 @@ def _read_parquet(place: str, paths: Sequence[str], item_column: str | None) -> 
         raise InputError(f"{place}: no rows; one per item is wanted.")
     width = _list_width(place, paths, layout.values[0]) if layout.is_list else len(layout.values)
     require_memory(place, sum(counts) * width * dtype.itemsize)
-    values = np.empty((sum(counts), width), dtype)
+    values = empty((sum(counts), width), dtype)
     columns = []
     filled = 0
     for path, count in zip(paths, counts, strict=True):
@@ -566,7 +567,7 @@ def _native(values: NDArray[Any], place: str) -> NDArray[Any]:
     """Values as numpy and numba compute with them; the same memory where they are so already."""
     if _is_bfloat16(values.dtype):
         require_memory(place, 4 * values.size)
-        wide = np.empty(values.shape, np.float32)  # bfloat16 is the upper half of float32
+        wide: NDArray[np.float32] = empty(values.shape, np.float32)  # bfloat16 is the upper half of float32
         np.left_shift(values.view(np.uint16), 16, out=wide.view(np.uint32), dtype=np.uint32)
         return wide
     if values.dtype.isnative and values.flags.aligned:
@@ -652,7 +653,12 @@ def _check_block(block: Any, limit: float, start: int, place: str) -> None:
 
 def as_float32(backend: Backend, values: Any, exact: bool = False) -> Any:
     """Values as float32 in C order on the device, or float64 as it is if exact; no copy where they are so already."""
-    return backend.asarray(values.astype(_kept_dtype(values, exact), order="C", copy=False))
+    dtype = _kept_dtype(values, exact)
+    if values.dtype == dtype and values.flags.c_contiguous:
+        return backend.asarray(values)
+    converted = backend.empty(values.shape, dtype)
+    converted[...] = backend.asarray(values)
+    return converted
 
 
 def _kept_dtype(values: Any, exact: bool) -> type[np.floating[Any]]:
@@ -703,7 +709,8 @@ def align(
         aligned = as_float32(backend, values, exact)
     else:
         require_memory(table.path, dtype.itemsize * len(mask) * values.shape[1])
-        placed = np.zeros((len(mask), values.shape[1]), dtype)
+        placed = empty((len(mask), values.shape[1]), dtype)
+        placed.fill(0)
         for start in range(0, len(values), _BLOCK_ROWS):
             placed[rows[start : start + _BLOCK_ROWS]] = values[start : start + _BLOCK_ROWS]
         aligned = backend.asarray(placed)
@@ -842,7 +849,8 @@ def project(backend: Backend, modality: Modality, projection: Projection) -> Mod
         d columns wide; an item without the modality is a zero row.
     """
     xp = backend.xp
-    values = xp.zeros((len(modality.values), projection.components.shape[1]), xp.float32)
+    values = backend.empty((len(modality.values), projection.components.shape[1]), xp.float32)
+    values.fill(0)
     with backend.deterministic():
         for part, rows in _blocks(xp, modality):
             values[part][modality.present[part]] = (rows - projection.mean) @ projection.components

@@ -403,7 +403,6 @@ def _initialize(device: Backend, interactions: Any, features: Mapping[str, Any],
 def _initialize_one(
     backend: Backend, interactions: Interactions, modality: Modality, operator: Weighting, settings: Settings
 ) -> ModalityResult:
-    xp = backend.xp
     if settings.dim is not None:
         projection = feature_arrays.fit_projection(backend, modality, settings.dim, settings.whiten)
         modality = feature_arrays.project(backend, modality, projection)
@@ -412,7 +411,7 @@ def _initialize_one(
     found = clusters(backend, interactions, modality, operator, settings)
     labels = (found.centroids, found.user_labels, found.item_labels)
     plan = fit(backend, interactions, modality, operator, settings, labels, None, step)
-    users = xp.empty((interactions.users, width), settings.dtype)
+    users = backend.empty((interactions.users, width), settings.dtype)
     for _ in blocks(backend, interactions, plan, step, settings.dtype, users.__getitem__):
         pass
     projected = settings.dim is not None

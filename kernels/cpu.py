@@ -14,6 +14,7 @@ import numba
 import numpy as np
 from numba import prange
 
+from .arrays import empty
 from .build import NumbaBuilder
 from .compiled import compiled, compiled_reordering, inner, inner_reordering
 from .csr import Csr
@@ -25,6 +26,7 @@ _MOST_PARTS = 8
 _AHEAD = 16  # interactions that an item's row is asked for before it is summed
 _EVEN_PARTS = 64
 _FLOAT_BYTES = 4
+_NEAR_BYTES = 4 << 20  # a table up to this size is in the caches, and its rows need not be asked for ahead
 _STREAMED_BYTES = 32 << 20  # less is left in the caches, for whoever reads it next
 _LOOKED_AT = 4096  # rows whose interactions are counted to split many rows
 _LISTED = 64  # items of a user whose columns are summed in registers, in one go
@@ -245,15 +247,19 @@ def _two_least(products, factor, lengths):  # type: ignore[no-untyped-def]
 
 @compiled
 def _assign(  # type: ignore[no-untyped-def]
-    bounds, indptr, indices, weights, rows, table, row_scale, item_scale, lengths, labels, least, second
+    bounds, indptr, indices, weights, rows, table, row_scale, item_scale, lengths, far, labels, least, second
 ):
     for part in prange(bounds.size - 1):
         products = np.empty(table.shape[1], np.float64)
         items, factors = np.empty(_LISTED, indices.dtype), np.ones(_LISTED, table.dtype)
         for at in range(bounds[part], bounds[part + 1]):
             row = rows[at]
-            if at + _AHEAD < bounds[part + 1]:
-                prefetch(indices, indptr[rows[at + _AHEAD]])
+            if at + 2 * _AHEAD < bounds[part + 1]:
+                prefetch(indices, indptr[rows[at + 2 * _AHEAD]])
+            if far and at + _AHEAD < bounds[part + 1]:
+                soon = rows[at + _AHEAD]
+                for entry in range(indptr[soon], min(indptr[soon + 1], indptr[soon] + _LISTED)):
+                    prefetch_row(table, indices[entry])
             products[:] = 0.0
             for first in range(indptr[row], indptr[row + 1], _LISTED):
                 last = min(first + _LISTED, indptr[row + 1])
@@ -366,16 +372,23 @@ def _move_rows(  # type: ignore[no-untyped-def]
 
 @compiled
 def _label_sums(  # type: ignore[no-untyped-def]
-    indptr, indices, weights, rows, labels, row_scale, item_scale, partial
+    indptr, indices, weights, rows, labels, row_scale, item_scale, far, partial
 ):
     parts = partial.shape[0]
     for part in prange(parts):
-        for at in range(part * rows.size // parts, (part + 1) * rows.size // parts):
+        last = (part + 1) * rows.size // parts
+        sums = partial[part]
+        places = sums.reshape(sums.size)
+        for at in range(part * rows.size // parts, last):
             row = rows[at]
             label = labels[at]
+            if far and at + _AHEAD < last:
+                soon = rows[at + _AHEAD]
+                for entry in range(indptr[soon], min(indptr[soon + 1], indptr[soon] + _LISTED)):
+                    prefetch(places, indices[entry] * sums.shape[1] + labels[at + _AHEAD])
             for entry in range(indptr[row], indptr[row + 1]):
                 item = indices[entry]
-                partial[part, item, label] += _factor(np.float64, row_scale[row], weights, entry, item_scale, item)
+                sums[item, label] += _factor(np.float64, row_scale[row], weights, entry, item_scale, item)
 
 
 class NumbaKernels:
@@ -446,7 +459,7 @@ class NumbaKernels:
 
     def products(self, features: Any, middle: Any, points: Any, dtype: Any) -> Any:
         """See `Kernels.products`."""
-        out = np.empty((len(features), len(points)), dtype)
+        out = empty((len(features), len(points)), dtype)
         _products(*_inputs(features, middle.astype(dtype), points.astype(dtype)), out)
         return out
 
@@ -456,7 +469,8 @@ class NumbaKernels:
         """See `Kernels.assign`."""
         labels, least, second = np.empty(len(rows), np.int32), np.empty(len(rows)), np.empty(len(rows))
         arrays = _inputs(*csr, rows, table, row_scale, _scale(item_scale), lengths)
-        _assign(_bounds_of(rows, csr.indptr), *arrays, labels, least, second)
+        far = table.nbytes > _NEAR_BYTES
+        _assign(_bounds_of(rows, csr.indptr), *arrays, far, labels, least, second)
         return labels, least, second
 
     def nearest_two(self, products: Any, lengths: Any) -> tuple[Any, Any, Any]:
@@ -511,7 +525,8 @@ class NumbaKernels:
 
     def label_sums(self, csr: Csr, rows: Any, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
         """See `Kernels.label_sums`: fixed ranges of the rows, added up in order."""
-        _add_ranges(_label_sums, _inputs(*csr, rows, labels, row_scale, _scale(item_scale)), sums)
+        arrays = _inputs(*csr, rows, labels, row_scale, _scale(item_scale))
+        _add_ranges(_label_sums, [*arrays, sums.nbytes > _NEAR_BYTES], sums)
 
 
 def _inputs(*arrays: Any) -> list[Any]:

@@ -11,9 +11,10 @@ from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils
 
+from .arrays import LINE_BYTES
+
 intrinsic: Any = extending.intrinsic  # whose type says that the context is given by the caller
 
-_LINE_BYTES = 64  # of a cache line
 _READ, _SECOND_LEVEL, _DATA = 0, 2, 1  # operands of llvm.prefetch: into the second-level cache
 _BYTE, _INT32, _INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 STREAM_VALUES = 4  # float32 values that one streaming store takes; they lie on a multiple of their 16 bytes
@@ -27,9 +28,11 @@ def prefetch_row(typingctx, table, row):  # type: ignore[no-untyped-def]  # noqa
         array = _array(context, builder, signature, arguments, 0)
         start = _row(builder, array, arguments[1])
         n_bytes = builder.extract_value(array.strides, 0)
-        lines = builder.udiv(builder.add(n_bytes, _INT64(_LINE_BYTES - 1)), _INT64(_LINE_BYTES))
+        within = builder.and_(builder.ptrtoint(start, _INT64), _INT64(LINE_BYTES - 1))  # its line
+        touched = builder.add(builder.add(within, n_bytes), _INT64(LINE_BYTES - 1))
+        lines = builder.udiv(touched, _INT64(LINE_BYTES))
         with cgutils.for_range(builder, lines) as loop:
-            _prefetch(builder, builder.gep(start, [builder.mul(loop.index, _INT64(_LINE_BYTES))]))
+            _prefetch(builder, builder.gep(start, [builder.mul(loop.index, _INT64(LINE_BYTES))]))
         return context.get_dummy_value()
 
     return types.void(table, row), generate
