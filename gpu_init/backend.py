@@ -31,6 +31,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from . import memory
 from .errors import InputError, ResourceError
 from .kernels import Kernels, cpu_kernels
 from .kernels.cuda import OLDEST, CudaKernels, choose_cache_folder
@@ -636,10 +637,11 @@ class Fact:
 
 def facts() -> list[Fact]:
     """What the job would find on this machine: system, libraries, driver, devices."""
+    free = memory.available()
     lines = [
         Fact("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Fact("cores", str(cores())),
-        Fact("memory", f"{_free_memory() / 1e9:.1f} GB free"),
+        Fact("memory", f"{free.bytes / 1e9:.1f} GB free {free.why}"),
     ]
     lines += [Fact(name, version) for name, version in CpuBackend("doctor").versions().items()]
     torch = _version("torch")
@@ -762,7 +764,3 @@ def _version(distribution: str) -> str | None:
 
 def _versions(*distributions: str) -> dict[str, str]:
     return {name: version for name in distributions if (version := _version(name)) is not None}
-
-
-def _free_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

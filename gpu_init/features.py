@@ -14,7 +14,7 @@ import textwrap
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from . import ids
 from .backend import Backend, one_line
 from .errors import GpuInitError, InputError, ResourceError
+from .memory import require as require_memory
 from .storage import expand, reading
 
 if TYPE_CHECKING:
@@ -573,21 +574,6 @@ def _native(values: NDArray[Any], place: str) -> NDArray[Any]:
         return values
     require_memory(place, values.nbytes)
     return values.astype(values.dtype.newbyteorder("="), order="C")
-
-
-def require_memory(place: str, needed: int) -> None:
-    """Refuse work for which less memory than ``needed`` bytes is free, with a ResourceError that names the place."""
-    free = _available_memory()
-    if needed > free:
-        raise ResourceError(f"{place}: {needed:,} bytes of memory are needed, {free:,} are free.")
-
-
-def _available_memory() -> int:
-    with suppress(OSError), open("/proc/meminfo", encoding="ascii") as facts:
-        for line in facts:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check(values: Any, place: str) -> Any:

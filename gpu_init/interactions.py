@@ -30,6 +30,7 @@ from .tables import (
     joined,
     open_table,
     read_user_ids,
+    stated_rows,
 )
 from .where import Where
 
@@ -47,6 +48,7 @@ __all__ = [
     "positions",
     "read",
     "read_user_ids",
+    "stated_rows",
 ]
 
 _SUM_USERS = 1 << 16

@@ -146,6 +146,27 @@ def _whole_numbers(path: str, names: Sequence[str]) -> int | None:
     return int(metadata.num_rows) if whole else None
 
 
+def stated_rows(pattern: str) -> int:
+    """Rows that the Parquet files of a path, folder or glob say they have.
+
+    Raises
+    ------
+    InputError
+        One of them cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = 0
+    for path in expand(pattern, EXTENSIONS):
+        if path.endswith((".parquet", ".pq")):
+            try:
+                rows += pq.read_metadata(path).num_rows
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(f"{path}: {one_line(error)}") from None
+    return rows
+
+
 def row_name(separator: str | None, position: int) -> str:
     """Name a row as an editor would show it: the line of a text file, the row of a Parquet file from 0."""
     return f"row {position}" if separator is None else f"line {position + 2}"
