@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import ids
+from . import ids, npy
 from .backend import Backend, one_line
 from .errors import GpuInitError, InputError, ResourceError
 from .memory import require as require_memory
@@ -41,8 +41,7 @@ _PARQUET_COLUMNS = 16  # likewise; each holds a page and a dictionary of up to 1
 _CHECK_VALUES = 1 << 20  # looked at together, about a cache full
 _BLOCK_ROWS = 2048  # of float64 at a time; fixed, so that sums do not depend on memory
 _BFLOAT16 = np.dtype("V2")  # numpy has no such type and stores its two bytes
-_NPY_HEADER_BYTES = 12 + 10_000  # magic, length, and the longest header that numpy takes
-_SAFETENSORS_HEADER_BYTES = 100 << 20
+_SAFETENSORS_HEADER_BYTES = 8 << 20  # of JSON, which costs Python twenty times as much
 _CHUNK = 1 << 20
 _WANTED = "float16, bfloat16, float32 or float64 are wanted"
 
@@ -197,36 +196,11 @@ def _decoding(path: str, kind: str) -> Iterator[None]:
         raise InputError(f"{path}: broken, or not {kind} ({why}).") from None
 
 
-@dataclass(frozen=True)
-class _NpyHeader:
-    shape: tuple[int, ...]
-    order: Literal["C", "F"]
-    dtype: np.dtype[Any]
-    offset: int  # where the values start
-
-    @property
-    def end(self) -> int:
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length
-        return self.offset + size
-
-
-def _npy_header(file: Any, place: str, size: int) -> _NpyHeader:
-    """Header of an .npy file, held to the file's real size before anything is allocated or mapped."""
-    start = io.BytesIO(file.read(_NPY_HEADER_BYTES))
-    version = np.lib.format.read_magic(start)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"npy format version {version[0]}.{version[1]}")
-    parse = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = parse(start)
-    _require_matrix(place, shape, dtype)
-    header = _NpyHeader(shape, "F" if fortran else "C", dtype, start.tell())
-    if header.end != size:
-        raise InputError(
-            f"{place}: {shape[0]} x {shape[1]} values of {dtype} take {header.end:,} bytes, but it has {size:,};"
-            " the file was cut off or is not whole. Write it again."
-        )
+def _npy_header(file: Any, place: str, size: int) -> npy.Header:
+    """Header of an .npy file that holds a matrix, held to the file's real size."""
+    header = npy.read_header(file)
+    _require_matrix(place, header.shape, header.dtype)
+    header.require_size(place, size)
     return header
 
 
@@ -241,7 +215,7 @@ def _map(file: Any, dtype: Any, shape: tuple[int, ...], offset: int, order: Lite
 
 
 def _read_npz(file: io.BufferedReader, path: str) -> NDArray[Any]:
-    with zipfile.ZipFile(file) as archive:
+    with npy.archive(file, path) as archive:
         names = archive.namelist()
         if {"format.npy", "data.npy"} <= set(names):
             raise InputError(f"{path}: a scipy sparse matrix; features are dense arrays, saved with numpy.save.")
@@ -306,7 +280,7 @@ def _read_torch(file: io.BufferedReader, path: str) -> NDArray[Any]:
     except ImportError:
         raise InputError(f"{path}: PyTorch reads such files, and is not there: pip install 'gpu-init[torch]'") from None
     if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
+        with npy.archive(file, path) as archive:
             require_memory(path, sum(member.file_size for member in archive.infolist()))
     file.seek(0)
     try:

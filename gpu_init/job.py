@@ -27,6 +27,7 @@ from .features import FeatureTable, Modality
 from .ids import is_text
 from .interactions import (
     EXTENSIONS,
+    ROW_BYTES,
     TEXT_EXTENSIONS,
     Columns,
     InteractionTable,
@@ -44,7 +45,7 @@ from .version import __version__
 from .where import parse
 
 BLOCK_BYTES = 32 << 20  # of memory for the blocks on their way out, unless --memory asks for less; fits caches
-USER_BYTES = 48  # of memory for each row of R: where it starts, degrees, scales, label
+LABEL_BYTES = 32  # of memory for each user while K-means runs: norms, bounds, label
 USER_EXTENSIONS = (".parquet", ".pq", ".txt", *TEXT_EXTENSIONS)
 
 
@@ -171,7 +172,7 @@ def _read(config: JobConfig, backend: Backend, staging: Staging, progress: Progr
     if isinstance(users, str):
         users = read_user_ids(backend, users, config.user_column)
     elif users is not None:
-        require_memory(f"users {users}", users * USER_BYTES)
+        require_memory(f"users {users}", users * ROW_BYTES)
     where = parse(config.where) if config.where else None
     columns = Columns(config.user_column, config.item_column, config.weight_column, where)
     axis = _item_axis(tables)
@@ -225,7 +226,7 @@ def _require_room(
     staging.require_room(sum(_output_bytes(config, table, sizes) for table in tables.values()))
     needed = max(_fit_bytes(config, table, sizes) for table in tables.values())
     if reading:
-        needed += sizes.users * USER_BYTES + sizes.pairs * (4 if config.weight_column is None else 8)
+        needed += sizes.users * ROW_BYTES + sizes.pairs * (4 if config.weight_column is None else 8)
     require_memory(f"{sizes.users:,} users, {sizes.items:,} items, {sizes.pairs:,} interactions", needed)
 
 
@@ -244,12 +245,12 @@ def _fit_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
     width = settings.dim or values.shape[1]
     mapped = settings.dim is None and table.ids is None and values.dtype == np.float32 and values.flags.c_contiguous
     blocks = min(config.memory or BLOCK_BYTES, BLOCK_BYTES, 16 * sizes.users * width)
-    kmeans = 0
+    kmeans = sizes.users * LABEL_BYTES
     if sizes.users and settings.cluster_on == "users":
         memory = min(config.memory or method.KMEANS_BYTES, method.KMEANS_BYTES)
-        shape = (sizes.users, sizes.items, sizes.pairs, settings.clusters, width)
-        form = method.kmeans_form(*shape, memory)
-        kmeans = {"factored": 16 * sizes.items * settings.clusters, "dense": 8 * sizes.users * width, "tiled": 0}[form]
+        form = method.kmeans_form(sizes.users, sizes.items, sizes.pairs, settings.clusters, width, memory)
+        kmeans += 16 * max(sample_sizes(sizes.users, settings.clusters, width)) * width
+        kmeans += {"factored": 16 * sizes.items * settings.clusters, "dense": 8 * sizes.users * width, "tiled": 0}[form]
     return (0 if mapped else sizes.items * width * 4) + max(kmeans, blocks)
 
 
