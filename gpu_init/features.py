@@ -38,6 +38,7 @@ SMALLEST = 1e-30  # below, squares are lost in float32
 _PARQUET = (".parquet", ".pq")
 _PARQUET_ROWS = 4096  # decoded at a time
 _PARQUET_COLUMNS = 16  # likewise; each holds a page and a dictionary of up to 1 MiB
+_PARQUET_VALUE_BYTES = 16  # of memory for each value of a batch: levels, value, copies
 _CHECK_VALUES = 1 << 20  # looked at together, about a cache full
 _BLOCK_ROWS = 2048  # of float64 at a time; fixed, so that sums do not depend on memory
 _BFLOAT16 = np.dtype("V2")  # numpy has no such type and stores its two bytes
@@ -294,6 +295,11 @@ def _read_torch(file: io.BufferedReader, path: str) -> NDArray[Any]:
         found = str(loaded.layout) if isinstance(loaded, torch.Tensor) else type(loaded).__name__
         raise InputError(f"{path}: found {found}; one dense 2-D tensor is wanted, alone or in a dict.")
     loaded = loaded.detach()
+    stored = 0 if loaded.is_meta else loaded.untyped_storage().nbytes()
+    if loaded.numel() * loaded.element_size() > stored:
+        raise InputError(
+            f"{path}: {tuple(loaded.shape)} values, but {stored:,} bytes of them are stored; save tensor.contiguous()."
+        )
     values: NDArray[Any] = (loaded.float() if loaded.dtype == torch.bfloat16 else loaded).numpy()
     return values
 
@@ -347,9 +353,20 @@ def _read_parquet(place: str, paths: Sequence[str], item_column: str | None) -> 
 def _parquet_header(path: str, item_column: str | None) -> tuple[_Layout, np.dtype[Any], int]:
     """Layout, dtype of the values and number of rows of one file."""
     with _parquet(path) as parquet:
-        if parquet.metadata.num_rows < 0:
-            raise ValueError(f"{parquet.metadata.num_rows} rows")
+        _check_announced(path, parquet.metadata)
         return *_layout(path, parquet.schema_arrow, item_column), parquet.metadata.num_rows
+
+
+def _check_announced(path: str, metadata: pq.FileMetaData) -> None:
+    """Refuse counts of rows that do not add up, and rows so long that a batch of them does not fit into memory."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    counts = [group.num_rows for group in groups]
+    if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
+        raise ValueError(f"{metadata.num_rows} rows, in groups of {reprlib.repr(counts)}")
+    for group in groups:
+        values = max((group.column(number).num_values for number in range(group.num_columns)), default=0)
+        batch = min(_PARQUET_ROWS, group.num_rows)
+        require_memory(path, _PARQUET_VALUE_BYTES * values * batch // max(group.num_rows, 1))
 
 
 def _layout(path: str, schema: pa.Schema, item_column: str | None) -> tuple[_Layout, np.dtype[Any]]:
