@@ -23,12 +23,18 @@ GRACE_SECONDS = 3.0  # that a signal leaves a native call, or whatever else is u
 
 def program() -> NoReturn:
     """The process: a command, and its exit code."""
+    for one in (signal.SIGTERM, signal.SIGINT):  # before the job's own handlers are there, and after
+        signal.signal(one, _end)
     code = main()
     if code > 128:  # the signal may have broken off what a thread waits for, such as an import: don't join threads
         with suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _end(signum: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+    os._exit(_complain(Stopped(signum)))
 
 
 class _Parser(argparse.ArgumentParser):
