@@ -97,10 +97,10 @@ class Jobs:
         assert beside == {process.out.name}, beside
         return contents(process.out)
 
-    def stopped(self, process, signum, event=None, seconds=0.0):
-        """Send a signal at a line of the log, or some seconds after the first; exit code, and seconds until it came."""
+    def stopped(self, process, signum, event, seconds=0.0):
+        """Send a signal some seconds after a line of the log; exit code, seconds until it came, the line."""
         log = self.log(process)
-        line = next(itertools.islice((line for line in log if "step" in line), event or 0, None), None)
+        line = next(itertools.islice((line for line in log if "step" in line), event, None), None)
         rest = threading.Thread(target=lambda: collections.deque(log, 0))
         rest.start()
         time.sleep(seconds)
@@ -140,7 +140,7 @@ def in_session(session):
     return found
 
 
-def disturbed(jobs, number, signum, event=None, seconds=0.0):
+def disturbed(jobs, number, signum, event, seconds):
     """Disturb a job, look, resume it, look; where in its log it was, or None where it had ended before."""
     out = f"run{number}"
     more = ["--resume", "--overwrite"]
@@ -159,7 +159,7 @@ def disturbed(jobs, number, signum, event=None, seconds=0.0):
         assert not (jobs.folder / f".{out}.lock").exists()
     if number % 3 == 2:  # and again while it resumes
         process = jobs.start(out, *more)
-        jobs.stopped(process, signal.SIGKILL, seconds=jobs.rng.uniform(0, jobs.seconds))
+        jobs.stopped(process, signal.SIGKILL, int(jobs.rng.integers(jobs.events)))
         jobs.check(process, *allowed)
     process = jobs.start(out, *more)
     assert jobs.finished(process) == jobs.wanted
@@ -174,12 +174,12 @@ def run(folder, kills, stops, seed=0, say=print):
     for number in range(kills + stops):
         signum = signal.SIGKILL if number < kills else (signal.SIGTERM, signal.SIGINT)[number % 2]
         # every start and end of a step in turn, then any time
-        event = number if number < min(kills // 2, jobs.events) else None
-        seconds = 0.0 if event is not None else jobs.rng.uniform(0, jobs.seconds)
+        at_once = number < min(kills // 2, jobs.events)
+        event = number if at_once else int(jobs.rng.integers(jobs.events))
+        seconds = 0.0 if at_once else jobs.rng.uniform(0, 2 * jobs.seconds / jobs.events)
         where = disturbed(jobs, number, signum, event, seconds)
         reached[signum.name] += where is not None
-        place = "{} of {}".format(*where) if event is not None and where else f"{seconds:.2f} s in"
-        say(f"{number} {signum.name} {place}")
+        say(f"{number} {signum.name} {seconds:.2f} s after {' of '.join(where) if where else 'the end'}")
     return reached
 
 

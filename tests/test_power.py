@@ -186,9 +186,12 @@ def disk(first, acts, kept, chance):
         now = latest.get(node, sure)
         if chance is None or sure == now:
             return sure
-        part = bytearray(now[: chance.randint(0, len(now))])
-        part[len(sure) :] = bytes(byte if chance.random() < 0.5 else 0 for byte in part[len(sure) :])
-        return bytes(part)
+        part = now if chance.random() < 0.5 else now[: chance.randint(0, len(now))]
+        start, lost = chance.randint(0, len(part)), chance.choice([0, 0.5, 1])  # from where on bytes read as zeros
+        return bytes(
+            byte if at < start or sure[at : at + 1] == part[at : at + 1] or chance.random() >= lost else 0
+            for at, byte in enumerate(part)
+        )
 
     return {path: None if node is None else held(node) for path, node in tree.items()}
 
