@@ -45,6 +45,7 @@ __all__ = [
     "ItemAxis",
     "build",
     "check_weights",
+    "file_state",
     "find_column",
     "from_matrix",
     "positions",

@@ -32,6 +32,7 @@ from .interactions import (
     Columns,
     InteractionTable,
     ItemAxis,
+    file_state,
     positions,
     read,
     read_user_ids,
@@ -70,7 +71,9 @@ def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
     started = datetime.now(UTC)
     progress.say(f"backend {backend.name}: {backend.why}; kernels {backend.kernels.name}")
     with progress.step("fingerprint inputs"):
-        inputs = _inputs(config)
+        named = _named_inputs(config)
+        states = {path: file_state(path) for _, path in named}
+        inputs = [{"for": role, "path": path, **fingerprint(path)} for role, path in named]
     _check_inputs(config, inputs)
     identity = _identity(config, inputs, backend)
     with Staging.open(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
@@ -92,6 +95,9 @@ def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
             for name in data.sources
         }
         _save_ids(staging, data.table)
+        for path, state in states.items():
+            if file_state(path) != state:
+                raise InputError(f"{path}: changed while the job ran; run again when it is complete.")
         manifest = _manifest(config, inputs, backend, data, statistics)
         manifest["timings"] = {
             "started": started.isoformat(timespec="seconds"),
@@ -428,14 +434,14 @@ def _save_ids(staging: Staging, table: InteractionTable) -> None:
 # What the manifest says.
 
 
-def _inputs(config: JobConfig) -> list[dict[str, Any]]:
-    """Every input file with its size and content hash."""
+def _named_inputs(config: JobConfig) -> list[tuple[str, str]]:
+    """Every input file, and what it is for."""
     named = [("interactions", path) for path in _tables(config.interactions, EXTENSIONS)]
     for name, pattern in config.features.items():
         named += [(f"features.{name}", path) for path in expand(pattern, features.EXTENSIONS)]
     if isinstance(config.users, str):
         named += [("users", path) for path in _tables(config.users, USER_EXTENSIONS)]
-    return [{"for": role, "path": path, **fingerprint(path)} for role, path in named]
+    return named
 
 
 def _tables(pattern: str, extensions: tuple[str, ...]) -> list[str]:

@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 from .errors import ResourceError
 
+LIBRARY_BYTES = 128 << 20  # of memory that the libraries take, less what several processes share
+ADDRESSES = 2 << 30  # that the libraries and their threads reserve, most of them never touched
+
 
 class Free(NamedTuple):
     """Bytes that may still be taken, and what says so, such as "the container's limit"."""
@@ -40,7 +43,21 @@ def require(place: str, needed: int) -> None:
     """
     free = available()
     if needed > free.bytes:
-        raise ResourceError(f"{place}: {needed:,} bytes of memory are needed, {free.bytes:,} are free ({free.why}).")
+        raise _too_little(place, needed, free)
+
+
+def require_libraries() -> None:
+    """Refuse to begin where the libraries and their threads do not fit, which would fail in any way they like.
+
+    Raises
+    ------
+    ResourceError
+        With both figures, and what limits the memory.
+    """
+    resident = min([_machine("/"), *_groups("/")])
+    for free, needed in [(resident, LIBRARY_BYTES), *((reserved, ADDRESSES) for reserved in _process("/"))]:
+        if free.bytes < needed:
+            raise _too_little("the libraries", needed, free)
 
 
 def available(root: str = "/") -> Free:
@@ -59,6 +76,10 @@ def available(root: str = "/") -> Free:
         of files and what else the kernel gives back under pressure do not count. Of the process, `ulimit -v`.
     """
     return min([_machine(root), *_groups(root), *_process(root)])
+
+
+def _too_little(place: str, needed: int, free: Free) -> ResourceError:
+    return ResourceError(f"{place}: {needed:,} bytes of memory are needed, {free.bytes:,} are free ({free.why}).")
 
 
 def _machine(root: str) -> Free:

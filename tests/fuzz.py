@@ -101,7 +101,7 @@ def corpus():
         "features/f4.safetensors": safetensors.numpy.save({"image": values}, {"made": "here"}),
         "features/lists.parquet": _saved(lambda file: pq.write_table(lists, file)),
         "features/columns.parquet": _saved(lambda file: pq.write_table(columns, file, compression="gzip")),
-        "config/job.toml": _toml().encode(),
+        "config/job.toml": "\n".join(toml_lines()).encode(),
     }
     with contextlib.suppress(ImportError):
         import torch
@@ -128,7 +128,8 @@ def _artifact(out, values):
         staging.commit({"users": {"rows": USERS}, "items": {"rows": ITEMS}, "modalities": {"image": {"width": WIDTH}}})
 
 
-def _toml():
+def toml_lines():
+    """Lines of a good job file."""
     lines = {
         "interactions": '"log.parquet"',
         "out": '"out"',
@@ -145,7 +146,7 @@ def _toml():
         "seed": "7",
         "memory": '"1.5GiB"',
     }
-    return "\n".join(f"{key} = {value}" for key, value in lines.items()) + '\n\n[features]\nimage = "f4.npy"\n'
+    return [*(f"{key} = {value}" for key, value in lines.items()), "[features]", 'image = "f4.npy"']
 
 
 # Spoiling.
@@ -238,7 +239,7 @@ def settings(rng):
 
 def toml(rng):
     """A job file whose keys have other values."""
-    lines = _toml().splitlines()
+    lines = toml_lines()
     for _ in range(int(rng.integers(1, 5))):
         name = [key.name for key in config.KEYS][rng.integers(len(config.KEYS))]
         line = f"{name} = {TOML_VALUES[rng.integers(len(TOML_VALUES))]}"
@@ -460,7 +461,7 @@ def command(seed, number, files, names):
                     sys.executable,
                     "-m",
                     "gpu_init",
-                    *(os.fsencode(one.encode("utf-8", "surrogateescape")) for one in arguments),
+                    *(one.encode("utf-8", "surrogatepass") for one in arguments),
                 ],
                 cwd=folder,
                 env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
