@@ -758,6 +758,22 @@ class Staging:
 
     # The work in between.
 
+    def require_room(self, needed: int) -> None:
+        """Refuse a run whose arrays do not fit on the disk, less what an earlier run has written of them.
+
+        Parameters
+        ----------
+        needed : int
+            Bytes of all of them.
+
+        Raises
+        ------
+        ResourceError
+            Fewer bytes are free.
+        """
+        found = (os.path.join(folder, name) for folder, _, names in os.walk(self.path) for name in names)
+        storage.require_free(self.path, needed - sum(os.path.getsize(path) for path in found))
+
     def finished(self, key: str) -> Json | None:
         """Facts that a step noted when it was finished, in this run or in the one that is resumed; else None."""
         facts = self._journal["finished"].get(key)

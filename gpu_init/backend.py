@@ -31,12 +31,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from . import memory
 from .errors import InputError, ResourceError
 from .kernels import Kernels, arrays, cpu_kernels
 from .kernels.cuda import OLDEST, CudaKernels, choose_cache_folder
 
 TEXT_BLOCK_BYTES = 16 << 20  # of a text file read at a time; no line may be longer
 PARQUET_BATCH_ROWS = 1 << 18
+LONG_TEXT_BYTES = 256  # a batch of longer texts may take much more than its file
 PARQUET_BUFFER_BYTES = 1 << 20  # of a column read at a time, however large its row groups are
 KMEANS_ITERATIONS = 300  # as scikit-learn's default
 DEVICE_TEXT_BYTES = 256 << 20  # of a text file that a device reads at a time
@@ -269,9 +271,12 @@ class CpuBackend:
             if separator is None:
                 import pyarrow.parquet as pq
 
-                with pq.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES) as file:
+                options = {"pre_buffer": False, "buffer_size": PARQUET_BUFFER_BYTES}
+                texts = _long_texts(path, columns, options)
+                with pq.ParquetFile(path, read_dictionary=texts, **options) as file:
                     for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=columns):
-                        yield frame(batch.select(columns))
+                        for part in _decoded(batch.select(columns)):
+                            yield frame(part)
                 return
             import pyarrow.csv as pc
 
@@ -579,6 +584,46 @@ def row_groups(rows: Sequence[int], most: int) -> Iterator[list[int]]:
         yield groups
 
 
+def _long_texts(path: str, columns: Iterable[str], options: dict[str, Any]) -> list[str]:
+    """Columns of text of which a row group repeats a long one: a file of a few bytes may hold gigabytes of it."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(path)
+    kinds = {name: schema.field(name).type for name in columns}
+    texts = [name for name, kind in kinds.items() if pa.types.is_string(kind) or pa.types.is_large_string(kind)]
+    found: set[str] = set()
+    with pq.ParquetFile(path, read_dictionary=texts, **options) as file:
+        for group in range(file.num_row_groups) if texts else ():
+            for row in file.iter_batches(1, row_groups=[group], columns=texts):
+                lengths = {name: pc.max(pc.binary_length(row.column(name).dictionary)).as_py() for name in texts}
+                found.update(name for name, longest in lengths.items() if (longest or 0) > LONG_TEXT_BYTES)
+                break
+    return sorted(found)
+
+
+def _decoded(batch: Any) -> Iterator[Any]:
+    """A batch of Parquet with its text written out, in parts of at most `TEXT_BLOCK_BYTES`, or of one row."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    texts = [column for column in batch.columns if pa.types.is_dictionary(column.type)]
+    sizes = np.zeros(batch.num_rows, np.int64)
+    for column in texts:
+        lengths = pc.fill_null(pc.binary_length(column.dictionary.cast(pa.large_string())), 0)
+        sizes += pc.fill_null(lengths.take(column.indices), 0).to_numpy(zero_copy_only=False)
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < batch.num_rows:
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + TEXT_BLOCK_BYTES, side="right")))
+        part = batch.slice(start, stop - start)
+        columns = [one.dictionary_decode() if pa.types.is_dictionary(one.type) else one for one in part.columns]
+        yield pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+        start = stop
+
+
 def text_parts(stream: Any, size: int) -> Iterator[bytes]:
     """Lines of a text file, some ``size`` bytes at a time, each part with the header before it.
 
@@ -647,10 +692,11 @@ class Fact:
 
 def facts() -> list[Fact]:
     """What the job would find on this machine: system, libraries, driver, devices."""
+    free = memory.available()
     lines = [
         Fact("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Fact("cores", str(cores())),
-        Fact("memory", f"{_free_memory() / 1e9:.1f} GB free"),
+        Fact("memory", f"{free.bytes / 1e9:.1f} GB free {free.why}"),
     ]
     lines += [Fact(name, version) for name, version in CpuBackend("doctor").versions().items()]
     torch = _version("torch")
@@ -773,7 +819,3 @@ def _version(distribution: str) -> str | None:
 
 def _versions(*distributions: str) -> dict[str, str]:
     return {name: version for name in distributions if (version := _version(name)) is not None}
-
-
-def _free_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

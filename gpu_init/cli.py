@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import signal
@@ -23,12 +24,25 @@ GRACE_SECONDS = 3.0  # that a signal leaves a native call, or whatever else is u
 
 def program() -> NoReturn:
     """The process: a command, and its exit code."""
+    for one in (signal.SIGTERM, signal.SIGINT):  # before the job's own handlers are there, and after
+        signal.signal(one, _end)
+    ctypes.CDLL(None).signal(signal.SIGBUS, _cut_short)
     code = main()
     if code > 128:  # the signal may have broken off what a thread waits for, such as an import: don't join threads
         with suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _end(signum: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+    os._exit(_complain(Stopped(signum)))
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _cut_short(signum: int) -> None:  # noqa: ARG001
+    """Called by the system, and not by Python, which would go on with the very access that failed."""
+    os._exit(_complain(InputError("an input became shorter while it was read; run again when it is complete.")))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -185,6 +199,9 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _run_job(job: config.JobConfig, progress: Progress) -> str:
+    from . import memory
+
+    memory.require_libraries()
     from .job import run
 
     return run(job, progress)

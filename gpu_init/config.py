@@ -23,7 +23,10 @@ from .storage import reading
 
 PREFIX = "GPU_INIT_"
 RESERVED_NAME = "interactions"  # not the name of a modality
-MAX_FILE_BYTES = 1 << 20
+MAX_FILE_BYTES = 1 << 18
+_DEEP_KEY = re.compile(
+    r"(?m)^(?![ \t]*#)[^=\n.]*(?:\.[^=\n.]*){16}"
+)  # tomllib takes minutes over keys of thousands of parts
 _MAX_INT = 2**31 - 1
 _MAX_USERS = 2**40
 _MIN_MEMORY = 16 << 20
@@ -509,11 +512,18 @@ def _toml(path: str) -> dict[str, Any]:
     with reading(path) as file:
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
-        raise InputError(f"{path}: more than {MAX_FILE_BYTES >> 20} MiB; this is no job file.")
+        raise InputError(f"{path}: more than {MAX_FILE_BYTES >> 10} KiB; this is no job file.")
     try:
-        return tomllib.loads(content.decode("utf-8-sig"))
+        text = content.decode("utf-8-sig")
+        deep = _DEEP_KEY.search(text)
+        if deep:
+            line = text.count("\n", 0, deep.start()) + 1
+            raise InputError(f"{path}: line {line} has a key of more than 16 parts; keys of a job have two at most.")
+        return tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8 text, as TOML must be.") from None
+    except InputError:
+        raise
     except RecursionError:
         raise InputError(f"{path}: lists or tables nested too deep.") from None
     except ValueError as error:  # of tomllib, with line and column; or of int, for a number of thousands of digits

@@ -14,17 +14,18 @@ import textwrap
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import ids
+from . import ids, npy
 from .backend import Backend, one_line
 from .errors import GpuInitError, InputError, ResourceError
 from .kernels.arrays import empty
+from .memory import require as require_memory
 from .storage import expand, reading
 
 if TYPE_CHECKING:
@@ -38,11 +39,11 @@ SMALLEST = 1e-30  # below, squares are lost in float32
 _PARQUET = (".parquet", ".pq")
 _PARQUET_ROWS = 4096  # decoded at a time
 _PARQUET_COLUMNS = 16  # likewise; each holds a page and a dictionary of up to 1 MiB
+_PARQUET_VALUE_BYTES = 16  # of memory for each value of a batch: levels, value, copies
 _CHECK_VALUES = 1 << 20  # looked at together, about a cache full
 _BLOCK_ROWS = 2048  # of float64 at a time; fixed, so that sums do not depend on memory
 _BFLOAT16 = np.dtype("V2")  # numpy has no such type and stores its two bytes
-_NPY_HEADER_BYTES = 12 + 10_000  # magic, length, and the longest header that numpy takes
-_SAFETENSORS_HEADER_BYTES = 100 << 20
+_SAFETENSORS_HEADER_BYTES = 8 << 20  # of JSON, which costs Python twenty times as much
 _CHUNK = 1 << 20
 _WANTED = "float16, bfloat16, float32 or float64 are wanted"
 
@@ -197,36 +198,11 @@ def _decoding(path: str, kind: str) -> Iterator[None]:
         raise InputError(f"{path}: broken, or not {kind} ({why}).") from None
 
 
-@dataclass(frozen=True)
-class _NpyHeader:
-    shape: tuple[int, ...]
-    order: Literal["C", "F"]
-    dtype: np.dtype[Any]
-    offset: int  # where the values start
-
-    @property
-    def end(self) -> int:
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length
-        return self.offset + size
-
-
-def _npy_header(file: Any, place: str, size: int) -> _NpyHeader:
-    """Header of an .npy file, held to the file's real size before anything is allocated or mapped."""
-    start = io.BytesIO(file.read(_NPY_HEADER_BYTES))
-    version = np.lib.format.read_magic(start)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"npy format version {version[0]}.{version[1]}")
-    parse = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = parse(start)
-    _require_matrix(place, shape, dtype)
-    header = _NpyHeader(shape, "F" if fortran else "C", dtype, start.tell())
-    if header.end != size:
-        raise InputError(
-            f"{place}: {shape[0]} x {shape[1]} values of {dtype} take {header.end:,} bytes, but it has {size:,};"
-            " the file was cut off or is not whole. Write it again."
-        )
+def _npy_header(file: Any, place: str, size: int) -> npy.Header:
+    """Header of an .npy file that holds a matrix, held to the file's real size."""
+    header = npy.read_header(file)
+    _require_matrix(place, header.shape, header.dtype)
+    header.require_size(place, size)
     return header
 
 
@@ -241,7 +217,7 @@ def _map(file: Any, dtype: Any, shape: tuple[int, ...], offset: int, order: Lite
 
 
 def _read_npz(file: io.BufferedReader, path: str) -> NDArray[Any]:
-    with zipfile.ZipFile(file) as archive:
+    with npy.archive(file, path) as archive:
         names = archive.namelist()
         if {"format.npy", "data.npy"} <= set(names):
             raise InputError(f"{path}: a scipy sparse matrix; features are dense arrays, saved with numpy.save.")
@@ -306,7 +282,7 @@ def _read_torch(file: io.BufferedReader, path: str) -> NDArray[Any]:
     except ImportError:
         raise InputError(f"{path}: PyTorch reads such files, and is not there: pip install 'gpu-init[torch]'") from None
     if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
+        with npy.archive(file, path) as archive:
             require_memory(path, sum(member.file_size for member in archive.infolist()))
     file.seek(0)
     try:
@@ -320,6 +296,11 @@ def _read_torch(file: io.BufferedReader, path: str) -> NDArray[Any]:
         found = str(loaded.layout) if isinstance(loaded, torch.Tensor) else type(loaded).__name__
         raise InputError(f"{path}: found {found}; one dense 2-D tensor is wanted, alone or in a dict.")
     loaded = loaded.detach()
+    stored = 0 if loaded.is_meta else loaded.untyped_storage().nbytes()
+    if loaded.numel() * loaded.element_size() > stored:
+        raise InputError(
+            f"{path}: {tuple(loaded.shape)} values, but {stored:,} bytes of them are stored; save tensor.contiguous()."
+        )
     values: NDArray[Any] = (loaded.float() if loaded.dtype == torch.bfloat16 else loaded).numpy()
     return values
 
@@ -373,9 +354,20 @@ def _read_parquet(place: str, paths: Sequence[str], item_column: str | None) -> 
 def _parquet_header(path: str, item_column: str | None) -> tuple[_Layout, np.dtype[Any], int]:
     """Layout, dtype of the values and number of rows of one file."""
     with _parquet(path) as parquet:
-        if parquet.metadata.num_rows < 0:
-            raise ValueError(f"{parquet.metadata.num_rows} rows")
+        _check_announced(path, parquet.metadata)
         return *_layout(path, parquet.schema_arrow, item_column), parquet.metadata.num_rows
+
+
+def _check_announced(path: str, metadata: pq.FileMetaData) -> None:
+    """Refuse counts of rows that do not add up, and rows so long that a batch of them does not fit into memory."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    counts = [group.num_rows for group in groups]
+    if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
+        raise ValueError(f"{metadata.num_rows} rows, in groups of {reprlib.repr(counts)}")
+    for group in groups:
+        values = max((group.column(number).num_values for number in range(group.num_columns)), default=0)
+        batch = min(_PARQUET_ROWS, group.num_rows)
+        require_memory(path, _PARQUET_VALUE_BYTES * values * batch // max(group.num_rows, 1))
 
 
 def _layout(path: str, schema: pa.Schema, item_column: str | None) -> tuple[_Layout, np.dtype[Any]]:
@@ -574,21 +566,6 @@ def _native(values: NDArray[Any], place: str) -> NDArray[Any]:
         return values
     require_memory(place, values.nbytes)
     return values.astype(values.dtype.newbyteorder("="), order="C")
-
-
-def require_memory(place: str, needed: int) -> None:
-    """Refuse work for which less memory than ``needed`` bytes is free, with a ResourceError that names the place."""
-    free = _available_memory()
-    if needed > free:
-        raise ResourceError(f"{place}: {needed:,} bytes of memory are needed, {free:,} are free.")
-
-
-def _available_memory() -> int:
-    with suppress(OSError), open("/proc/meminfo", encoding="ascii") as facts:
-        for line in facts:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check(values: Any, place: str) -> Any:

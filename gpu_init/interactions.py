@@ -5,6 +5,7 @@ Section 2.1 (weights) and section 4 (inputs) of the design.
 
 from __future__ import annotations
 
+import io
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from . import ids
+from . import ids, npy
 from .axes import Codes, ItemAxis, Resolve, RowNumbers, check_range, item_axis, positions, user_axis
 from .backend import Backend, one_line
-from .errors import InputError
+from .errors import GpuInitError, InputError
 from .kernels import Builder, Csr
-from .storage import expand
+from .memory import require as require_memory
+from .storage import expand, reading
 from .tables import (
     EXTENSIONS,
     TEXT_EXTENSIONS,
@@ -30,6 +32,7 @@ from .tables import (
     joined,
     open_table,
     read_user_ids,
+    stated_rows,
 )
 from .where import Where
 
@@ -42,16 +45,21 @@ __all__ = [
     "ItemAxis",
     "build",
     "check_weights",
+    "file_state",
     "find_column",
     "from_matrix",
     "positions",
     "read",
     "read_user_ids",
+    "stated_rows",
 ]
 
 _SUM_USERS = 1 << 16
 _ENTRIES = 1 << 20  # of a matrix, put into R at a time
 _HELD_ROWS = 1 << 24  # whose codes are kept so that they need not be read again, 8 bytes each, 4 more with weights
+_ENTRY_BYTES = 4  # of memory for each row that is kept, at least: its item in R
+_MATRIX_COPIES = 3  # of the arrays of a matrix file that are in memory at once: scipy's, by entries, R
+ROW_BYTES = 48  # of memory for each row of R: where it starts, degrees, scales, label
 
 
 @dataclass(frozen=True)
@@ -336,6 +344,7 @@ class _Hold:
             if len(batch.frame) == 0:
                 continue
             self.kept += len(batch.frame)
+            require_memory(f"{table.path}: {self.kept:,} rows so far", self.kept * _ENTRY_BYTES)
             self._users.take(checks.users(table, batch))
             self._items.take(checks.items(table, batch))
             if table.weight:
@@ -445,6 +454,7 @@ class _Stream:
                     if counts_items:
                         self._items.count(checks.items(table, batch))
             self.kept += len(batch.frame)
+            require_memory(f"{table.path}: {self.kept:,} rows so far", self.kept * _ENTRY_BYTES)
         self.read += read
         if held < read:
             self._again.append((table, held))
@@ -491,6 +501,19 @@ def _weights(backend: Backend, column: Any, place: str, row: Callable[[int], str
     return weights
 
 
+def _require_matrix_file(file: io.BufferedReader, path: str) -> None:
+    """Refuse, before scipy reads them, arrays that are not what they declare, or do not fit into memory."""
+    with npy.archive(file, path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as stream:
+                header = npy.read_header(stream)
+            if header.dtype.hasobject:
+                raise ValueError(f"{member.filename} holds Python objects")  # a pickle
+            header.require_size(f"{path}, {member.filename}", member.file_size)
+        require_memory(path, _MATRIX_COPIES * sum(member.file_size for member in archive.infolist()))
+    file.seek(0)
+
+
 def _read_matrix(
     backend: Backend, path: str, columns: Columns, axis: ItemAxis, users: int | Any | None
 ) -> InteractionTable:
@@ -513,7 +536,9 @@ def _read_matrix(
             f"{path}: the columns of a matrix are row numbers of the features, but every modality has item ids."
         )
     try:
-        matrix = scipy.sparse.load_npz(path)
+        with reading(path) as file:
+            _require_matrix_file(file, path)
+            matrix = scipy.sparse.load_npz(file)
         if hasattr(matrix, "check_format"):
             matrix.check_format(full_check=True)
         read_rows = int(matrix.nnz)
@@ -521,10 +546,9 @@ def _read_matrix(
         matrix = matrix.tocoo()
         outside = matrix.col >= axis.rows
         inside = bool(((matrix.col >= 0) & (matrix.row >= 0) & (matrix.row < user_count)).all())
-    except InputError:
+        require_memory(f"{path}: {user_count} rows", user_count * ROW_BYTES)
+    except (GpuInitError, MemoryError):
         raise
-    except MemoryError:
-        raise InputError(f"{path}: the matrix does not fit in memory.") from None
     except Exception as error:  # zip, numpy and scipy raise many kinds for a broken file
         raise InputError(
             f"{path}: not a scipy sparse matrix ({one_line(error)}); scipy.sparse.save_npz writes one."

@@ -27,22 +27,26 @@ from .features import FeatureTable, Modality
 from .ids import is_text
 from .interactions import (
     EXTENSIONS,
+    ROW_BYTES,
     TEXT_EXTENSIONS,
     Columns,
     InteractionTable,
     ItemAxis,
+    file_state,
     positions,
     read,
     read_user_ids,
+    stated_rows,
 )
 from .kmeans import sample_sizes
+from .memory import require as require_memory
 from .progress import Progress
 from .storage import expand, fingerprint, require_utf8
 from .version import __version__
 from .where import parse
 
 BLOCK_BYTES = 32 << 20  # of memory for the blocks on their way out, unless --memory asks for less; fits caches
-USER_BYTES = 48  # of memory for each row of R: where it starts, degrees, scales, label
+LABEL_BYTES = 32  # of memory for each user while K-means runs: norms, bounds, label
 USER_EXTENSIONS = (".parquet", ".pq", ".txt", *TEXT_EXTENSIONS)
 
 
@@ -67,16 +71,20 @@ def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
     started = datetime.now(UTC)
     progress.say(f"backend {backend.name}: {backend.why}; kernels {backend.kernels.name}")
     with progress.step("fingerprint inputs"):
-        inputs = _inputs(config)
+        named = _named_inputs(config)
+        states = {path: file_state(path) for _, path in named}
+        inputs = [{"for": role, "path": path, **fingerprint(path)} for role, path in named]
     _check_inputs(config, inputs)
     identity = _identity(config, inputs, backend)
     with Staging.open(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
         if staging.complete:
             progress.say(f"{config.out} is already there, made from the same inputs and settings")
             return config.out
+        if staging.resumed:
+            progress.say(f"going on with the unfinished run in {staging.path}")
         if staging.discarded:
             progress.say("an unfinished run was discarded; --resume would have gone on with it")
-        data = _read(config, backend, progress)
+        data = _read(config, backend, staging, progress)
         projected = {}
         if config.settings.dim is not None:  # all of them first: one that cannot be projected ends the job
             projected = {name: _project(config, backend, data, name, staging, progress) for name in data.sources}
@@ -87,6 +95,9 @@ def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
             for name in data.sources
         }
         _save_ids(staging, data.table)
+        for path, state in states.items():
+            if file_state(path) != state:
+                raise InputError(f"{path}: changed while the job ran; run again when it is complete.")
         manifest = _manifest(config, inputs, backend, data, statistics)
         manifest["timings"] = {
             "started": started.isoformat(timespec="seconds"),
@@ -149,7 +160,7 @@ def _check_inputs(config: JobConfig, inputs: list[dict[str, Any]]) -> None:
 # Read.
 
 
-def _read(config: JobConfig, backend: Backend, progress: Progress) -> _Data:
+def _read(config: JobConfig, backend: Backend, staging: Staging, progress: Progress) -> _Data:
     """Read and check everything, so that bad input ends the job before any work."""
     tables: dict[str, FeatureTable] = {}
     present: dict[str, Any] = {}
@@ -167,15 +178,21 @@ def _read(config: JobConfig, backend: Backend, progress: Progress) -> _Data:
     if isinstance(users, str):
         users = read_user_ids(backend, users, config.user_column)
     elif users is not None:
-        features.require_memory(f"users {users}", users * USER_BYTES)
+        require_memory(f"users {users}", users * ROW_BYTES)
     where = parse(config.where) if config.where else None
     columns = Columns(config.user_column, config.item_column, config.weight_column, where)
+    axis = _item_axis(tables)
+    known = 0 if users is None else users if isinstance(users, int) else len(users)
+    items = axis.rows or max(len(source.values) for source in tables.values())
+    pairs = 0 if where else stated_rows(config.interactions)
+    _require_room(config, tables, _Sizes(known, items, pairs), staging, reading=True)
     with progress.step("read interactions", unit="row") as step:
-        axis = _item_axis(tables)
         table = read(backend, config.interactions, columns, axis, users, step.advance)
         step.note(users=table.interactions.users, items=table.interactions.items, pairs=table.interactions.pairs)
     for line in table.warnings:
         progress.warn(line)
+    matrix = table.interactions
+    _require_room(config, tables, _Sizes(matrix.users, matrix.items, matrix.pairs), staging)
     if table.user_ids is not None and config.users is None and not is_text(str(table.user_ids.dtype)):
         progress.say("user ids have gaps: rows follow the sorted ids, in users.parquet; --users N makes ids the rows")
     sources, operators = {}, {}
@@ -188,6 +205,59 @@ def _read(config: JobConfig, backend: Backend, progress: Progress) -> _Data:
         )
         method.check_clusters(name, int(mask.sum()), operators[name], config.settings)
     return _Data(table, sources, operators)
+
+
+# Room.
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Rows of R, its columns and its entries; 0 where that is not known yet."""
+
+    users: int
+    items: int
+    pairs: int
+
+
+def _require_room(
+    config: JobConfig, tables: Mapping[str, FeatureTable], sizes: _Sizes, staging: Staging, *, reading: bool = False
+) -> None:
+    """Refuse a run that has too little memory or disk before it; ``reading``: R is still to be read.
+
+    Raises
+    ------
+    ResourceError
+        What is needed at least, and what is free.
+    """
+    staging.require_room(sum(_output_bytes(config, table, sizes) for table in tables.values()))
+    needed = max(_fit_bytes(config, table, sizes) for table in tables.values())
+    if reading:
+        needed += sizes.users * ROW_BYTES + sizes.pairs * (4 if config.weight_column is None else 8)
+    require_memory(f"{sizes.users:,} users, {sizes.items:,} items, {sizes.pairs:,} interactions", needed)
+
+
+def _output_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
+    """Of a modality's arrays in the artifact."""
+    settings = config.settings
+    width = settings.dim or table.values.shape[1]
+    by_user = 4 + width * np.dtype(settings.dtype).itemsize
+    by_item = (4 if settings.cluster_on == "items" else 0) + (4 * width + 1 if settings.dim else 0)
+    return sizes.users * by_user + sizes.items * by_item + settings.clusters * width * 4
+
+
+def _fit_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
+    """That a modality takes at least beside R: features where they are not mapped as they are, K-means, blocks."""
+    settings, values = config.settings, table.values
+    width = settings.dim or values.shape[1]
+    mapped = settings.dim is None and table.ids is None and values.dtype == np.float32 and values.flags.c_contiguous
+    blocks = min(config.memory or BLOCK_BYTES, BLOCK_BYTES, 16 * sizes.users * width)
+    kmeans = sizes.users * LABEL_BYTES
+    if sizes.users and settings.cluster_on == "users":
+        memory = min(config.memory or method.KMEANS_BYTES, method.KMEANS_BYTES)
+        form = method.kmeans_form(sizes.users, sizes.items, sizes.pairs, settings.clusters, width, memory)
+        kmeans += 16 * max(sample_sizes(sizes.users, settings.clusters, width)) * width
+        kmeans += {"factored": 16 * sizes.items * settings.clusters, "dense": 8 * sizes.users * width, "tiled": 0}[form]
+    return (0 if mapped else sizes.items * width * 4) + max(kmeans, blocks)
 
 
 def _item_axis(tables: Mapping[str, FeatureTable]) -> ItemAxis:
@@ -364,14 +434,14 @@ def _save_ids(staging: Staging, table: InteractionTable) -> None:
 # What the manifest says.
 
 
-def _inputs(config: JobConfig) -> list[dict[str, Any]]:
-    """Every input file with its size and content hash."""
+def _named_inputs(config: JobConfig) -> list[tuple[str, str]]:
+    """Every input file, and what it is for."""
     named = [("interactions", path) for path in _tables(config.interactions, EXTENSIONS)]
     for name, pattern in config.features.items():
         named += [(f"features.{name}", path) for path in expand(pattern, features.EXTENSIONS)]
     if isinstance(config.users, str):
         named += [("users", path) for path in _tables(config.users, USER_EXTENSIONS)]
-    return [{"for": role, "path": path, **fingerprint(path)} for role, path in named]
+    return named
 
 
 def _tables(pattern: str, extensions: tuple[str, ...]) -> list[str]:

@@ -5,14 +5,15 @@ Section 4 (inputs) of the design.
 
 from __future__ import annotations
 
+import gzip
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import ids
-from .backend import Backend, one_line
+from .backend import TEXT_BLOCK_BYTES, Backend, one_line
 from .errors import InputError
 from .storage import expand
 from .where import Where
@@ -23,6 +24,7 @@ EXTENSIONS = (".parquet", ".pq", ".npz", *TEXT_EXTENSIONS)
 USER_NAMES = ("user_id", "userid", "user", "uid", "visitor_id", "session_id")
 ITEM_NAMES = ("item_id", "itemid", "item", "iid", "product_id", "asin")
 SPLIT_NAMES = ("x_label", "split")
+HEADER_BYTES = 1 << 20  # of a text file's first line, at most
 _RECBOLE_TYPES = (":token", ":float", ":token_seq", ":float_seq")
 
 
@@ -126,10 +128,10 @@ def batches(backend: Backend, table: Table, where: Where | None, wanted: Sequenc
         kept = frame
         if where:
             named = frame.rename(columns={actual: name for name, actual in table.where.items()})
-            keep = where.mask(named, table.path, _rows_named(table.separator, positions))
+            keep = where.mask(named, table.path, _rows_named(table.path, table.separator, positions))
             kept = frame[keep].reset_index(drop=True)
             positions = positions.start + backend.xp.flatnonzero(backend.asarray(keep.to_numpy().astype(bool)))
-        yield Batch(kept, read, _rows_named(table.separator, positions))
+        yield Batch(kept, read, _rows_named(table.path, table.separator, positions))
 
 
 def _whole_numbers(path: str, names: Sequence[str]) -> int | None:
@@ -146,14 +148,53 @@ def _whole_numbers(path: str, names: Sequence[str]) -> int | None:
     return int(metadata.num_rows) if whole else None
 
 
-def row_name(separator: str | None, position: int) -> str:
+def stated_rows(pattern: str) -> int:
+    """Rows that the Parquet files of a path, folder or glob say they have.
+
+    Raises
+    ------
+    InputError
+        One of them cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = 0
+    for path in expand(pattern, EXTENSIONS):
+        if path.endswith((".parquet", ".pq")):
+            try:
+                rows += pq.read_metadata(path).num_rows
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(f"{path}: {one_line(error)}") from None
+    return rows
+
+
+def row_name(path: str, separator: str | None, position: int) -> str:
     """Name a row as an editor would show it: the line of a text file, the row of a Parquet file from 0."""
-    return f"row {position}" if separator is None else f"line {position + 2}"
+    return f"row {position}" if separator is None else f"line {_line(path, position + 1)}"
 
 
-def _rows_named(separator: str | None, positions: Any) -> Callable[[int], str]:
+def _line(path: str, record: int) -> int:
+    """Line, from 1, where a record of a text file starts; the header is record 0.
+
+    Read again from the start, as only an error needs it: empty lines are no records, and line ends within quotes
+    end none.
+    """
+    found, open_quote = -1, False
+    opened = gzip.open if path.endswith(".gz") else open
+    with opened(path, "rt", encoding="latin-1") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not open_quote and line != "\n":
+                found += 1
+                if found == record:
+                    return number
+            open_quote ^= line.count('"') % 2 == 1
+    raise InputError(f"{path}: changed while it was read; run again when it is complete.")
+
+
+def _rows_named(path: str, separator: str | None, positions: Any) -> Callable[[int], str]:
     """Names of the rows of a batch, whose places in the file are ``positions``."""
-    return lambda at: row_name(separator, int(positions[at]))
+    return lambda at: row_name(path, separator, int(positions[at]))
 
 
 def header(path: str) -> tuple[str | None, list[str]]:
@@ -172,7 +213,10 @@ def header(path: str) -> tuple[str | None, list[str]]:
         if path.endswith((".parquet", ".pq")):
             return None, list(pq.read_schema(path).names)
         with pa.input_stream(path, compression="detect") as stream:
-            first = stream.read(1 << 20).split(b"\n", 1)[0].decode("utf-8-sig").rstrip("\r")
+            start = stream.read(HEADER_BYTES)
+        if len(start) == HEADER_BYTES and b"\n" not in start:
+            raise InputError(f"{path}: its first line, which names the columns, is longer than {HEADER_BYTES:,} bytes.")
+        first = start.split(b"\n", 1)[0].decode("utf-8-sig").rstrip("\r")
         if not first.strip():
             raise InputError(f"{path}: no header line; the first line names the columns.")
         separator = "\t" if "\t" in first else ","
@@ -208,7 +252,8 @@ def find_column(path: str, names: list[str], wanted: str | None, known: tuple[st
         )
     if len(found) == 1:
         return found[0]
-    listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    listed = textwrap.shorten(", ".join(name[:40] for name in names[:20]), 300, placeholder=", ...")
+    listed += ", ..." if len(names) > 20 and not listed.endswith("...") else ""
     if found:
         raise InputError(f"{path}: column {found[0]} stands there {len(found)} times; the columns are {listed}.")
     if wanted is not None:
@@ -268,12 +313,11 @@ def read_user_ids(backend: Backend, path: str, user_column: str | None) -> Any:
 
 def _user_id_batches(backend: Backend, path: str, user_column: str | None) -> Iterator[Any]:
     if path.endswith(".txt"):
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: {one_line(error)}") from None
-        column = backend.tables.Series([line if line else None for line in lines], dtype="str")
-        yield ids.normalize(column, path, lambda at: f"line {at + 1}")
+        before = 0
+        for lines in _lines(path):
+            column = backend.tables.Series(lines, dtype="str")
+            yield ids.normalize(column, path, lambda at, before=before: f"line {before + at + 1}")
+            before += len(lines)
         return
     separator, names = header(path)
     only = names[0] if len(names) == 1 and user_column is None else None
@@ -282,10 +326,30 @@ def _user_id_batches(backend: Backend, path: str, user_column: str | None) -> It
     for frame in backend.batches(path, separator, [name]):
 
         def row(at: int, before: int = before) -> str:
-            return row_name(separator, before + at)
+            return row_name(path, separator, before + at)
 
         yield ids.normalize(frame[name].reset_index(drop=True), f"{path}, column {name}", row)
         before += len(frame)
+
+
+def _lines(path: str) -> Iterator[list[str | None]]:
+    """Lines of a text file, some megabytes at a time; None for an empty one."""
+    import pyarrow as pa
+    import pyarrow.csv as pc
+
+    if file_state(path)[0] == 0:
+        return
+    try:
+        with pa.input_stream(path, compression=None) as stream:
+            for batch in pc.open_csv(
+                stream,
+                pc.ReadOptions(block_size=TEXT_BLOCK_BYTES, column_names=["id"]),
+                pc.ParseOptions(delimiter="\x1f", quote_char=False, ignore_empty_lines=False),
+                pc.ConvertOptions(column_types={"id": pa.string()}, null_values=[""], strings_can_be_null=True),
+            ):
+                yield batch.column(0).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: {one_line(error)}") from None
 
 
 def joined(backend: Backend, parts: list[Any]) -> Any:

@@ -539,7 +539,7 @@ USER_LISTS = {
     "list with one twice": (lambda j: with_users(j, "user_id\n5\n6\n5\n"), "users.csv", "5", "twice"),
     "list without column": (lambda j: with_users(j, "a,b\n5,6\n"), "users.csv", "--user-column"),
     "list misses one": (lambda j: with_users(j, "user_id\n5\n6\n"), "log.parquet", "user", "--users"),
-    "list not utf-8": (lambda j: with_users(j, b"\xff\xfe\n", "users.txt"), "users.txt", "utf-8"),
+    "list not utf-8": (lambda j: with_users(j, b"\xff\xfe\n", "users.txt"), "users.txt", "UTF"),
     "list is a broken parquet": (lambda j: with_users(j, b"PAR1", "users.parquet"), "users.parquet"),
     "list is noise": (lambda j: with_users(j, b"\x00\x01", "users.npy"), "users.npy", ".txt"),
     "list is a folder": (

@@ -306,7 +306,7 @@ def test_features_keep_equals_signs_in_paths():
         (b"a = " + b"[" * 100_000, "nested too deep"),
         (b"a = " + b"9" * 5000, "not TOML"),
         (b"a = '\xff'", "byte 5 is not UTF-8 text"),
-        (b"#" * (MAX_FILE_BYTES + 1), "more than 1 MiB"),
+        (b"#" * (MAX_FILE_BYTES + 1), "more than 256 KiB"),
     ],
     ids=range(6),
 )

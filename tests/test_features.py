@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.decomposition import PCA
 
-from gpu_init import features
+from gpu_init import features, memory
 from gpu_init.backend import CpuBackend
 from gpu_init.errors import GpuInitError, InputError, ResourceError
 from gpu_init.features import Modality
@@ -410,7 +410,7 @@ def test_broken_npy(tmp_path, content, zipped):
 def test_zip_bombs(tmp_path, monkeypatch):
     path = tmp_path / "f.npz"
     np.savez_compressed(path, np.zeros((1000, 1000)))
-    monkeypatch.setattr(features, "_available_memory", lambda: 1_000_000)
+    monkeypatch.setattr(memory, "available", lambda: memory.Free(1_000_000, "here"))
     with pytest.raises(ResourceError, match=r"8,000,\d+ bytes of memory are needed, 1,000,000 are free"):
         features.read("m", str(path))
     torch = pytest.importorskip("torch")
@@ -418,7 +418,7 @@ def test_zip_bombs(tmp_path, monkeypatch):
     with pytest.raises(ResourceError, match="4,0"):
         features.read("m", str(tmp_path / "f.pt"))
     parquet(tmp_path / "f.parquet", x=fixed(np.zeros((1000, 1000))))
-    with pytest.raises(ResourceError, match="8,000,000"):
+    with pytest.raises(ResourceError, match="16,000,000"):
         features.read("m", str(tmp_path / "f.parquet"))
 
 
@@ -625,7 +625,7 @@ def test_align_places_rows(rng, dtype):
 
 def test_align_says_how_much_memory_it_needs(monkeypatch):
     table = features.FeatureTable("m", "f.npy", np.ones((10, 4)), None)
-    monkeypatch.setattr(features, "_available_memory", lambda: 100)
+    monkeypatch.setattr(memory, "available", lambda: memory.Free(100, "here"))
     for rows in (None, np.arange(10)):
         with pytest.raises(ResourceError, match=r"f\.npy: 160 bytes"):
             features.align(CPU, table, np.ones(10, bool), rows)
