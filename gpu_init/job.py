@@ -22,7 +22,7 @@ from .artifact import Staging, check_modality
 from .backend import Backend, select
 from .blend import Weighting, item_norms, norms
 from .config import JobConfig, settings_to_dict
-from .errors import InputError
+from .errors import InputError, ResourceError
 from .features import FeatureTable, Modality
 from .ids import is_text
 from .interactions import (
@@ -38,7 +38,7 @@ from .interactions import (
     read_user_ids,
     stated_rows,
 )
-from .kmeans import sample_sizes
+from .kmeans import needed_bytes, sample_sizes
 from .memory import require as require_memory
 from .progress import Progress
 from .storage import expand, fingerprint, require_utf8
@@ -46,7 +46,7 @@ from .version import __version__
 from .where import parse
 
 BLOCK_BYTES = 32 << 20  # of memory for the blocks on their way out, unless --memory asks for less; fits caches
-LABEL_BYTES = 32  # of memory for each user while K-means runs: norms, bounds, label
+OPERATOR_BYTES = {"mean": 8, "sym": 16}  # of memory for each user of a modality, by weighting: row factors
 USER_EXTENSIONS = (".parquet", ".pq", ".txt", *TEXT_EXTENSIONS)
 
 
@@ -230,10 +230,17 @@ def _require_room(
         What is needed at least, and what is free.
     """
     staging.require_room(sum(_output_bytes(config, table, sizes) for table in tables.values()))
-    needed = max(_fit_bytes(config, table, sizes) for table in tables.values())
+    beside = max(_beside_bytes(config, table, sizes) for table in tables.values())
+    what = f"{sizes.users:,} users, {sizes.items:,} items, {sizes.pairs:,} interactions"
+    if config.memory is not None and beside > config.memory:
+        raise ResourceError(
+            f"{what}: {beside:,} bytes of memory are needed beside interactions and features, --memory gives"
+            f" {config.memory:,}; give it that, or leave it out."
+        )
+    needed = beside + max(_copied_bytes(config, table, sizes) for table in tables.values())
     if reading:
         needed += sizes.users * ROW_BYTES + sizes.pairs * (4 if config.weight_column is None else 8)
-    require_memory(f"{sizes.users:,} users, {sizes.items:,} items, {sizes.pairs:,} interactions", needed)
+    require_memory(what, needed)
 
 
 def _output_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
@@ -245,19 +252,33 @@ def _output_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
     return sizes.users * by_user + sizes.items * by_item + settings.clusters * width * 4
 
 
-def _fit_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
-    """That a modality takes at least beside R: features where they are not mapped as they are, K-means, blocks."""
+def _copied_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
+    """Of a modality's features, where they are not mapped as they are."""
     settings, values = config.settings, table.values
-    width = settings.dim or values.shape[1]
     mapped = settings.dim is None and table.ids is None and values.dtype == np.float32 and values.flags.c_contiguous
+    return 0 if mapped else 4 * sizes.items * (settings.dim or values.shape[1])
+
+
+def _beside_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
+    """Most that a modality takes beside R and the features: operators of all modalities, then K-means or blocks."""
+    settings = config.settings
+    width, clusters = settings.dim or table.values.shape[1], settings.clusters
     blocks = min(config.memory or BLOCK_BYTES, BLOCK_BYTES, 16 * sizes.users * width)
-    kmeans = sizes.users * LABEL_BYTES
-    if sizes.users and settings.cluster_on == "users":
-        memory = min(config.memory or method.KMEANS_BYTES, method.KMEANS_BYTES)
-        form = method.kmeans_form(sizes.users, sizes.items, sizes.pairs, settings.clusters, width, memory)
-        kmeans += 16 * max(sample_sizes(sizes.users, settings.clusters, width)) * width
-        kmeans += {"factored": 16 * sizes.items * settings.clusters, "dense": 8 * sizes.users * width, "tiled": 0}[form]
-    return (0 if mapped else sizes.items * width * 4) + max(kmeans, blocks)
+    users, items = sizes.users, sizes.items
+    if settings.cluster_on == "users":
+        memory = _left_for_kmeans(config, users)
+        form = method.kmeans_form(users, items, sizes.pairs, clusters, width, memory)
+        fitting = needed_bytes(form, users, items, clusters, width)
+    else:
+        fitting = max(needed_bytes("tiled", items, items, clusters, width), 16 * users + 8 * items * clusters)
+    return OPERATOR_BYTES[settings.weighting] * users * len(config.features) + max(fitting, blocks)
+
+
+def _left_for_kmeans(config: JobConfig, users: int) -> int | None:
+    """Bytes of ``--memory`` that K-means may take: all but the operators of all modalities."""
+    if config.memory is None:
+        return None
+    return config.memory - OPERATOR_BYTES[config.settings.weighting] * users * len(config.features)
 
 
 def _item_axis(tables: Mapping[str, FeatureTable]) -> ItemAxis:
@@ -383,8 +404,9 @@ def _cluster(
         return facts, (arrays[0], arrays[1], arrays[2] if on_items else None)
     with progress.step(f"cluster {name}") as step:
         operator = data.operators[name]
-        memory = min(config.memory or method.KMEANS_BYTES, method.KMEANS_BYTES)
-        found = method.clusters(backend, data.table.interactions, modality, operator, config.settings, memory)
+        matrix = data.table.interactions
+        memory = _left_for_kmeans(config, matrix.users)
+        found = method.clusters(backend, matrix, modality, operator, config.settings, memory)
         step.note(clusters=config.settings.clusters, iterations=found.found.iterations)
     labels = (found.centroids, found.user_labels, found.item_labels)
     for path, array in zip(paths, labels, strict=False):

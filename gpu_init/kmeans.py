@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .backend import Backend, ranges
-from .kernels import Csr
+from .kernels import PARTS, PARTS_BYTES, Csr
 
 BLOCK_ROWS = 4096  # fixed, so that sums run in one order whatever the memory or the number of threads
 TILE_ROWS = 4 * BLOCK_ROWS  # rows made at a time by the tiled form, fewer where they are long
@@ -29,6 +29,8 @@ STEPS = 300  # of Lloyd until the tolerance is met, as scikit-learn's default
 TOLERANCE = 1e-4  # of the mean variance that centroids may move in all, likewise
 SETTLING_WORK = 1 << 32  # multiplications that may go into steps after that, until no label changes
 GROWTH = 1.2  # of the stride, in each step that lowers the inertia
+ROW_BYTES = 64  # kept of each row on the way: its number twice, length, bounds, label
+LOOK_BYTES = 64  # found of each row that is looked at
 _LONGEST = 8.0  # stride
 _MARGIN = 1e-4  # of the mean distance: how far float32 may be off, many times over
 
@@ -206,16 +208,16 @@ def descend(
         look = (points.looking_at if points.few(len(doubtful)) else points.assigning)(centroids, xp.float32)
         moved, n_moved = [], 0
         for part in ranges(len(doubtful), LOOK_ROWS):
-            rows = doubtful[part]
-            found, least, second = look(rows)
-            before = kernels.note(rows, found, least, second, points.squared_norms, reach, fall, labels, upper, lower)
+            found, least, second = look(doubtful[part])
+            noted = (found, least, second, points.squared_norms, reach, fall, labels, upper, lower)
+            before = kernels.note(doubtful[part], *noted)
             changed = xp.flatnonzero(found != before)
             before, after = before[changed], found[changed]
             counts += xp.bincount(after, minlength=clusters)
             counts -= xp.bincount(before[before >= 0], minlength=clusters)
             n_moved += len(changed)
             if points.few(n_moved // 8):  # else the form's own way, which reads all items and all interactions
-                moved.append((rows[changed], before, after))
+                moved.append((doubtful[part][changed], before, after))
             else:
                 moved.clear()
         if n_moved == 0 and stride == 1.0:
@@ -270,6 +272,22 @@ _Look = Callable[[Any], tuple[Any, Any, Any]]
 That is: labels (m,) int32, the first of equals; the least and second least squared distance, both less the row's
 squared norm, (m,) float64.
 """
+
+
+def needed_bytes(form: str, count: int, items: int, clusters: int, width: int) -> int:
+    """Most bytes that a form takes at a time, beside the interactions and features that its rows are made of.
+
+    The factored form keeps a table of items by clusters while it assigns rows, and two or more while it sums them.
+    """
+    table = 8 * items * clusters
+    beside = {
+        "factored": table + max(table, min(PARTS * table, PARTS_BYTES)),
+        "dense": 8 * count * width,
+        "tiled": 16 * width * min(count, tile_rows(width)),
+    }
+    steps = ROW_BYTES * count + LOOK_BYTES * min(count, LOOK_ROWS) + beside[form]
+    samples = sum(sample_sizes(count, clusters, width))
+    return max(steps, 16 * count + (4 * width + ROW_BYTES + LOOK_BYTES) * samples)
 
 
 def tile_rows(width: int) -> int:

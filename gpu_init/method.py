@@ -18,7 +18,7 @@ from .errors import InputError
 from .features import Modality
 from .interactions import Interactions, from_matrix
 
-KMEANS_BYTES = 1 << 30  # that K-means may take beside the interactions and the features
+KMEANS_BYTES = 1 << 30  # that K-means may take beside the interactions, the features and what it keeps of each user
 ARRAY_BLOCK_BYTES = 64 << 20  # of the result, per kernel call, where nobody says how much memory there is
 MATRIX_ROWS = 16 * kmeans.TILE_ROWS  # of the users' means made at a time, where they are made
 
@@ -90,11 +90,11 @@ def clusters(
     modality: Modality,
     operator: Weighting,
     settings: Settings,
-    memory: int = KMEANS_BYTES,
+    memory: int | None = None,
 ) -> Clustering:
     """Section 2.4: K-means per modality, on the users' means M or on the items' rows of F.
 
-    ``memory``: bytes that it may take beside the interactions and the features.
+    ``memory``: bytes that it may take beside the interactions and the features; None: as `kmeans_form` says.
     """
     xp = backend.xp
     user_labels = xp.full(interactions.users, -1, xp.int32)
@@ -118,7 +118,7 @@ def _cluster_users(
     modality: Modality,
     operator: Weighting,
     settings: Settings,
-    memory: int,
+    memory: int | None,
 ) -> kmeans.Clusters:
     """K-means on the warm users' means: on their matrix where a library takes that, else as `kmeans_form` says.
 
@@ -146,20 +146,23 @@ def _matrix(backend: Backend, points: kmeans.Points) -> Any:
     return matrix
 
 
-def kmeans_form(users: int, items: int, pairs: int, clusters: int, width: int, memory: int = KMEANS_BYTES) -> str:
+def kmeans_form(users: int, items: int, pairs: int, clusters: int, width: int, memory: int | None = None) -> str:
     """Form of our K-means on users' means that costs least, of those that take ``memory`` bytes at most.
 
     A step of the factored form costs the mean degree times K per user, of the other two D times K, in what a
     processor does best and without the matrix's bytes: measured, the factored form is ahead until the mean degree
-    times K is some 64 D (``benchmarks/kmeans.py`` sweeps them). It keeps two I x K tables. The dense form keeps the
-    matrix, where the tiled one makes its rows in each step. Few users are all in the sample that the library
-    clusters, so that their matrix is made anyway.
+    times K is some 64 D (``benchmarks/kmeans.py`` sweeps them). The dense form keeps the matrix, where the tiled one
+    makes its rows in each step. Few users are all in the sample that is clustered first, so that their matrix is made
+    anyway. ``memory`` None: what is kept of each user, and `KMEANS_BYTES` more.
     """
-    factored, dense = 16 * items * clusters, 8 * users * width
+    if memory is None:
+        memory = KMEANS_BYTES + kmeans.needed_bytes("tiled", users, items, clusters, width)
     few = users <= kmeans.sample_size(clusters)
-    if not few and factored <= memory and pairs * clusters <= 64 * width * users:
+    sizes = (users, items, clusters, width)
+    factored, dense = (kmeans.needed_bytes(form, *sizes) <= memory for form in ("factored", "dense"))
+    if factored and not few and pairs * clusters <= 64 * width * users:
         return "factored"
-    return "dense" if dense <= memory else "tiled"
+    return "dense" if dense else "tiled"
 
 
 def cold_vector(

@@ -10,7 +10,11 @@ from gpu_init.errors import InputError
 
 from .csr import Csr
 
-__all__ = ["Builder", "Csr", "Kernels", "Numbers", "Rows", "Texts", "cpu_kernels"]
+__all__ = ["PARTS", "PARTS_BYTES", "Builder", "Csr", "Kernels", "Numbers", "Rows", "Texts", "cpu_kernels"]
+
+
+PARTS = 8  # of some rows, summed side by side on a CPU into tables of their own, in a fixed order
+PARTS_BYTES = 128 << 20  # that these tables take together: fewer parts where one is larger than an eighth
 
 
 class Kernels(Protocol):

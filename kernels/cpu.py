@@ -14,6 +14,7 @@ import numba
 import numpy as np
 from numba import prange
 
+from . import PARTS, PARTS_BYTES
 from .arrays import empty
 from .build import NumbaBuilder
 from .compiled import compiled, compiled_reordering, inner, inner_reordering
@@ -21,8 +22,6 @@ from .csr import Csr
 from .vectors import STREAM_VALUES, add_rows, finish_streams, prefetch, prefetch_row, stream_row
 
 _PARTS_PER_THREAD = 16
-_PARTIAL_BYTES = 128 << 20
-_MOST_PARTS = 8
 _AHEAD = 16  # interactions that an item's row is asked for before it is summed
 _EVEN_PARTS = 64
 _FLOAT_BYTES = 4
@@ -540,7 +539,7 @@ def _inputs(*arrays: Any) -> list[Any]:
 
 def _add_ranges(kernel: Any, arrays: list[Any], sums: Any) -> None:
     """Add to ``sums`` what a kernel sums of fixed ranges, each into an array of its own, in their order."""
-    partial = np.zeros((max(1, min(_MOST_PARTS, _PARTIAL_BYTES // sums.nbytes)), *sums.shape))
+    partial = np.zeros((max(1, min(PARTS, PARTS_BYTES // sums.nbytes)), *sums.shape))
     kernel(*arrays, partial)
     for part in partial:
         sums += part
