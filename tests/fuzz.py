@@ -362,6 +362,8 @@ def work(seed, first, last, place):
     """Cases of one process; a line of JSON for each that went wrong, and one for all at the end."""
     with tempfile.TemporaryDirectory() as folder, open(place, "r+b") as file, mmap.mmap(file.fileno(), 8) as at:
         bench, counts = Bench(folder), collections.Counter()
+        for name in ("interactions/log.csv", "interactions/log.parquet", "interactions/csr.npz"):
+            bench.read(name, bench.files[name])  # compiles what is still to be compiled
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         faulthandler.register(signal.SIGPROF, chain=True)
         with open("/proc/self/statm", encoding="ascii") as sizes:
