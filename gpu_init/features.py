@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import ids, npy
+from . import ids, memory, npy
 from .backend import Backend, one_line
 from .errors import GpuInitError, InputError, ResourceError
 from .kernels.arrays import empty
@@ -39,7 +39,6 @@ SMALLEST = 1e-30  # below, squares are lost in float32
 _PARQUET = (".parquet", ".pq")
 _PARQUET_ROWS = 4096  # decoded at a time
 _PARQUET_COLUMNS = 16  # likewise; each holds a page and a dictionary of up to 1 MiB
-_PARQUET_VALUE_BYTES = 16  # of memory for each value of a batch: levels, value, copies
 _CHECK_VALUES = 1 << 20  # looked at together, about a cache full
 _BLOCK_ROWS = 2048  # of float64 at a time; fixed, so that sums do not depend on memory
 _BFLOAT16 = np.dtype("V2")  # numpy has no such type and stores its two bytes
@@ -147,6 +146,8 @@ def read(name: str, path: str, item_column: str | None = None) -> FeatureTable:
     if len(paths) > 1:
         raise InputError(f"{path}: {len(paths)} files; only Parquet features may be several files.")
     [extension] = extensions
+    if extension in (".pt", ".pth"):
+        _require_torch(path)
     with reading(paths[0]) as file, _decoding(paths[0], extension):
         values = _READERS[extension](file, paths[0])
         _require_matrix(paths[0], values.shape, values.dtype)
@@ -186,7 +187,7 @@ def read_rows(name: str, path: str, items: int) -> NDArray[np.float32]:
 def _decoding(path: str, kind: str) -> Iterator[None]:
     """Say in one line what a library found wrong with a file; a broken file can raise anything in any of them."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), memory.bounded():
             warnings.simplefilter("ignore")
             yield
     except GpuInitError:
@@ -195,6 +196,8 @@ def _decoding(path: str, kind: str) -> Iterator[None]:
         raise ResourceError(f"{path}: {one_line(error)}; not enough memory to read it.") from None
     except Exception as error:
         why = textwrap.shorten(one_line(error), 200, placeholder=" ...")
+        if "allocate memory" in str(error):  # torch's
+            raise ResourceError(f"{path}: {why}; not enough memory to read it.") from None
         raise InputError(f"{path}: broken, or not {kind} ({why}).") from None
 
 
@@ -276,11 +279,16 @@ def _only_matrix(path: str, shapes: dict[str, tuple[int, ...]]) -> str:
     return matrices[0]
 
 
-def _read_torch(file: io.BufferedReader, path: str) -> NDArray[Any]:
+def _require_torch(path: str) -> None:
     try:
-        import torch
+        import torch  # noqa: F401
     except ImportError:
         raise InputError(f"{path}: PyTorch reads such files, and is not there: pip install 'gpu-init[torch]'") from None
+
+
+def _read_torch(file: io.BufferedReader, path: str) -> NDArray[Any]:
+    import torch
+
     if zipfile.is_zipfile(file):
         with npy.archive(file, path) as archive:
             require_memory(path, sum(member.file_size for member in archive.infolist()))
@@ -354,20 +362,15 @@ def _read_parquet(place: str, paths: Sequence[str], item_column: str | None) -> 
 def _parquet_header(path: str, item_column: str | None) -> tuple[_Layout, np.dtype[Any], int]:
     """Layout, dtype of the values and number of rows of one file."""
     with _parquet(path) as parquet:
-        _check_announced(path, parquet.metadata)
+        _check_announced(parquet.metadata)
         return *_layout(path, parquet.schema_arrow, item_column), parquet.metadata.num_rows
 
 
-def _check_announced(path: str, metadata: pq.FileMetaData) -> None:
-    """Refuse counts of rows that do not add up, and rows so long that a batch of them does not fit into memory."""
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    counts = [group.num_rows for group in groups]
+def _check_announced(metadata: pq.FileMetaData) -> None:
+    """Refuse counts of rows that do not add up. Columns are left alone: pyarrow ends the process over some of them."""
+    counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
     if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
         raise ValueError(f"{metadata.num_rows} rows, in groups of {reprlib.repr(counts)}")
-    for group in groups:
-        values = max((group.column(number).num_values for number in range(group.num_columns)), default=0)
-        batch = min(_PARQUET_ROWS, group.num_rows)
-        require_memory(path, _PARQUET_VALUE_BYTES * values * batch // max(group.num_rows, 1))
 
 
 def _layout(path: str, schema: pa.Schema, item_column: str | None) -> tuple[_Layout, np.dtype[Any]]:

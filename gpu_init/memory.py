@@ -10,7 +10,7 @@ import os
 import re
 import resource
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from .errors import ResourceError
@@ -76,6 +76,24 @@ def available(root: str = "/") -> Free:
         of files and what else the kernel gives back under pressure do not count. Of the process, `ulimit -v`.
     """
     return min([_machine(root), *_groups(root), *_process(root)])
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Inside, an allocation beyond what is free fails at once, where later the process might be killed for it.
+
+    For libraries that read what strangers wrote: a file of a few bytes may unpack to gigabytes.
+    """
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    taken = next(iter(_lines("/", "proc/self/statm")), "").split()
+    if taken:
+        wanted = int(taken[5]) * os.sysconf("SC_PAGE_SIZE") + available().bytes
+        limit = min([wanted, *(one for one in before if one != resource.RLIM_INFINITY)])
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _too_little(place: str, needed: int, free: Free) -> ResourceError:

@@ -418,8 +418,20 @@ def test_zip_bombs(tmp_path, monkeypatch):
     with pytest.raises(ResourceError, match="4,0"):
         features.read("m", str(tmp_path / "f.pt"))
     parquet(tmp_path / "f.parquet", x=fixed(np.zeros((1000, 1000))))
-    with pytest.raises(ResourceError, match="16,000,000"):
+    with pytest.raises(ResourceError, match="8,000,000"):
         features.read("m", str(tmp_path / "f.parquet"))
+
+
+def test_a_list_of_a_few_bytes_that_unpacks_to_gigabytes(tmp_path, monkeypatch):
+    path, count = tmp_path / "f.parquet", 50_000_000
+    bomb = pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), pa.array(np.zeros(count, np.float32)))
+    pq.write_table(pa.table({"v": bomb}), path, compression="zstd")
+    del bomb
+    pa.default_memory_pool().release_unused()
+    assert path.stat().st_size < 2000
+    monkeypatch.setattr(memory, "available", lambda: memory.Free(100_000_000, "here"))
+    with pytest.raises(ResourceError, match=r"f\.parquet: .*memory"):
+        features.read("m", str(path))
 
 
 def test_a_member_that_declares_more_than_it_holds(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpu_init import config, where
+from gpu_init import config
 from tests import fuzz
 
 MANY = settings(max_examples=2000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -56,7 +56,7 @@ def test_every_byte_of_an_artifact_with_a_flipped_bit_is_caught(bench):
 @given(text=st.lists(st.sampled_from(fuzz.WORDS) | st.text(max_size=5), max_size=12).map(" ".join) | st.text())
 @MANY
 def test_any_condition_is_taken_or_refused(bench, text):
-    fuzz.outcome(lambda: where.parse(text).mask(bench.frame, "a.csv"))
+    fuzz.outcome(lambda: bench.rows(text))
 
 
 values = st.sampled_from(fuzz.VALUES) | st.text(max_size=20)

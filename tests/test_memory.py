@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from gpu_init import memory
@@ -152,3 +153,15 @@ def test_the_message_has_both_figures(monkeypatch):
 def test_this_machine():
     free = memory.available()
     assert 0 < free.bytes <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_within_bounds_an_allocation_beyond_what_is_free_fails(monkeypatch):
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    monkeypatch.setattr(memory, "available", lambda: memory.Free(50_000_000, "here"))
+    with memory.bounded():
+        kept = np.empty(30_000_000, np.uint8)
+        with pytest.raises(MemoryError):
+            np.empty(60_000_000, np.uint8)
+    assert len(kept) == 30_000_000
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    assert len(np.empty(60_000_000, np.uint8)) == 60_000_000
