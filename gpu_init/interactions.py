@@ -14,7 +14,7 @@ import numpy as np
 
 from . import ids
 from .axes import Codes, ItemAxis, Resolve, RowNumbers, check_range, item_axis, positions, user_axis
-from .backend import Backend, one_line
+from .backend import Backend, one_line, ranges
 from .errors import InputError
 from .kernels import Builder, Csr
 from .storage import expand
@@ -82,6 +82,25 @@ class Interactions:
     def user_degrees(self, backend: Backend, item_values: Any) -> Any:
         """``R v`` for ``v`` (I,) float64: with 1 for the items of a modality, the users' degrees in it (U,)."""
         return backend.kernels.row_sums(self.csr, item_values)
+
+    def square_sums(self, backend: Backend, user_values: Any, item_values: Any) -> Any:
+        """``sum_i (s_u w_ui)^2 v_i`` for ``s`` (U,) and ``v`` (I,), both float64; returns (U,) float64.
+
+        Shares ``s w`` are at most 1 where ``v`` is not 0. The kernel takes float32, so each square goes in two parts.
+        """
+        xp = backend.xp
+        sums = xp.empty(self.users, xp.float64)
+        for part in ranges(self.users, _SUM_USERS):
+            csr = self.csr.rows(part.start, part.stop)
+            entries = slice(int(csr.indptr[0]), int(csr.indptr[-1]))
+            rows = xp.searchsorted(csr.indptr, xp.arange(entries.start, entries.stop), side="right") - 1
+            shares = user_values[part][rows] * (1.0 if csr.weights is None else csr.weights[entries])
+            squares = xp.minimum(shares, 1.0) ** 2
+            high = squares.astype(xp.float32)
+            low = (squares - high).astype(xp.float32)
+            starts, items = csr.indptr - entries.start, csr.indices[entries]
+            sums[part] = sum(backend.kernels.row_sums(Csr(starts, items, each), item_values) for each in (high, low))
+        return sums
 
     def item_sums(self, backend: Backend, user_values: Any = None) -> Any:
         """``R^T v`` for ``v`` (U,) float64, ones if None, then the items' degrees; (I,) float64.

@@ -278,7 +278,7 @@ def _run_modality(
             "centroids": norms(backend, iter([labels[0]])),
         },
         "scale": plan.scale,
-        "lambda": settings.lam,
+        "lambda": settings.lam if plan.policy is None else plan.policy,
     }
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from . import features as feature_arrays
 from . import kmeans
 from .backend import Backend, in_blocks, ranges, select
-from .blend import NORM_ROWS, Blend, Weighting, blend, scale_to_items
-from .config import Settings
+from .blend import NORM_ROWS, Blend, Weighting, blend, lambdas, scale_to_items
+from .config import POLICIES, Settings
 from .errors import InputError
 from .features import Modality
 from .interactions import Interactions, from_matrix
@@ -200,6 +200,9 @@ def fit(
     cold = cold_vector(backend, interactions, operator, centroids, user_labels, item_labels)
     by_user = user_labels if item_labels is None else None
     plan = Blend(modality, operator, settings.lam, centroids, by_user, item_labels, cold)
+    if settings.lam in POLICIES:
+        found = lambdas(backend, interactions, plan, settings, block_rows)
+        plan = replace(plan, lam=found.values, policy={**found.facts, **found.statistics})
     if scale is None:
         scale = scale_to_items(backend, interactions, plan, block_rows) if settings.scale == "items" else 1.0
     return replace(plan, scale=scale)
@@ -309,8 +312,10 @@ def initialize(
     interactions: Any,
     features: Mapping[str, Any],
     *,
-    lam: float = 0.9,
-    clusters: int = 8,
+    lam: float | str = 0.9,
+    tau: float | None = None,
+    temperature: float | None = None,
+    clusters: int | str = 8,
     cluster_on: str = "users",
     weighting: str = "mean",
     dim: int | None = None,
@@ -330,10 +335,16 @@ def initialize(
     features : mapping of str to array, shape (I, D)
         One modality's item features each: numpy, cupy or torch; float16, bfloat16, float32 or float64. A row
         of NaN is an item without the modality.
-    lam : float, default=0.9
-        Weight of the local part, in [0, 1].
-    clusters : int, default=8
-        K, per modality.
+    lam : float, "shrink" or "attention", default=0.9
+        Weight of the local part, in [0, 1]. ``shrink``: ``n_u / (n_u + tau)``, ``n_u`` the effective count of the
+        user's items. ``attention``: ``1 / (1 + exp(-(s_L - s_G) / temperature))``, ``s_L`` the mean cosine of the
+        user's items among themselves, ``s_G`` that to the cluster's part.
+    tau : float, optional
+        Of ``shrink``; None: within-user over between-user variance of the features.
+    temperature : float, optional
+        Of ``attention``, in cosines; None: 0.1.
+    clusters : int or "auto", default=8
+        K, per modality; ``auto``: chosen for each, see `choose.choose`.
     cluster_on : {"users", "items"}, default="users"
         Rows that are clustered: the users' interaction-weighted means, or the items' features.
     weighting : {"mean", "sym"}, default="mean"
@@ -367,6 +378,8 @@ def initialize(
     """
     settings = Settings(
         lam=lam,
+        tau=tau,
+        temperature=temperature,
         clusters=clusters,
         cluster_on=cluster_on,
         weighting=weighting,

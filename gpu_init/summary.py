@@ -15,7 +15,10 @@ from rich.text import Text
 
 BARS = 16  # up to this many clusters each has its own bar
 _BAR_WIDTH = 24
-_SETTINGS = ("lambda", "clusters", "cluster_on", "weighting", "dim", "whiten", "scale", "dtype", "seed", "restarts")
+_SETTINGS = (
+    *("lambda", "tau", "temperature", "clusters", "cluster_on", "weighting"),
+    *("dim", "whiten", "scale", "dtype", "seed", "restarts"),
+)
 
 Facts = Iterable[tuple[str, RenderableType]]
 
@@ -62,11 +65,16 @@ def _run(manifest: dict[str, Any]) -> Facts:
         ),
     )
     settings = _mapping(manifest.get("settings"))
-    yield "settings", Text(", ".join(f"{key} {_say(settings[key])}" for key in _SETTINGS if key in settings) or "-")
+    yield "settings", Text(", ".join(f"{key} {_say(settings[key])}" for key in _SETTINGS if _said(settings, key)) or "-")
     backend = _mapping(manifest.get("backend"))
     kernels, kmeans = _say(backend.get("kernels")), _say(backend.get("kmeans"))
     yield "backend", Text(f"{_say(backend.get('name'))}, kernels {kernels}, K-means {kmeans}")
     yield "gpu-init", Text(_say(manifest.get("gpu_init_version")))
+
+
+def _said(settings: dict[str, Any], key: str) -> bool:
+    """Whether a setting is worth a word: what belongs to another lambda is None."""
+    return key in settings and not (key in ("tau", "temperature") and settings[key] is None)
 
 
 def _modality(facts: dict[str, Any], block: str) -> Facts:
@@ -74,7 +82,8 @@ def _modality(facts: dict[str, Any], block: str) -> Facts:
     yield "width", Text(width if source in (width, "-") else f"{width}, projected from {source}")
     yield "items", Text(f"{_number(facts.get('items'))} with features, {_number(facts.get('missing_items'))} without")
     yield "users", Text(f"{_number(facts.get('warm_users'))} warm, {_number(facts.get('cold_users'))} cold")
-    yield "lambda, scale", Text(f"{_say(facts.get('lambda'))}, {_number(facts.get('scale'))}")
+    lam = facts.get("lambda")
+    yield "lambda, scale", Text(f"{_policy(lam) if isinstance(lam, dict) else _say(lam)}, {_number(facts.get('scale'))}")
     for part, norms in _mapping(facts.get("norms")).items():
         mean, low, high = (_number(_mapping(norms).get(key)) for key in ("mean", "min", "max"))
         yield f"norms, {_say(part)}", Text(f"mean {mean}, from {low} to {high}")
@@ -82,6 +91,15 @@ def _modality(facts: dict[str, Any], block: str) -> Facts:
     yield f"K {_number(facts.get('clusters'))}, users", _sizes(facts.get("cluster_sizes"), block)
     if "item_cluster_sizes" in facts:
         yield "items", _sizes(facts["item_cluster_sizes"], block)
+
+
+def _policy(facts: dict[str, Any]) -> str:
+    """Policy of lambda, what it went by, and where the users' lambdas lie."""
+    by = next((f", {name} {_number(facts[name])}" for name in ("tau", "temperature") if name in facts), "")
+    quantiles = _mapping(facts.get("quantiles"))
+    low, middle, high = (_number(quantiles.get(at)) for at in ("0.05", "0.5", "0.95"))
+    mean = _number(facts.get("mean"))
+    return f"{_say(facts.get('policy'))}{by} (mean {mean}, median {middle}, 90% from {low} to {high})"
 
 
 def _kmeans(facts: dict[str, Any]) -> str:
