@@ -165,11 +165,19 @@ def _read(config: JobConfig, backend: Backend, progress: Progress) -> _Data:
             step.note(items=rows, width=width, missing=rows - int(present[name].sum()))
     users = config.users
     if isinstance(users, str):
-        users = read_user_ids(backend, users, config.user_column)
+        users = read_user_ids(backend, users, config.session_column or config.user_column)
     elif users is not None:
         features.require_memory(f"users {users}", users * USER_BYTES)
     where = parse(config.where) if config.where else None
-    columns = Columns(config.user_column, config.item_column, config.weight_column, where)
+    columns = Columns(
+        config.user_column,
+        config.item_column,
+        config.weight_column,
+        where,
+        config.session_column,
+        config.time_column,
+        config.half_life,
+    )
     with progress.step("read interactions", unit="row") as step:
         axis = _item_axis(tables)
         table = read(backend, config.interactions, columns, axis, users, step.advance)
@@ -391,17 +399,18 @@ def _identity(config: JobConfig, inputs: list[dict[str, Any]], backend: Backend)
     }
     program = {"gpu_init": __version__, "backend": backend.name, "kernels": backend.kernels.name}
     users = config.users if isinstance(config.users, int) else None
-    columns = {
-        "user_column": config.user_column,
-        "item_column": config.item_column,
-        "weight_column": config.weight_column,
-    }
     return {
         "settings": settings_to_dict(config.settings),
-        "columns": {**columns, "where": config.where, "users": users},
+        "columns": {**_columns(config), "users": users},
         "inputs": files,
         "program": program,
     }
+
+
+def _columns(config: JobConfig) -> dict[str, Any]:
+    """What the interactions are taken for, by the names of the keys."""
+    names = ("user_column", "item_column", "weight_column", "time_column", "half_life", "session_column", "where")
+    return {name: getattr(config, name) for name in names}
 
 
 def _manifest(
@@ -415,11 +424,9 @@ def _manifest(
         "job": {
             "interactions": config.interactions,
             "features": config.features,
-            "user_column": config.user_column,
-            "item_column": config.item_column,
-            "weight_column": config.weight_column,
-            "where": config.where,
+            **_columns(config),
             "users": config.users,
+            "folder": os.getcwd(),  # that paths are relative to
         },
         "backend": {
             "name": backend.name,
@@ -431,6 +438,7 @@ def _manifest(
         "users": {
             "rows": table.interactions.users,
             "ids": "row numbers" if table.user_ids is None else "users.parquet",
+            **({} if config.session_column is None else {"are": "sessions"}),
         },
         "items": {
             "rows": table.interactions.items,

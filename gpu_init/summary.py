@@ -55,7 +55,7 @@ def _run(manifest: dict[str, Any]) -> Facts:
     axes = {axis: _mapping(manifest.get(axis)) for axis in ("users", "items")}
     for axis, facts in axes.items():
         ids = facts.get("ids")
-        yield axis, Text(f"{_number(facts.get('rows'))}, ids: {'-' if ids is None else _say(ids)}")
+        yield "sessions" if facts.get("are") == "sessions" else axis, Text(f"{_number(facts.get('rows'))}, ids: {'-' if ids is None else _say(ids)}")
     counts = _mapping(manifest.get("interactions"))
     yield (
         "interactions",
