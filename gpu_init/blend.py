@@ -101,9 +101,7 @@ class Lambdas:
     statistics: dict[str, Any]
 
 
-def lambdas(
-    backend: Backend, interactions: Interactions, fit: Blend, settings: Settings, block_rows: int
-) -> Lambdas:
+def lambdas(backend: Backend, interactions: Interactions, fit: Blend, settings: Settings, block_rows: int) -> Lambdas:
     """Section 2.6: lambda of each user by the policy that the settings name; ``fit`` says all but lambda.
 
     Interactions count by their weight, and items without the modality not at all. The effective count of a user's
@@ -228,7 +226,7 @@ def lambda_statistics(values: Any, counts: Any) -> dict[str, Any]:
     bars, edges = np.histogram(values, 20, (0.0, 1.0))
     powers = np.floor(np.log2(counts) + 1e-9).astype(int)
     by_count = [
-        {"from": 2**int(k), "users": int((powers == k).sum()), "mean": float(values[powers == k].mean())}
+        {"from": 2 ** int(k), "users": int((powers == k).sum()), "mean": float(values[powers == k].mean())}
         for k in np.unique(powers)
     ]
     return {

@@ -10,7 +10,7 @@ import os
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -268,6 +268,7 @@ def _run_modality(
 
             user_norms = norms(backend, blocks())
     host_labels = backend.to_host(labels[1])
+    clusters = len(labels[0])
     warm = int(operator.warm.sum())
     return {
         "width": width,
@@ -276,9 +277,10 @@ def _run_modality(
         "missing_items": matrix.items - modality.n_present,
         "warm_users": warm,
         "cold_users": matrix.users - warm,
-        "clusters": settings.clusters,
-        "cluster_sizes": _sizes(host_labels, settings.clusters),
-        **({} if labels[2] is None else {"item_cluster_sizes": _sizes(backend.to_host(labels[2]), settings.clusters)}),
+        "clusters": clusters,
+        "cluster_sizes": _sizes(host_labels, clusters),
+        **({} if labels[2] is None else {"item_cluster_sizes": _sizes(backend.to_host(labels[2]), clusters)}),
+        **({"choice": facts["choice"]} if "choice" in facts else {}),
         "kmeans": facts["kmeans"],
         "norms": {
             "users": user_norms,
@@ -323,23 +325,25 @@ def _cluster(
         operator = data.operators[name]
         memory = min(config.memory or method.KMEANS_BYTES, method.KMEANS_BYTES)
         found = method.clusters(backend, data.table.interactions, modality, operator, config.settings, memory)
-        step.note(clusters=config.settings.clusters, iterations=found.found.iterations)
+        clusters = len(found.centroids)
+        step.note(clusters=clusters, iterations=found.found.iterations)
     labels = (found.centroids, found.user_labels, found.item_labels)
     for path, array in zip(paths, labels, strict=False):
         staging.save(path, backend.to_host(array))
     kmeans = found.found
-    empty = config.settings.clusters - len(np.unique(backend.to_host(kmeans.labels)))
+    empty = clusters - len(np.unique(backend.to_host(kmeans.labels)))
     if empty:
-        progress.warn(f"modality {name}: {empty} of {config.settings.clusters} clusters are empty; fewer rows differ")
+        progress.warn(f"modality {name}: {empty} of {clusters} clusters are empty; fewer rows differ")
     facts = {
         "kmeans": {
             "form": kmeans.form,
             "library": kmeans.library,
             "iterations": kmeans.iterations,
-            "samples": sample_sizes(len(kmeans.labels), config.settings.clusters, kmeans.centroids.shape[1]),
+            "samples": sample_sizes(len(kmeans.labels), clusters, kmeans.centroids.shape[1]),
             "settled": kmeans.settled,
             "inertia": kmeans.inertia,
-        }
+        },
+        **({} if found.choice is None else {"choice": asdict(found.choice)}),
     }
     staging.finish(f"{name}/clusters", facts)
     return facts, labels

@@ -13,7 +13,8 @@ from . import features as feature_arrays
 from . import kmeans
 from .backend import Backend, in_blocks, ranges, select
 from .blend import NORM_ROWS, Blend, Weighting, blend, lambdas, scale_to_items
-from .config import POLICIES, Settings
+from .choose import Choice, choose
+from .config import AUTO, POLICIES, Settings
 from .errors import InputError
 from .features import Modality
 from .interactions import Interactions, from_matrix
@@ -55,11 +56,13 @@ def check_clusters(name: str, n_present: int, operator: Weighting, settings: Set
     Raises
     ------
     InputError
-        No warm user, or fewer users (or items, where those are clustered) than clusters.
+        No warm user, or fewer users (or items, where those are clustered) than clusters; ``auto`` takes fewer then.
     """
     warm = int(operator.warm.sum())
     if warm == 0:
         raise InputError(f"modality {name}: no user has an interaction with an item that has it.")
+    if not isinstance(settings.clusters, int):
+        return
     if settings.clusters > warm:
         raise InputError(
             f"modality {name}: {settings.clusters} clusters, but {warm} users with interactions; lower --clusters."
@@ -75,13 +78,15 @@ class Clustering:
     """Section 2.4: centroids and who belongs to which.
 
     ``user_labels`` (U,) int32: the centroid nearest to the user's means, -1 for cold users. ``item_labels``
-    (I,) int32 where items were clustered, -1 for items without the modality, else None.
+    (I,) int32 where items were clustered, -1 for items without the modality, else None. ``choice``: how K was
+    chosen, None where it was given.
     """
 
     centroids: Any
     user_labels: Any
     item_labels: Any
     found: kmeans.Clusters
+    choice: Choice | None = None
 
 
 def clusters(
@@ -98,18 +103,27 @@ def clusters(
     """
     xp = backend.xp
     user_labels = xp.full(interactions.users, -1, xp.int32)
+    choice = None
     if settings.cluster_on == "users":
+        if settings.clusters == AUTO:
+            means = kmeans.Tiled(backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
+            choice = choose(backend, means, settings.seed)
+            settings = replace(settings, clusters=choice.clusters)
         found = _cluster_users(backend, interactions, modality, operator, settings, memory)
         user_labels[operator.warm] = found.labels
-        return Clustering(found.centroids, user_labels, None, found)
+        return Clustering(found.centroids, user_labels, None, found, choice)
     kept = xp.flatnonzero(modality.present)
     points = kmeans.Dense(backend, modality.values if len(kept) == interactions.items else modality.values[kept])
+    if settings.clusters == AUTO:
+        choice = choose(backend, points, settings.seed)
+        settings = replace(settings, clusters=choice.clusters)
+    assert isinstance(settings.clusters, int)
     found = kmeans.fit(backend, points, settings.clusters, settings.seed, settings.restarts)
     item_labels = xp.full(interactions.items, -1, xp.int32)
     item_labels[kept] = found.labels
     users = kmeans.Factored(backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
     user_labels[operator.warm] = users.nearest(found.centroids)
-    return Clustering(found.centroids, user_labels, item_labels, found)
+    return Clustering(found.centroids, user_labels, item_labels, found, choice)
 
 
 def _cluster_users(
@@ -125,6 +139,7 @@ def _cluster_users(
     The matrix is made by the kernel and not as a sparse product of the library: cupyx copies R's weights to float32
     values of each interaction, counts interactions in 32 bits, and gives columns one after another, which cuML copies.
     """
+    assert isinstance(settings.clusters, int)
     arguments = (backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
     points: kmeans.Points = kmeans.Tiled(*arguments)
     sizes = (len(points), interactions.items, interactions.pairs, settings.clusters, modality.values.shape[1])

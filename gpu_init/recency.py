@@ -57,7 +57,11 @@ class Recency:
         wrong = ~(abs(numbers) <= limit)
         if bool(wrong.any()):
             at = int(wrong.argmax())
-            why = "no seconds since 1970; a half-life in the column's own unit is a number alone" if self._unit else "none"
+            why = (
+                "no seconds since 1970; a half-life in the column's own unit is a number alone"
+                if self._unit
+                else "none"
+            )
             raise InputError(f"{place}: {row(at)} has time {float(numbers[at]):.15g}, which is {why}.")
         return numbers
 
@@ -70,7 +74,9 @@ class Recency:
 
     def _of_calendar(self, seconds: Any, place: str) -> Any:
         if self._unit is None:
-            raise InputError(f"{place} holds dates and times, but --half-life {self.half_life:g} has no unit; such as 30d.")
+            raise InputError(
+                f"{place} holds dates and times, but --half-life {self.half_life:g} has no unit; such as 30d."
+            )
         return seconds
 
 

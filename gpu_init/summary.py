@@ -55,7 +55,10 @@ def _run(manifest: dict[str, Any]) -> Facts:
     axes = {axis: _mapping(manifest.get(axis)) for axis in ("users", "items")}
     for axis, facts in axes.items():
         ids = facts.get("ids")
-        yield "sessions" if facts.get("are") == "sessions" else axis, Text(f"{_number(facts.get('rows'))}, ids: {'-' if ids is None else _say(ids)}")
+        yield (
+            "sessions" if facts.get("are") == "sessions" else axis,
+            Text(f"{_number(facts.get('rows'))}, ids: {'-' if ids is None else _say(ids)}"),
+        )
     counts = _mapping(manifest.get("interactions"))
     yield (
         "interactions",
@@ -65,7 +68,10 @@ def _run(manifest: dict[str, Any]) -> Facts:
         ),
     )
     settings = _mapping(manifest.get("settings"))
-    yield "settings", Text(", ".join(f"{key} {_say(settings[key])}" for key in _SETTINGS if _said(settings, key)) or "-")
+    yield (
+        "settings",
+        Text(", ".join(f"{key} {_say(settings[key])}" for key in _SETTINGS if _said(settings, key)) or "-"),
+    )
     backend = _mapping(manifest.get("backend"))
     kernels, kmeans = _say(backend.get("kernels")), _say(backend.get("kmeans"))
     yield "backend", Text(f"{_say(backend.get('name'))}, kernels {kernels}, K-means {kmeans}")
@@ -83,11 +89,16 @@ def _modality(facts: dict[str, Any], block: str) -> Facts:
     yield "items", Text(f"{_number(facts.get('items'))} with features, {_number(facts.get('missing_items'))} without")
     yield "users", Text(f"{_number(facts.get('warm_users'))} warm, {_number(facts.get('cold_users'))} cold")
     lam = facts.get("lambda")
-    yield "lambda, scale", Text(f"{_policy(lam) if isinstance(lam, dict) else _say(lam)}, {_number(facts.get('scale'))}")
+    yield (
+        "lambda, scale",
+        Text(f"{_policy(lam) if isinstance(lam, dict) else _say(lam)}, {_number(facts.get('scale'))}"),
+    )
     for part, norms in _mapping(facts.get("norms")).items():
         mean, low, high = (_number(_mapping(norms).get(key)) for key in ("mean", "min", "max"))
         yield f"norms, {_say(part)}", Text(f"mean {mean}, from {low} to {high}")
     yield "K-means", Text(_kmeans(_mapping(facts.get("kmeans"))))
+    if "choice" in facts:
+        yield "K chosen", Text(_choice(_mapping(facts["choice"]), facts.get("clusters")))
     yield f"K {_number(facts.get('clusters'))}, users", _sizes(facts.get("cluster_sizes"), block)
     if "item_cluster_sizes" in facts:
         yield "items", _sizes(facts["item_cluster_sizes"], block)
@@ -100,6 +111,15 @@ def _policy(facts: dict[str, Any]) -> str:
     low, middle, high = (_number(quantiles.get(at)) for at in ("0.05", "0.5", "0.95"))
     mean = _number(facts.get("mean"))
     return f"{_say(facts.get('policy'))}{by} (mean {mean}, median {middle}, 90% from {low} to {high})"
+
+
+def _choice(facts: dict[str, Any], clusters: Any) -> str:
+    """Silhouettes of the K that was taken and of a blob."""
+    listed = facts.get("candidates")
+    scores = listed if isinstance(listed, list) else []
+    mine = next((one for one in scores if _mapping(one).get("clusters") == clusters), {})
+    found, blob = _number(_mapping(mine).get("silhouette")), _number(facts.get("blob_silhouette"))
+    return f"auto, of {len(scores)} on {_number(facts.get('rows'))} rows: silhouette {found}, a blob's {blob}"
 
 
 def _kmeans(facts: dict[str, Any]) -> str:

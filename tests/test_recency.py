@@ -33,9 +33,9 @@ WRITTEN = {
     "numbers": lambda times: times,
     "floats": lambda times: times.astype(float),
     "times": lambda times: pd.to_datetime(times, unit="s"),
-    "times in ms with a zone": lambda times: pd.to_datetime(times, unit="s", utc=True)
-    .astype("datetime64[ms, UTC]")
-    .dt.tz_convert("Asia/Tokyo"),
+    "times in ms with a zone": lambda times: (
+        pd.to_datetime(times, unit="s", utc=True).astype("datetime64[ms, UTC]").dt.tz_convert("Asia/Tokyo")
+    ),
     "text": lambda times: pd.to_datetime(times, unit="s").astype(str),
     "text with a zone": lambda times: pd.to_datetime(times, unit="s", utc=True).astype(str),
 }
