@@ -82,6 +82,10 @@ class ModalityArrays:
         Which items have this modality.
     item_labels : ndarray of shape (I,), int32, or None
         Cluster of each item, where items were clustered; -1 for an item without the modality.
+    item_factors : ndarray of shape (I,), float64, or None
+        With symmetric weighting, one over the root of each item's degree; 0 for an item without the modality.
+    cold : ndarray of shape (d,), float64, or None
+        Vector of a cold user, unscaled; None in an artifact of before there was `gpu-init assign`.
     """
 
     users: NDArray[Any]
@@ -90,6 +94,8 @@ class ModalityArrays:
     items: NDArray[np.float32] | None = None
     items_mask: NDArray[np.bool_] | None = None
     item_labels: NDArray[np.int32] | None = None
+    item_factors: NDArray[np.float64] | None = None
+    cold: NDArray[np.float64] | None = None
 
 
 class Artifact(Mapping[str, ModalityArrays]):
@@ -304,6 +310,8 @@ def _modality_problems(name: str, files: Json, users: int, items: int) -> Iterat
         "items": ([items, width], ("float32",)),
         "items_mask": ([items], ("bool",)),
         "item_labels": ([items], ("int32",)),
+        "item_factors": ([items], ("float64",)),
+        "cold": ([width], ("float64",)),
     }
     for part, (shape, dtypes) in wanted.items():
         path = f"{name}/{part}.npy"

@@ -222,6 +222,8 @@ def global_part(backend: Backend, interactions: Interactions, fit: Blend, part: 
 
 def lambda_statistics(values: Any, counts: Any) -> dict[str, Any]:
     """Mean, quantiles and histogram of some lambdas, and their mean by effective count n: ``2^k <= n < 2^(k+1)``."""
+    if len(values) == 0:
+        return {}
     at = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
     bars, edges = np.histogram(values, 20, (0.0, 1.0))
     powers = np.floor(np.log2(counts) + 1e-9).astype(int)

@@ -19,7 +19,7 @@ from .backend import Backend, ranges
 CANDIDATES = (*range(2, 17), 18, 20, 24, 28, 32, 40, 48, 64)
 SAMPLE_ROWS = 2048
 GAIN = 0.1  # of silhouette above a blob's
-_RESTARTS = 6
+_RESTARTS = 4
 _BLOCK_ROWS = 512
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import Event, Thread
 from types import FrameType
@@ -143,6 +143,11 @@ def _parser() -> argparse.ArgumentParser:
     config.add_flags(run)
     run.set_defaults(command=_run)
 
+    assign = commands.add_parser("assign", help="make vectors of new users, or of new interactions, as a job did")
+    assign.add_argument("artifact", metavar="ARTIFACT", help="of the job, whose clusters and settings are taken")
+    config.add_flags(assign, config.ASSIGNED)
+    assign.set_defaults(command=_assign)
+
     inspect = commands.add_parser("inspect", help="show what an artifact holds")
     inspect.add_argument("artifact", metavar="ARTIFACT")
     inspect.add_argument("--verify", action="store_true", help="check every file against its hash")
@@ -170,12 +175,36 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(given: argparse.Namespace) -> int:
-    flags = {key: value for key, value in vars(given).items() if key not in ("command", "job", "signals")}
-    job = config.load(given.job, os.environ, flags)
+    job = config.load(given.job, os.environ, _flags(given))
+    return _make(given, job, lambda progress: _run_job(job, progress))
+
+
+def _assign(given: argparse.Namespace) -> int:
+    from . import artifact
+
+    source = artifact.load(given.artifact)
+    environ = {key: os.environ[key] for name in config.ASSIGNED if (key := config.variable(name)) in os.environ}
+    asked = config.assigned(source.manifest, environ, _flags(given))
+
+    def assign(progress: Progress) -> str:
+        from .job import assign
+
+        return assign(source, *asked, progress)
+
+    return _make(given, asked[0], assign)
+
+
+def _flags(given: argparse.Namespace) -> dict[str, Any]:
+    """Keys that stand on the command line."""
+    return {key: value for key, value in vars(given).items() if key in config.NAMES}
+
+
+def _make(given: argparse.Namespace, job: config.JobConfig, make: Callable[[Progress], str]) -> int:
+    """Make an artifact, told as the job has it, and show its summary."""
     with Progress(job.log_format) as progress:
         given.signals.progress = progress
         try:
-            path = _run_job(job, progress)
+            path = make(progress)
         except (MemoryError, GpuInitError, Stopped) as error:
             if job.log_format != "json":
                 raise

@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from numbers import Integral, Real
@@ -42,7 +42,7 @@ class Settings:
     Parameters
     ----------
     lam : float, "shrink" or "attention", default=0.9
-        Weight of the local part, in [0, 1], or the policy that gives each user one; ``lambda`` everywhere but in Python.
+        Weight of the local part, in [0, 1], or the policy that gives each user one; ``lambda`` outside Python.
     clusters : int or "auto", default=8
         K, 1 or more; ``auto``: chosen for each modality.
     cluster_on : {"users", "items"}, default="users"
@@ -524,9 +524,19 @@ KEYS: tuple[Key, ...] = (
 _BY_NAME = {key.name: key for key in KEYS}
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every key; one that is not given leaves no attribute behind."""
-    for key in KEYS:
+NAMES = frozenset(_BY_NAME)
+
+# Keys of `gpu-init assign`; the others are the artifact's.
+COLUMNS = ("user_column", "item_column", "weight_column", "time_column", "session_column")
+ASSIGNED = (
+    *("interactions", "features", "out", *COLUMNS, "where", "users"),
+    *("backend", "memory", "resume", "overwrite", "log_format"),
+)
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Collection[str] = tuple(_BY_NAME)) -> None:
+    """Add a flag for every key, or those named; one that is not given leaves no attribute behind."""
+    for key in (_BY_NAME[name] for name in _BY_NAME if name in names):
         common: dict[str, Any] = {"dest": key.name, "default": argparse.SUPPRESS, "help": key.help.replace("%", "%%")}
         if key.is_flag:
             parser.add_argument(key.flag, action=argparse.BooleanOptionalAction, **common)
@@ -537,8 +547,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 # Loading.
 
 
-def load(path: str | None, environ: Mapping[str, str], flags: Mapping[str, Any]) -> JobConfig:
-    """Read a job: flags win over environment variables, these over the TOML file.
+def load(
+    path: str | None, environ: Mapping[str, str], flags: Mapping[str, Any], base: Mapping[str, Any] | None = None
+) -> JobConfig:
+    """Read a job: flags win over environment variables, these over the TOML file, and that over a base.
 
     Parameters
     ----------
@@ -548,6 +560,8 @@ def load(path: str | None, environ: Mapping[str, str], flags: Mapping[str, Any])
         Environment variables; others than those of `KEYS`, and empty ones, are ignored.
     flags : mapping
         Key name to the text of its flag, or to a value as in TOML; those not given are not in it.
+    base : mapping, optional
+        Key name to a value as in TOML.
 
     Returns
     -------
@@ -559,6 +573,7 @@ def load(path: str | None, environ: Mapping[str, str], flags: Mapping[str, Any])
         An unknown key, a wrong value, something missing; the file, flag or variable is named.
     """
     values = {
+        **{key.name: key.checked(value, key.name) for key, value in _keyed(base or {}, "base").items()},
         **(_from_file(path) if path is not None else {}),
         **_from_environment(environ),
         **{key.name: key.checked(value, key.flag, written=True) for key, value in _keyed(flags, "flags").items()},
@@ -567,6 +582,55 @@ def load(path: str | None, environ: Mapping[str, str], flags: Mapping[str, Any])
     by_field = {_BY_NAME[name].field: value for name, value in values.items()}
     settings = Settings(**{name: value for name, value in by_field.items() if name in _SETTINGS})
     return JobConfig(settings=settings, **{name: value for name, value in by_field.items() if name not in _SETTINGS})
+
+
+def assigned(
+    manifest: Mapping[str, Any], environ: Mapping[str, str], flags: Mapping[str, Any]
+) -> tuple[JobConfig, set[str]]:
+    """Give the job of `gpu-init assign`: what flags and variables say, over the columns and settings of an artifact.
+
+    Parameters
+    ----------
+    manifest : dict
+        Of the artifact.
+    environ, flags : mapping
+        As in `load`; keys of `ASSIGNED`.
+
+    Returns
+    -------
+    config : JobConfig
+        Features are the artifact's, where it found them, but for those given.
+    given : set of str
+        Modalities whose features are given.
+
+    Raises
+    ------
+    InputError
+        As in `load`, or the artifact does not say what it was made from.
+    """
+    try:
+        job, settings = dict(manifest["job"]), dict(manifest["settings"])
+        features = {str(name): os.path.join(job["folder"], path) for name, path in job["features"].items()}
+        columns = {name: job[name] for name in (*COLUMNS, "half_life")}
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(
+            "the artifact does not say what it was made from, as older ones do; run its job again."
+        ) from None
+    asked = {
+        **_from_environment(environ),
+        **{key.name: key.checked(value, key.flag, written=True) for key, value in _keyed(flags, "flags").items()},
+    }
+    for one, other in (("user_column", "session_column"), ("session_column", "user_column")):
+        if one in asked:
+            columns[other] = None
+    base = {key: value for key, value in {**columns, **settings}.items() if value is not None}
+    given = asked.get("features", {})
+    return load(None, {}, {**asked, "features": {**features, **given}}, base), set(given)
+
+
+def variable(name: str) -> str:
+    """Name of the environment variable of a key."""
+    return _BY_NAME[name].variable
 
 
 def settings_to_dict(settings: Settings) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from .errors import InputError
 
 BLOCK_BYTES = 64 << 20  # of an array in memory at a time
 
-_DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
+_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
 _PARTS = tuple(ModalityArrays.__dataclass_fields__)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 
 from . import features, method
-from .artifact import Staging, check_modality
+from .artifact import Artifact, Staging, check_modality
 from .backend import Backend, select
-from .blend import Weighting, item_norms, norms
-from .config import JobConfig, settings_to_dict
+from .blend import Blend, Weighting, item_norms, norms
+from .config import JobConfig, Settings, settings_to_dict
 from .errors import InputError
 from .features import FeatureTable, Modality
 from .ids import is_text
@@ -88,15 +88,19 @@ def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
         }
         _save_ids(staging, data.table)
         manifest = _manifest(config, inputs, backend, data, statistics)
-        manifest["timings"] = {
-            "started": started.isoformat(timespec="seconds"),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round((datetime.now(UTC) - started).total_seconds(), 3),
-            "steps": progress.timings,
-            "peak_memory_bytes": _peak_memory(),
-            **backend.peak_memory(),
-        }
-        return staging.commit(manifest)
+        return staging.commit({**manifest, "timings": _timings(started, progress, backend)})
+
+
+def _timings(started: datetime, progress: Progress, backend: Backend) -> dict[str, Any]:
+    ended = datetime.now(UTC)
+    return {
+        "started": started.isoformat(timespec="seconds"),
+        "finished": ended.isoformat(timespec="seconds"),
+        "seconds": round((ended - started).total_seconds(), 3),
+        "steps": progress.timings,
+        "peak_memory_bytes": _peak_memory(),
+        **backend.peak_memory(),
+    }
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,15 @@ def _check_inputs(config: JobConfig, inputs: list[dict[str, Any]]) -> None:
 
 def _read(config: JobConfig, backend: Backend, progress: Progress) -> _Data:
     """Read and check everything, so that bad input ends the job before any work."""
+    tables, present = _read_features(config, progress)
+    data = _read_interactions(config, backend, tables, present, progress)
+    for name, source in data.sources.items():
+        method.check_clusters(name, int(source.mask.sum()), data.operators[name], config.settings)
+    return data
+
+
+def _read_features(config: JobConfig, progress: Progress) -> tuple[dict[str, FeatureTable], dict[str, Any]]:
+    """Features as files hold them, and which of their rows are there."""
     tables: dict[str, FeatureTable] = {}
     present: dict[str, Any] = {}
     for name, path in config.features.items():
@@ -163,6 +176,18 @@ def _read(config: JobConfig, backend: Backend, progress: Progress) -> _Data:
                     f"{path}: dim {config.settings.dim} is above the {width} dimensions of modality {name}."
                 )
             step.note(items=rows, width=width, missing=rows - int(present[name].sum()))
+    return tables, present
+
+
+def _read_interactions(
+    config: JobConfig,
+    backend: Backend,
+    tables: Mapping[str, FeatureTable],
+    present: Mapping[str, Any],
+    progress: Progress,
+    source: Artifact | None = None,
+) -> _Data:
+    """Interactions among the items of the features, or of the artifact that the features are those of."""
     users = config.users
     if isinstance(users, str):
         users = read_user_ids(backend, users, config.session_column or config.user_column)
@@ -180,6 +205,8 @@ def _read(config: JobConfig, backend: Backend, progress: Progress) -> _Data:
     )
     with progress.step("read interactions", unit="row") as step:
         axis = _item_axis(tables)
+        if source is not None and axis.rows is None:
+            axis = ItemAxis(None, [source.item_ids])
         table = read(backend, config.interactions, columns, axis, users, step.advance)
         step.note(users=table.interactions.users, items=table.interactions.items, pairs=table.interactions.pairs)
     for line in table.warnings:
@@ -187,14 +214,16 @@ def _read(config: JobConfig, backend: Backend, progress: Progress) -> _Data:
     if table.user_ids is not None and config.users is None and not is_text(str(table.user_ids.dtype)):
         progress.say("user ids have gaps: rows follow the sorted ids, in users.parquet; --users N makes ids the rows")
     sources, operators = {}, {}
-    for name, source in tables.items():
-        rows = None if source.ids is None else _feature_rows(source, axis, table)
+    for name, found in tables.items():
+        rows = None if found.ids is None else _feature_rows(found, axis, table)
         mask = features.align_mask(present[name], rows, table.interactions.items)
-        sources[name] = _Source(source, mask, rows)
+        sources[name] = _Source(found, mask, rows)
+        factors = None
+        if source is not None and source[name].item_factors is not None:
+            factors = backend.asarray(_on_axis(source, table, source[name].item_factors, 0.0))
         operators[name] = method.weighting(
-            backend, table.interactions, backend.asarray(mask), config.settings.weighting
+            backend, table.interactions, backend.asarray(mask), config.settings.weighting, factors
         )
-        method.check_clusters(name, int(mask.sum()), operators[name], config.settings)
     return _Data(table, sources, operators)
 
 
@@ -239,11 +268,36 @@ def _run_modality(
     """Cluster, and write every user's row; returns the modality's part of the manifest."""
     settings, name = config.settings, modality.name
     operator, matrix = data.operators[name], data.table.interactions
-    width = modality.values.shape[1]
-    step_rows = method.block_rows(width, min(config.memory or BLOCK_BYTES, BLOCK_BYTES))
+    step_rows = method.block_rows(modality.values.shape[1], min(config.memory or BLOCK_BYTES, BLOCK_BYTES))
     facts, labels = _cluster(config, backend, data, modality, staging, progress)
     plan = method.fit(backend, matrix, modality, operator, settings, labels, facts.get("scale"), step_rows)
     staging.finish(f"{name}/fit", {**facts, "scale": plan.scale})
+    _save_for_assign(backend, plan, settings, staging)
+    width_before = data.sources[name].table.values.shape[1]
+    return _write(config, backend, data, plan, labels, {**facts, "source_width": width_before}, staging, progress)
+
+
+def _save_for_assign(backend: Backend, plan: Blend, settings: Settings, staging: Staging) -> None:
+    """What `assign` needs besides centroids, labels and items."""
+    staging.save(f"{plan.modality.name}/cold.npy", backend.to_host(plan.cold))
+    if settings.weighting == "sym":
+        staging.save(f"{plan.modality.name}/item_factors.npy", backend.to_host(plan.weighting.local_items))
+
+
+def _write(
+    config: JobConfig,
+    backend: Backend,
+    data: _Data,
+    plan: Blend,
+    labels: tuple[Any, Any, Any],
+    facts: dict[str, Any],
+    staging: Staging,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write every user's row; returns the modality's part of the manifest."""
+    modality, operator, matrix, settings = plan.modality, plan.weighting, data.table.interactions, config.settings
+    name, width = modality.name, modality.values.shape[1]
+    step_rows = method.block_rows(width, min(config.memory or BLOCK_BYTES, BLOCK_BYTES))
     users = f"{name}/users.npy"
     with progress.step(f"write {name}", total=matrix.users, unit="user") as step:
         writer = staging.rows(users, (matrix.users, width), np.dtype(settings.dtype))
@@ -272,7 +326,7 @@ def _run_modality(
     warm = int(operator.warm.sum())
     return {
         "width": width,
-        "source_width": data.sources[name].table.values.shape[1],
+        "source_width": facts["source_width"],
         "items": modality.n_present,
         "missing_items": matrix.items - modality.n_present,
         "warm_users": warm,
@@ -349,6 +403,180 @@ def _cluster(
     return facts, labels
 
 
+# New users and new interactions, among an artifact's clusters.
+
+
+def assign(source: Artifact, config: JobConfig, given: Collection[str], progress: Progress) -> str:
+    """Make vectors of users as a job did, with its centroids, degrees of items, tau, scale and cold vector.
+
+    Users with the interactions that they had in the job get the vectors that they got there; nothing is clustered.
+
+    Parameters
+    ----------
+    source : Artifact
+        Of the job.
+    config : JobConfig
+        The job's settings and columns, the new interactions and the new output; features where the job found them, or
+        where ``given`` names them.
+    given : collection of str
+        Modalities whose features were given and need not be those of the job.
+    progress : Progress
+
+    Returns
+    -------
+    str
+        Path of the new artifact, which more can be assigned by.
+
+    Raises
+    ------
+    InputError
+        As in `run`; the features are not those of the job; or the artifact is one that cannot be assigned by.
+    ResourceError
+        As in `run`.
+    """
+    _check_places(config)
+    _check_source(source, config, given)
+    backend = select(config.backend)
+    backend.say = progress.say
+    with backend.explained():
+        return _assign(source, config, given, backend, progress)
+
+
+def _check_source(source: Artifact, config: JobConfig, given: Collection[str]) -> None:
+    if os.path.realpath(config.out) == source.path:
+        raise InputError(f"{config.out} is the artifact itself; choose another output.")
+    for name in config.features:
+        if name not in source:
+            raise InputError(f"{source.path} has no modality {name}; it has {', '.join(source)}.")
+        if name in given and source[name].items is not None:
+            raise InputError(f"modality {name}: {source.path} holds its projected items; leave --features out.")
+        if source[name].cold is None:
+            raise InputError(f"{source.path} was made before there was assign, and lacks cold.npy; run its job again.")
+
+
+def _assign(source: Artifact, config: JobConfig, given: Collection[str], backend: Backend, progress: Progress) -> str:
+    started = datetime.now(UTC)
+    progress.say(f"backend {backend.name}: {backend.why}; kernels {backend.kernels.name}")
+    projected = config.settings.dim is not None
+    with progress.step("fingerprint inputs"):
+        inputs = _inputs(config, () if projected else None)
+    before = [one for one in source.manifest["inputs"] if one["for"].startswith("features.")]
+    if projected:
+        inputs += before
+    else:
+        _recognise(source, before, inputs, given, progress)
+    _check_inputs(config, inputs)
+    identity = {**_identity(config, inputs, backend), "artifact": source.manifest["checksum"]}
+    with Staging.open(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
+        if staging.complete:
+            progress.say(f"{config.out} is already there, made from the same inputs and artifact")
+            return config.out
+        tables, present = _projected_features(source) if projected else _read_features(config, progress)
+        for table in tables.values():
+            _check_shape(source, table)
+        data = _read_interactions(config, backend, tables, present, progress, source)
+        statistics = {name: _assign_modality(source, config, backend, data, name, staging, progress) for name in tables}
+        _save_ids(staging, data.table)
+        manifest = _manifest(config, inputs, backend, data, statistics)
+        origin = {"path": source.path, "checksum": source.manifest["checksum"]}
+        return staging.commit({**manifest, "assigned_by": origin, "timings": _timings(started, progress, backend)})
+
+
+def _recognise(
+    source: Artifact,
+    before: list[dict[str, Any]],
+    inputs: list[dict[str, Any]],
+    given: Collection[str],
+    progress: Progress,
+) -> None:
+    """Know the features again by their content."""
+    for name in source:
+        old, new = ([one for one in files if one["for"] == f"features.{name}"] for files in (before, inputs))
+        if [(one["bytes"], one["hash"]) for one in old] == [(one["bytes"], one["hash"]) for one in new]:
+            continue
+        was, now = (", ".join(one["path"] for one in files) for files in (old, new))
+        if name not in given:
+            raise InputError(
+                f"features of modality {name}: {now} has changed since {source.path} was made from it.\n"
+                f"Give the old ones with --features {name}=PATH, or run the job again."
+            )
+        progress.warn(f"features of modality {name}: {now} is not, byte for byte, {was} that the job read")
+
+
+def _projected_features(source: Artifact) -> tuple[dict[str, FeatureTable], dict[str, Any]]:
+    """The artifact's own projected items, as if they were features with the items' ids."""
+    tables = {
+        name: FeatureTable(name, f"{source.path}/{name}/items.npy", np.asarray(one.items), source.item_ids)
+        for name, one in source.items()
+    }
+    return tables, {name: np.asarray(one.items_mask) for name, one in source.items()}
+
+
+def _check_shape(source: Artifact, table: FeatureTable) -> None:
+    """Refuse features given that cannot be those of the job."""
+    width = source[table.name].centroids.shape[1]
+    if table.values.shape[1] != width:
+        raise InputError(f"{table.path}: {table.values.shape[1]} dimensions, but the job's had {width}.")
+    items = source.manifest["items"]["rows"]
+    if (table.ids is None or source.item_ids is None) and len(table.values) > items:
+        raise InputError(f"{table.path}: {len(table.values)} rows, but the job had {items} items.")
+    if source.item_ids is not None and (table.ids is None or not _known(table.ids, source.item_ids)):
+        raise InputError(f"{table.path}: its items are not those of the job; run the job again to take new items in.")
+
+
+def _known(ids: Any, among: Any) -> bool:
+    try:
+        positions(ids, among)
+    except InputError:
+        return False
+    return True
+
+
+def _on_axis(source: Artifact, table: InteractionTable, values: Any, missing: float) -> Any:
+    """Values of the artifact's items at the items of a table of interactions, which may have more."""
+    if source.item_ids is None:
+        return np.asarray(values)
+    placed = np.full(table.interactions.items, missing, values.dtype)
+    placed[positions(source.item_ids, table.item_ids)] = values
+    return placed
+
+
+def _assign_modality(
+    source: Artifact,
+    config: JobConfig,
+    backend: Backend,
+    data: _Data,
+    name: str,
+    staging: Staging,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Label by the artifact's centroids, and write every user's row; returns the modality's part of the manifest."""
+    old, facts, settings = source[name], source.manifest["modalities"][name], config.settings
+    operator, matrix = data.operators[name], data.table.interactions
+    modality = data.modality(backend, name)
+    centroids = backend.asarray(old.centroids)
+    item_labels = None
+    if old.item_labels is not None:
+        item_labels = backend.asarray(_on_axis(source, data.table, old.item_labels, -1))
+    with progress.step(f"assign {name}"):
+        form = facts["kmeans"]["form"] if item_labels is None else "factored"
+        labels = (centroids, method.nearest(backend, matrix, modality, operator, centroids, form), item_labels)
+    if settings.lam == "shrink":
+        settings = replace(settings, tau=facts["lambda"]["tau"])
+    step_rows = method.block_rows(modality.values.shape[1], min(config.memory or BLOCK_BYTES, BLOCK_BYTES))
+    cold = backend.asarray(old.cold)
+    plan = method.fit(backend, matrix, modality, operator, settings, labels, facts["scale"], step_rows, cold)
+    for part, array in zip(("centroids", "labels", "item_labels"), labels, strict=True):
+        if array is not None:
+            staging.save(f"{name}/{part}.npy", backend.to_host(array))
+    if old.items is not None:
+        staging.save(f"{name}/items.npy", backend.to_host(modality.values))
+        staging.save(f"{name}/items_mask.npy", data.sources[name].mask)
+    _save_for_assign(backend, plan, settings, staging)
+    kept = {key: facts[key] for key in ("kmeans", "source_width", "choice") if key in facts}
+    return _write(config, backend, data, plan, labels, kept, staging, progress)
+
+
 def _peak_memory() -> int:
     """Most bytes that were resident. Not `ru_maxrss` where Linux tells: that includes the process that started this."""
     with suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
@@ -376,10 +604,11 @@ def _save_ids(staging: Staging, table: InteractionTable) -> None:
 # What the manifest says.
 
 
-def _inputs(config: JobConfig) -> list[dict[str, Any]]:
-    """Every input file with its size and content hash."""
+def _inputs(config: JobConfig, feature_names: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """Every input file with its size and content hash; of the features, those named, or all."""
     named = [("interactions", path) for path in _tables(config.interactions, EXTENSIONS)]
-    for name, pattern in config.features.items():
+    for name in config.features if feature_names is None else feature_names:
+        pattern = config.features[name]
         named += [(f"features.{name}", path) for path in expand(pattern, features.EXTENSIONS)]
     if isinstance(config.users, str):
         named += [("users", path) for path in _tables(config.users, USER_EXTENSIONS)]

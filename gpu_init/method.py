@@ -24,7 +24,9 @@ ARRAY_BLOCK_BYTES = 64 << 20  # of the result, per kernel call, where nobody say
 MATRIX_ROWS = 16 * kmeans.TILE_ROWS  # of the users' means made at a time, where they are made
 
 
-def weighting(backend: Backend, interactions: Interactions, present: Any, kind: str) -> Weighting:
+def weighting(
+    backend: Backend, interactions: Interactions, present: Any, kind: str, item_factors: Any = None
+) -> Weighting:
     """Sections 2.1, 2.3 and 2.8: degrees over the items that have the modality, and A from them.
 
     Parameters
@@ -33,6 +35,8 @@ def weighting(backend: Backend, interactions: Interactions, present: Any, kind: 
         Which items have the modality.
     kind : {"mean", "sym"}
         ``mean``: A = D_U^-1 R; ``sym``: A = D_U^-1/2 R D_I^-1/2.
+    item_factors : array, shape (I,), float64, optional
+        D_I^-1/2 of other interactions than these, 0 for items without the modality.
     """
     xp = backend.xp
     present = present.astype(xp.float64)
@@ -40,8 +44,9 @@ def weighting(backend: Backend, interactions: Interactions, present: Any, kind: 
     mean_rows = _power(xp, degrees, -1.0)
     if kind == "mean":
         return Weighting(mean_rows, present, mean_rows, present)
-    local_items = present * _power(xp, interactions.item_sums(backend), -0.5)
-    return Weighting(_power(xp, degrees, -0.5), local_items, mean_rows, present)
+    if item_factors is None:
+        item_factors = present * _power(xp, interactions.item_sums(backend), -0.5)
+    return Weighting(_power(xp, degrees, -0.5), item_factors, mean_rows, present)
 
 
 def _power(xp: Any, degrees: Any, exponent: float) -> Any:
@@ -110,7 +115,10 @@ def clusters(
             choice = choose(backend, means, settings.seed)
             settings = replace(settings, clusters=choice.clusters)
         found = _cluster_users(backend, interactions, modality, operator, settings, memory)
-        user_labels[operator.warm] = found.labels
+        if found.form == "dense":  # as they come out where these users are assigned among others
+            user_labels = nearest(backend, interactions, modality, operator, found.centroids, found.form)
+        else:
+            user_labels[operator.warm] = found.labels
         return Clustering(found.centroids, user_labels, None, found, choice)
     kept = xp.flatnonzero(modality.present)
     points = kmeans.Dense(backend, modality.values if len(kept) == interactions.items else modality.values[kept])
@@ -121,9 +129,25 @@ def clusters(
     found = kmeans.fit(backend, points, settings.clusters, settings.seed, settings.restarts)
     item_labels = xp.full(interactions.items, -1, xp.int32)
     item_labels[kept] = found.labels
-    users = kmeans.Factored(backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
-    user_labels[operator.warm] = users.nearest(found.centroids)
+    user_labels = nearest(backend, interactions, modality, operator, found.centroids, "factored")
     return Clustering(found.centroids, user_labels, item_labels, found, choice)
+
+
+def nearest(
+    backend: Backend, interactions: Interactions, modality: Modality, operator: Weighting, centroids: Any, form: str
+) -> Any:
+    """Label of each user (U,) int32: the centroid nearest to the user's means, -1 for cold users.
+
+    ``form``: ``factored``, or any other for means made tile by tile. Each user's label comes out the same whoever the
+    other users are.
+    """
+    xp = backend.xp
+    kind = kmeans.Factored if form == "factored" else kmeans.Tiled
+    users = kind(backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
+    labels = xp.full(interactions.users, -1, xp.int32)
+    if len(users):
+        labels[operator.warm] = users.nearest(centroids)
+    return labels
 
 
 def _cluster_users(
@@ -206,13 +230,15 @@ def fit(
     labels: tuple[Any, Any, Any],
     scale: float | None,
     block_rows: int,
+    cold: Any = None,
 ) -> Blend:
     """Sections 2.5 to 2.8: all that the fused pass needs, from centroids, user labels and item labels.
 
-    ``scale`` None: work out the factor that the settings ask for.
+    ``scale`` None: work out the factor that the settings ask for; ``cold`` None: the vector of cold users.
     """
     centroids, user_labels, item_labels = labels
-    cold = cold_vector(backend, interactions, operator, centroids, user_labels, item_labels)
+    if cold is None:
+        cold = cold_vector(backend, interactions, operator, centroids, user_labels, item_labels)
     by_user = user_labels if item_labels is None else None
     plan = Blend(modality, operator, settings.lam, centroids, by_user, item_labels, cold)
     if settings.lam in POLICIES:

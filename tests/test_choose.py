@@ -18,7 +18,7 @@ GROUPS = 12
 
 
 def parted(rng, count, width, apart, shares=None):
-    """Rows around twelve centres that are ``apart`` at least, noise of deviation 1 in each dimension; and the groups."""
+    """Rows around twelve centres that are ``apart`` at least, noise of deviation 1 per dimension; and the groups."""
     centres = np.zeros((0, width))
     while len(centres) < GROUPS:
         one = rng.uniform(-1, 1, width) * (2 * apart)
@@ -32,7 +32,8 @@ def chosen(rows, seed=0):
     return choose.choose(BACKEND, kmeans.Dense(BACKEND, rows.astype(np.float32)), seed)
 
 
-UNEVEN = (lambda p: p / p.sum())(1 / np.arange(1.0, GROUPS + 1))
+UNEVEN = 1 / np.arange(1.0, GROUPS + 1)
+UNEVEN /= UNEVEN.sum()
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_scores_are_those_of_scikit_learn():
     assert found["calinski_harabasz"] == pytest.approx(calinski_harabasz_score(rows, labels), rel=1e-6)
 
 
-def catalogue(users=1500, items=600, width=24):
+def catalogue(users=600, items=300, width=16):
     """Users who take several items of one group each, and features in which the groups are parted, or one blob."""
     rng = np.random.default_rng(3)
     values, groups = parted(rng, items, width, 14)
