@@ -140,13 +140,20 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="make initial user vectors from interactions and item features")
     run.add_argument("job", nargs="?", metavar="JOB.toml", help="settings; flags and GPU_INIT_* variables win over it")
-    config.add_flags(run)
+    config.add_flags(run, config.NAMES - config.TUNED)
     run.set_defaults(command=_run)
 
     assign = commands.add_parser("assign", help="make vectors of new users, or of new interactions, as a job did")
     assign.add_argument("artifact", metavar="ARTIFACT", help="of the job, whose clusters and settings are taken")
     config.add_flags(assign, config.ASSIGNED)
     assign.set_defaults(command=_assign)
+
+    tune = commands.add_parser("tune", help="rank settings without training, by held-out interactions")
+    tune.add_argument("job", nargs="?", metavar="JOB.toml", help="as of run; what it sets is a candidate too")
+    tune.add_argument("--metric", default="recall@20", metavar="METRIC", help="what to order by (default: recall@20)")
+    tune.add_argument("--folder", default="tuned", metavar="DIR", help="where best.toml, scores.csv and a plot go")
+    config.add_flags(tune, config.NAMES - {"resume", "overwrite"})
+    tune.set_defaults(command=_tune)
 
     inspect = commands.add_parser("inspect", help="show what an artifact holds")
     inspect.add_argument("artifact", metavar="ARTIFACT")
@@ -192,6 +199,24 @@ def _assign(given: argparse.Namespace) -> int:
         return assign(source, *asked, progress)
 
     return _make(given, asked[0], assign)
+
+
+def _tune(given: argparse.Namespace) -> int:
+    from .tune import METRICS, tune
+
+    if given.metric not in METRICS:
+        raise InputError(f"--metric: found {given.metric!r}; wanted is {', '.join(METRICS)}.")
+    asked = config.load(given.job, os.environ, _flags(given))
+    with Progress(asked.log_format) as progress:
+        given.signals.progress = progress
+        frame, paths = tune(asked, given.metric, given.folder, progress)
+    from rich.console import Console
+
+    from . import summary
+
+    summary.candidates(frame, given.metric, Console())
+    print("\n".join(paths))
+    return 0
 
 
 def _flags(given: argparse.Namespace) -> dict[str, Any]:

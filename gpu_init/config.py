@@ -30,6 +30,7 @@ _MIN_MEMORY = 16 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 POLICIES = ("shrink", "attention")  # of lambda, by user
+CLUSTER_ON = ("users", "items")
 AUTO = "auto"  # clusters by what the data hold
 _HALF_LIFE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
@@ -123,6 +124,8 @@ class JobConfig:
         Which interactions to take; `where.parse` reads it.
     users : int or str, optional
         U, when user ids are row numbers; or the path of the ids of the rows; None: from the interactions.
+    valid, valid_where : str, optional
+        Held-out interactions for `tune`: their path, if they are not among ``interactions``; which rows to take.
     backend : {"auto", "cpu", "cuda"}
         Where it runs.
     memory : int, optional
@@ -145,6 +148,8 @@ class JobConfig:
     session_column: str | None = None
     where: str | None = None
     users: int | str | None = None
+    valid: str | None = None
+    valid_where: str | None = None
     backend: str = "auto"
     memory: int | None = None
     resume: bool = False
@@ -501,7 +506,7 @@ KEYS: tuple[Key, ...] = (
         "K|auto",
         read=_read_clusters,
     ),
-    _choice_key("cluster_on", ("users", "items"), "what is clustered"),
+    _choice_key("cluster_on", CLUSTER_ON, "what is clustered"),
     _choice_key("weighting", ("mean", "sym"), "mean of the user's items, or normalized by both degrees"),
     _number_key("dim", (1, _MAX_INT), "project features to this width (default: no)", "D"),
     _flag_key("whiten", "unit variance per projected component; needs --dim"),
@@ -517,6 +522,14 @@ KEYS: tuple[Key, ...] = (
         "memory for K-means, and for blocks of users on their way out",
         "SIZE",
     ),
+    _text_key("valid", "a path", "held-out interactions, for tune to rank settings by", "PATH", is_path=True),
+    Key(
+        "valid_where",
+        _check_where,
+        'a comparison such as "x_label == 1"',
+        'held-out rows to take, of --valid or of the interactions, such as "x_label == 1"',
+        "EXPR",
+    ),
     _flag_key("resume", "go on with an unfinished run, if there is one"),
     _flag_key("overwrite", "replace an artifact that is there"),
     _choice_key("log_format", ("auto", "text", "json"), "auto: a bar on a terminal, else one line per step"),
@@ -525,6 +538,9 @@ _BY_NAME = {key.name: key for key in KEYS}
 
 
 NAMES = frozenset(_BY_NAME)
+
+# Keys that `gpu-init run` has no flag for; a job file may have them.
+TUNED = frozenset({"valid", "valid_where"})
 
 # Keys of `gpu-init assign`; the others are the artifact's.
 COLUMNS = ("user_column", "item_column", "weight_column", "time_column", "session_column")

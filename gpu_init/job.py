@@ -76,7 +76,7 @@ def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
             return config.out
         if staging.discarded:
             progress.say("an unfinished run was discarded; --resume would have gone on with it")
-        data = _read(config, backend, progress)
+        data = read_inputs(config, backend, progress)
         projected = {}
         if config.settings.dim is not None:  # all of them first: one that cannot be projected ends the job
             projected = {name: _project(config, backend, data, name, staging, progress) for name in data.sources}
@@ -104,7 +104,7 @@ def _timings(started: datetime, progress: Progress, backend: Backend) -> dict[st
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """One modality's features as read and checked; which items have it; where its rows stand among them."""
 
     table: FeatureTable
@@ -113,14 +113,15 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class _Data:
+class Data:
     """All inputs, checked. Features are taken to the device one modality at a time."""
 
     table: InteractionTable
-    sources: dict[str, _Source]
+    sources: dict[str, Source]
     operators: dict[str, Weighting]
 
     def modality(self, backend: Backend, name: str, exact: bool = False) -> Modality:
+        """Features of a modality, on the device."""
         source = self.sources[name]
         return features.align(backend, source.table, source.mask, source.rows, exact=exact)
 
@@ -153,7 +154,7 @@ def _check_inputs(config: JobConfig, inputs: list[dict[str, Any]]) -> None:
 # Read.
 
 
-def _read(config: JobConfig, backend: Backend, progress: Progress) -> _Data:
+def read_inputs(config: JobConfig, backend: Backend, progress: Progress) -> Data:
     """Read and check everything, so that bad input ends the job before any work."""
     tables, present = _read_features(config, progress)
     data = _read_interactions(config, backend, tables, present, progress)
@@ -186,7 +187,7 @@ def _read_interactions(
     present: Mapping[str, Any],
     progress: Progress,
     source: Artifact | None = None,
-) -> _Data:
+) -> Data:
     """Interactions among the items of the features, or of the artifact that the features are those of."""
     users = config.users
     if isinstance(users, str):
@@ -217,14 +218,14 @@ def _read_interactions(
     for name, found in tables.items():
         rows = None if found.ids is None else _feature_rows(found, axis, table)
         mask = features.align_mask(present[name], rows, table.interactions.items)
-        sources[name] = _Source(found, mask, rows)
+        sources[name] = Source(found, mask, rows)
         factors = None
         if source is not None and source[name].item_factors is not None:
             factors = backend.asarray(_on_axis(source, table, source[name].item_factors, 0.0))
         operators[name] = method.weighting(
             backend, table.interactions, backend.asarray(mask), config.settings.weighting, factors
         )
-    return _Data(table, sources, operators)
+    return Data(table, sources, operators)
 
 
 def _item_axis(tables: Mapping[str, FeatureTable]) -> ItemAxis:
@@ -263,7 +264,7 @@ def _feature_rows(source: FeatureTable, axis: ItemAxis, table: InteractionTable)
 
 
 def _run_modality(
-    config: JobConfig, backend: Backend, data: _Data, modality: Modality, staging: Staging, progress: Progress
+    config: JobConfig, backend: Backend, data: Data, modality: Modality, staging: Staging, progress: Progress
 ) -> dict[str, Any]:
     """Cluster, and write every user's row; returns the modality's part of the manifest."""
     settings, name = config.settings, modality.name
@@ -287,7 +288,7 @@ def _save_for_assign(backend: Backend, plan: Blend, settings: Settings, staging:
 def _write(
     config: JobConfig,
     backend: Backend,
-    data: _Data,
+    data: Data,
     plan: Blend,
     labels: tuple[Any, Any, Any],
     facts: dict[str, Any],
@@ -347,7 +348,7 @@ def _write(
 
 
 def _project(
-    config: JobConfig, backend: Backend, data: _Data, name: str, staging: Staging, progress: Progress
+    config: JobConfig, backend: Backend, data: Data, name: str, staging: Staging, progress: Progress
 ) -> Modality:
     """Projected items, worked out or taken from the run that is resumed; an output too."""
     assert config.settings.dim is not None
@@ -366,7 +367,7 @@ def _project(
 
 
 def _cluster(
-    config: JobConfig, backend: Backend, data: _Data, modality: Modality, staging: Staging, progress: Progress
+    config: JobConfig, backend: Backend, data: Data, modality: Modality, staging: Staging, progress: Progress
 ) -> tuple[dict[str, Any], tuple[Any, Any, Any]]:
     """Centroids, user labels and item labels, found or taken from the run that is resumed."""
     name, on_items = modality.name, config.settings.cluster_on == "items"
@@ -545,7 +546,7 @@ def _assign_modality(
     source: Artifact,
     config: JobConfig,
     backend: Backend,
-    data: _Data,
+    data: Data,
     name: str,
     staging: Staging,
     progress: Progress,
@@ -647,7 +648,7 @@ def _columns(config: JobConfig) -> dict[str, Any]:
 
 
 def _manifest(
-    config: JobConfig, inputs: list[dict[str, Any]], backend: Backend, data: _Data, statistics: dict[str, Any]
+    config: JobConfig, inputs: list[dict[str, Any]], backend: Backend, data: Data, statistics: dict[str, Any]
 ) -> dict[str, Any]:
     table = data.table
     weights = table.interactions.csr.weights

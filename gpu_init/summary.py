@@ -51,6 +51,22 @@ def table(manifest: dict[str, Any], console: Console) -> None:
     console.file.write(printed.get().encode(encoding, "replace").decode(encoding))
 
 
+def candidates(frame: Any, by: str, console: Console, most: int = 15) -> None:
+    """Print the best candidates of `tune.table`, with their intervals."""
+    grid = Table(title=f"The best {min(most, len(frame))} of {len(frame)} candidates", title_justify="left", box=None)
+    for name in (by, "95% interval", "behind the best", "modalities", "lambda", "K", "on", "weighting", "dim"):
+        grid.add_column(name, justify="left", overflow="fold")
+    for _, row in frame.head(most).iterrows():
+        dim = f"{row['dim']:.0f}{' white' if row['whiten'] else ''}" if row["dim"] > 0 else "-"
+        grid.add_row(
+            f"{row[by]:.4f}",
+            f"{row['low']:.4f} to {row['high']:.4f}",
+            f"{row['behind_low']:.4f} to {row['behind_high']:.4f}",
+            *map(_say, (row["modalities"], row["lambda"], row["clusters"], row["cluster_on"], row["weighting"], dim)),
+        )
+    console.print(grid)
+
+
 def _run(manifest: dict[str, Any]) -> Facts:
     axes = {axis: _mapping(manifest.get(axis)) for axis in ("users", "items")}
     for axis, facts in axes.items():
@@ -117,7 +133,7 @@ def _choice(facts: dict[str, Any], clusters: Any) -> str:
     """Silhouettes of the K that was taken and of a blob."""
     listed = facts.get("candidates")
     scores = listed if isinstance(listed, list) else []
-    mine = next((one for one in scores if _mapping(one).get("clusters") == clusters), {})
+    mine: Any = next((one for one in scores if _mapping(one).get("clusters") == clusters), {})
     found, blob = _number(_mapping(mine).get("silhouette")), _number(facts.get("blob_silhouette"))
     return f"auto, of {len(scores)} on {_number(facts.get('rows'))} rows: silhouette {found}, a blob's {blob}"
 

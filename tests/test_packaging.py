@@ -23,7 +23,10 @@ GROUND = {"config", "errors", "ids", "progress", "storage", "version", "where"}
 KNOWS = {
     "__init__": {"artifact", "method"},
     "__main__": {"cli"},
-    "cli": {"demo", "export", "job", "summary"},
+    "cli": {"demo", "export", "job", "report", "summary", "tune"},
+    "tune": {"charts", "job"},
+    "report": {"artifact", "charts"},
+    "charts": set(),
     "mmrec": {"job", "torch"},
     "job": {"artifact", "method"},
     "method": {"blend", "choose", "features", "interactions"},
