@@ -1,4 +1,4 @@
-"""What `gpu-init tune` is worth: does it pick well for test rows, and does it foretell what a trained model reaches?
+"""What `gpu-init tune` is worth: whether it picks well for test rows, and foretells what a trained model reaches.
 
 ``pick``: on TikTok and on the demo's data, the best candidate on validation rows against the best of the grid on test
 rows, by a paired bootstrap over users. ``trained``: on TikTok, candidates drawn from the grid, each the start of the
