@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,16 @@ class Blend:
     cold: Any
     scale: float = 1.0
     policy: dict[str, Any] | None = None  # what the manifest says of lambdas that are of each user
+
+
+def of_users(fit: Blend, users: Any) -> Blend:
+    """What the fused pass needs for some users (n,), one after another, with `Interactions.some` of them."""
+    of = fit.weighting
+    weighting = Weighting(of.local_rows[users], of.local_items, of.mean_rows[users], of.present)
+    labels = None if fit.user_labels is None else fit.user_labels[users]
+    return replace(
+        fit, weighting=weighting, user_labels=labels, lam=fit.lam if isinstance(fit.lam, float) else fit.lam[users]
+    )
 
 
 def blend(backend: Backend, interactions: Interactions, fit: Blend, rows: slice, out: Any = None) -> Any:

@@ -161,6 +161,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print the manifest as JSON")
     inspect.set_defaults(command=_inspect)
 
+    report = commands.add_parser("report", help="write a page with charts of an artifact, for a browser")
+    report.add_argument("artifact", metavar="ARTIFACT")
+    report.add_argument("--out", metavar="PATH", help="where (default: report.html in the artifact)")
+    report.add_argument("--item-names", metavar="PATH", help="table of item ids and names: Parquet, CSV or TSV")
+    report.set_defaults(command=_report)
+
     export = commands.add_parser("export", help="write an artifact as safetensors, .pt or Parquet")
     export.add_argument("artifact", metavar="ARTIFACT")
     export.add_argument("--format", required=True, metavar="FORMAT", help="safetensors, pt or parquet")
@@ -264,6 +270,14 @@ def _inspect(given: argparse.Namespace) -> int:
         _print_summary(given.artifact)
         if given.verify:
             print("every file matches its hash")
+    return 0
+
+
+def _report(given: argparse.Namespace) -> int:
+    from . import artifact
+    from .report import report
+
+    print(report(artifact.load(given.artifact), given.out, given.item_names))
     return 0
 
 

@@ -25,7 +25,9 @@ from .errors import InputError
 BLOCK_BYTES = 64 << 20  # of an array in memory at a time
 
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
-_PARTS = tuple(ModalityArrays.__dataclass_fields__)
+_PARTS = tuple(
+    part for part in ModalityArrays.__dataclass_fields__ if part not in ("sample", "sample_items", "typical")
+)
 
 
 def export(

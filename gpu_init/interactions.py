@@ -84,6 +84,16 @@ class Interactions:
         """``R v`` for ``v`` (I,) float64: with 1 for the items of a modality, the users' degrees in it (U,)."""
         return backend.kernels.row_sums(self.csr, item_values)
 
+    def some(self, backend: Backend, users: Any) -> Interactions:
+        """R of some users (n,), one after another."""
+        xp, csr = backend.xp, self.csr
+        starts = csr.indptr[users]
+        indptr = xp.concatenate([xp.zeros(1, xp.int64), xp.cumsum(csr.indptr[users + 1] - starts)])
+        entries = xp.arange(int(indptr[-1]))
+        entries += (starts - indptr[:-1])[xp.searchsorted(indptr, entries, side="right") - 1]
+        weights = None if csr.weights is None else csr.weights[entries]
+        return Interactions(Csr(indptr, csr.indices[entries], weights), self.items)
+
     def square_sums(self, backend: Backend, user_values: Any, item_values: Any) -> Any:
         """``sum_i (s_u w_ui)^2 v_i`` for ``s`` (U,) and ``v`` (I,), both float64; returns (U,) float64.
 

@@ -22,6 +22,7 @@ from .artifact import Artifact, Staging, check_modality
 from .backend import Backend, select
 from .blend import Blend, Weighting, item_norms, norms
 from .config import JobConfig, Settings, settings_to_dict
+from .describe import describe
 from .errors import InputError
 from .features import FeatureTable, Modality
 from .ids import is_text
@@ -322,6 +323,9 @@ def _write(
                         outbox.send(block[left:])
 
             user_norms = norms(backend, blocks())
+    with progress.step(f"sample {name}"):
+        for part, array in describe(backend, matrix, plan, settings.seed).items():
+            staging.save(f"{name}/{part}.npy", array)
     host_labels = backend.to_host(labels[1])
     clusters = len(labels[0])
     warm = int(operator.warm.sum())

@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 
 from . import charts, features, interactions, job, method, storage
 from .backend import Backend, ranges, select
-from .blend import Blend, Weighting, global_part, lambdas
+from .blend import Blend, Weighting, global_part, lambdas, of_users
 from .config import CLUSTER_ON, COLUMNS, POLICIES, JobConfig, Settings, settings_to_dict
 from .errors import InputError
 from .features import Modality
 from .interactions import Columns, Interactions, ItemAxis
-from .kernels import Csr
 from .progress import Progress
 from .where import parse
 
@@ -256,7 +255,7 @@ class _Task:
         self.backend, self.train, self.names = backend, train, names
         self.combinations = [(name,) for name in names] + ([names] if len(names) > 1 else [])
         self.users = backend.asarray(users)
-        self.part = Interactions(_some_rows(backend, train.csr, self.users), train.items)
+        self.part = train.some(backend, self.users)
         self.pairs = np.searchsorted(users, held_out.users), held_out.items
 
     def ranked(
@@ -309,16 +308,9 @@ class _Task:
         by_user = found.user_labels if found.item_labels is None else None
         return Blend(modality, operator, 0.0, found.centroids, by_user, found.item_labels, cold)
 
-    def _own(self, plan: Blend) -> Blend:
-        """The same of the users with held-out items."""
-        of = plan.weighting
-        weighting = Weighting(of.local_rows[self.users], of.local_items, of.mean_rows[self.users], of.present)
-        labels = None if plan.user_labels is None else plan.user_labels[self.users]
-        return replace(plan, weighting=weighting, user_labels=labels)
-
     def _global(self, plan: Blend) -> Any:
         """G of the users with held-out items, (n, d) float32; that of cold users is all they get."""
-        own = self._own(plan)
+        own = of_users(plan, self.users)
         level = global_part(self.backend, self.part, own, slice(0, len(self.users)))
         return self.backend.xp.where(own.weighting.warm[:, None], level, plan.cold).astype(self.backend.xp.float32)
 
@@ -333,7 +325,7 @@ class _Task:
     def _lambda(self, plan: Blend, settings: Settings) -> Any:
         """Lambda of the users with held-out items, (n, 1) float32; 0 for cold users."""
         xp = self.backend.xp
-        own = self._own(plan)
+        own = of_users(plan, self.users)
         if settings.lam == "shrink":  # tau is that of all users
             values = lambdas(self.backend, self.train, plan, settings, _LAMBDA_ROWS).values[self.users]
         elif settings.lam == "attention":
@@ -364,16 +356,6 @@ def _keys(settings: Settings, name: str) -> tuple[Any, Any, Any]:
     clusters = (settings.cluster_on, settings.clusters, name)
     policy = (settings.lam, settings.tau, settings.temperature)
     return (settings.weighting, name), clusters, (policy, *(clusters if settings.lam == "attention" else (name,)))
-
-
-def _some_rows(backend: Backend, csr: Csr, users: Any) -> Csr:
-    """Some rows of R, one after another."""
-    xp = backend.xp
-    starts = csr.indptr[users]
-    indptr = xp.concatenate([xp.zeros(1, xp.int64), xp.cumsum(csr.indptr[users + 1] - starts)])
-    entries = xp.arange(int(indptr[-1]))
-    entries += (starts - indptr[:-1])[xp.searchsorted(indptr, entries, side="right") - 1]
-    return Csr(indptr, csr.indices[entries], None if csr.weights is None else csr.weights[entries])
 
 
 # What comes of it.
