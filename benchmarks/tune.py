@@ -31,8 +31,8 @@ from gpu_init.progress import Progress
 from gpu_init.torch import Table
 
 METRIC = "recall@20"
-DRAWN = 16  # settings that models are trained from
-OPTIONS = {"layers": 0, "learning_rate": 0.005, "epochs": 40, "patience": 5}
+DRAWN = 12  # settings that models are trained from
+OPTIONS = {"layers": 0, "learning_rate": 0.005, "epochs": 10, "patience": 10}
 
 
 def main() -> None:
@@ -83,13 +83,19 @@ def demo_jobs(folder: str, users: int, items: int) -> tuple[config.JobConfig, co
     return parts[0], parts[1]
 
 
-def ranked(job: config.JobConfig) -> tuple[tune.Ranking, float]:
-    """All candidates ranked by a job's held-out rows, and the seconds that took."""
+def ranked(job: config.JobConfig, drawn: int | None = None) -> tuple[tune.Ranking, float]:
+    """Candidates ranked by a job's held-out rows, all or some that are drawn, and the seconds that took."""
     backend, progress = select("cpu"), Progress(None)
     start = time.perf_counter()
     data, held_out = tune.read(job, backend, progress)
     widths = {name: source.table.values.shape[1] for name, source in data.sources.items()}
-    found = tune.rank(backend, data, held_out, tune.grid(job.settings, widths, 10**6), 0, progress)
+    settings = tune.grid(job.settings, widths, 10**6)
+    if drawn:
+        settings = [one for one in settings if one.dim == tune.DIM]  # the model's own width
+        settings = [
+            settings[at] for at in np.sort(np.random.default_rng(0).choice(len(settings), drawn, replace=False))
+        ]
+    found = tune.rank(backend, data, held_out, settings, 0, progress)
     return found, time.perf_counter() - start
 
 
@@ -133,14 +139,12 @@ def pick(name: str, valid: config.JobConfig, test: config.JobConfig, path: Path)
 def trained(data: Path, folder: str, path: Path) -> None:
     """Train the small model from some candidates, and correlate."""
     valid, _ = tiktok_jobs(data, folder)
-    ranking, _ = ranked(valid)
-    together = [
+    ranking, _ = ranked(valid, DRAWN)
+    drawn = [
         (one.settings, float(scores.mean()))
         for one, scores in zip(ranking.candidates, ranking.scores[METRIC], strict=True)
-        if len(one.modalities) == 2 and one.settings.dim == tune.DIM
+        if len(one.modalities) == 2
     ]
-    rng = np.random.default_rng(0)
-    drawn = [together[at] for at in np.sort(rng.choice(len(together), DRAWN, replace=False))]
     table = pd.read_csv(data / "tiktok.inter", sep="\t")
     features = {name: np.load(data / f"{name}_feat.npy").astype(np.float32) for name in ("image", "audio")}
     shape = (9308, len(features["image"]))

@@ -69,7 +69,7 @@ def _of_users(
     lam = xp.full(n, plan.lam) if isinstance(plan.lam, float) else plan.lam
     columns = {"lambda": lam, "count": counts}
     for name, rows in (("random", noise), ("local", local), ("blended", blended)):
-        flat = (rows - middle) @ plane if name != "random" else rows @ plane
+        flat = (rows - middle) @ plane
         columns |= {f"{name}_x": flat[:, 0], f"{name}_y": flat[:, 1]}
     length = _lengths(xp, blended)
     length = xp.where(length > 0, length, 1.0)

@@ -148,12 +148,13 @@ def _gap(sample: dict[str, NDArray[Any]], items: NDArray[Any]) -> tuple[str, Any
     panels = {"random": "random", "local": "local only", "blended": "blended"}
     for number, (kind, label) in enumerate(panels.items()):
         axes = {"xaxis": f"x{number + 1}", "yaxis": f"y{number + 1}"}
-        places = {"mode": "markers", "marker": {"size": 4, "opacity": 0.45}, "hoverinfo": "skip"}
+        places = {"mode": "markers", "hoverinfo": "skip"}
         grey = {"size": 4, "opacity": 0.35, "color": "#9aa4ae"}
         first = {"name": "items", "legendgroup": "items", "showlegend": number == 0, **places, "marker": grey}
         drawn.add_scatter(x=_list(items[few, 0]), y=_list(items[few, 1]), **first, **axes)
         x, y = sample[f"{kind}_x"][some], sample[f"{kind}_y"][some]
-        drawn.add_scatter(x=_list(x), y=_list(y), name=f"users, {label}", **places, **axes)
+        own = {"size": 4, "opacity": 0.6, "color": charts.COLOURS[(1, 3, 0)[number]]}
+        drawn.add_scatter(x=_list(x), y=_list(y), name=f"users, {label}", marker=own, **places, **axes)
         bare = {"showgrid": False, "zeroline": False}
         across = {"domain": [number / 3 + 0.02, (number + 1) / 3 - 0.02], "title": label, **bare}
         upward = {"anchor": f"x{number + 1}", "showticklabels": False, **bare}
@@ -161,8 +162,8 @@ def _gap(sample: dict[str, NDArray[Any]], items: NDArray[Any]) -> tuple[str, Any
             across, upward = {**across, "matches": "x"}, {**upward, "matches": "y"}
         drawn.update_layout({f"xaxis{number + 1}": across, f"yaxis{number + 1}": upward})
     words = (
-        "A sample of users and items in the plane of the items' two principal directions: users at random lie where no"
-        " item does; as means of their items, and blended with their clusters, they lie among them."
+        "A sample of users and items in the plane of the items' two principal directions: users at random know"
+        " nothing of where items lie; as means of their items, and blended with their clusters, they lie among them."
     )
     return words, drawn
 
