@@ -93,8 +93,7 @@ def _scored(backend: Backend, rows: Any, candidates: list[int], seed: int) -> li
     for k in candidates:
         found = (kmeans.descend(backend, points, start[:k], 0) for start in starts)
         centroids, _, _ = min(found, key=lambda one: one[1][-1])
-        labels, distances_to, _, _ = points.step(centroids)
-        scored.append({"clusters": k, **_scores(backend, rows, distances, labels, float(distances_to.sum()), k)})
+        scored.append({"clusters": k, **_scores(backend, rows, distances, points.nearest(centroids), k)})
     return scored
 
 
@@ -109,8 +108,8 @@ def _distances(backend: Backend, rows: Any) -> Any:
     return out
 
 
-def _scores(backend: Backend, rows: Any, distances: Any, labels: Any, within: float, clusters: int) -> dict[str, float]:
-    """Scores of labels (n,) of rows (n, D) about 0, from the distances (n, n) between them and the inertia.
+def _scores(backend: Backend, rows: Any, distances: Any, labels: Any, clusters: int) -> dict[str, float]:
+    """Scores of labels (n,) of rows (n, D) about 0, from the distances (n, n) between them.
 
     Silhouette: Rousseeuw, 1987; a row that is alone in its cluster counts 0. Calinski and Harabasz, 1974: variance
     between over variance within, each by its degrees of freedom.
@@ -128,9 +127,11 @@ def _scores(backend: Backend, rows: Any, distances: Any, labels: Any, within: fl
     larger = xp.maximum(inside, outside)
     usable = (own > 1) & (larger > 0) & xp.isfinite(outside)
     values = xp.where(usable, (outside - inside) / xp.where(usable, larger, 1.0), 0.0)
-    between = max(float((rows * rows).sum()) - within, 0.0)
+    totals = one_hot.T.astype(xp.float64) @ rows
+    between = float(((totals * totals).sum(axis=1) / xp.maximum(counts, 1)).sum())
+    within = max(float((rows * rows).sum()) - between, 1e-12 * between)
     return {
         "silhouette": float(values.mean()),
         "standard_error": float(values.std() / np.sqrt(len(rows))),
-        "calinski_harabasz": between * (len(rows) - clusters) / (max(within, 1e-12 * between) * (clusters - 1)),
+        "calinski_harabasz": between * (len(rows) - clusters) / (within * (clusters - 1)),
     }
