@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import small_model
 from common import RESULTS, row, show
 from ranking import Split
 from scipy.sparse import csr_matrix
@@ -28,7 +27,6 @@ import gpu_init
 from gpu_init import config, demo, tune
 from gpu_init.backend import select
 from gpu_init.progress import Progress
-from gpu_init.torch import Table
 
 METRIC = "recall@20"
 DRAWN = 12  # settings that models are trained from
@@ -138,6 +136,10 @@ def pick(name: str, valid: config.JobConfig, test: config.JobConfig, path: Path)
 
 def trained(data: Path, folder: str, path: Path) -> None:
     """Train the small model from some candidates, and correlate."""
+    import small_model  # which needs torch
+
+    from gpu_init.torch import Table
+
     valid, _ = tiktok_jobs(data, folder)
     ranking, _ = ranked(valid, DRAWN)
     drawn = [

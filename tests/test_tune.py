@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -225,3 +229,13 @@ def test_many_users_are_sampled(place, monkeypatch):
     assert isinstance(data, job.Data)
     found = tune.rank(backend, data, held_out, CANDIDATES[:1], 0, progress)
     assert len(found.users) == found.scores["recall@20"].shape[1] == 20
+
+
+@pytest.mark.slow
+def test_what_is_picked_on_validation_rows_is_not_worse_on_test_rows(tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks" / "tune.py"
+    command = [sys.executable, str(script), "--quick", "--parts", "pick", "--results", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    [row] = pd.read_csv(tmp_path / "tune.csv").to_dict("records")
+    assert row["behind_low"] <= 0 <= row["behind"]
+    assert row["picked_test"] > row["median_test"]
