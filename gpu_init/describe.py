@@ -84,18 +84,18 @@ def typical(backend: Backend, modality: Modality, centroids: Any) -> Any:
     xp = backend.xp
     clusters, width = centroids.shape
     nowhere, points = xp.zeros(width), centroids.astype(xp.float64)
-    distances = xp.full((TYPICAL, clusters), xp.inf)
-    found = xp.full((TYPICAL, clusters), -1, xp.int64)
+    distances = xp.full((clusters, TYPICAL), xp.inf)
+    found = xp.full((clusters, TYPICAL), -1, xp.int64)
     for part in ranges(len(modality.values), max(1024, _TABLE_VALUES // clusters)):
-        rows, present = modality.values[part], modality.present[part]
-        products = backend.kernels.products(rows, nowhere, points, xp.float32)
-        away = backend.kernels.lengths(rows)[:, None] - 2.0 * products
-        away = xp.concatenate([distances, xp.where(present[:, None], away, xp.inf)])
-        numbers = xp.broadcast_to(xp.arange(part.start, part.stop)[:, None], products.shape)
-        order = xp.argsort(away, axis=0, kind="stable")[:TYPICAL]
-        distances = xp.take_along_axis(away, order, axis=0)
-        found = xp.take_along_axis(xp.concatenate([found, numbers]), order, axis=0)
-    return xp.where(xp.isfinite(distances), found, -1).T
+        rows = modality.values[part]
+        away = backend.kernels.lengths(rows) - 2.0 * backend.kernels.products(rows, nowhere, points, xp.float32).T
+        away = xp.concatenate([distances, xp.where(modality.present[part], away, xp.inf)], axis=1)
+        numbers = xp.broadcast_to(xp.arange(part.start, part.stop), (clusters, len(rows)))
+        numbers = xp.concatenate([found, numbers], axis=1)
+        nearest = xp.argpartition(away, TYPICAL - 1, axis=1)[:, :TYPICAL]
+        nearest = xp.take_along_axis(nearest, xp.argsort(xp.take_along_axis(away, nearest, axis=1), axis=1), axis=1)
+        distances, found = xp.take_along_axis(away, nearest, axis=1), xp.take_along_axis(numbers, nearest, axis=1)
+    return xp.where(xp.isfinite(distances), found, -1)
 
 
 def _drawn(backend: Backend, rng: np.random.Generator, rows: Any) -> Any:

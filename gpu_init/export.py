@@ -24,10 +24,8 @@ from .errors import InputError
 
 BLOCK_BYTES = 64 << 20  # of an array in memory at a time
 
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
-_PARTS = tuple(
-    part for part in ModalityArrays.__dataclass_fields__ if part not in ("sample", "sample_items", "typical")
-)
+_DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
+_PARTS = ("users", "centroids", "labels", "items", "items_mask", "item_labels")  # the rest is for assign and report
 
 
 def export(
