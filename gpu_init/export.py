@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import storage
-from .artifact import Artifact, ModalityArrays, load
+from .artifact import Artifact, load
 from .errors import InputError
 
 BLOCK_BYTES = 64 << 20  # of an array in memory at a time
