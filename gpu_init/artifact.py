@@ -53,7 +53,12 @@ _LOCK = ".partial.lock"
 _CHUNK = 8 << 20
 _HEADER = re.compile(rb"\{'descr': '([<|][biuf][1248])', 'fortran_order': False, 'shape': \(([0-9, ]{0,100})\), \} *\n")
 _TABLES = {"users.parquet": "user_id", "items.parquet": "item_id"}
-_RESERVED = {_SCRATCH, MANIFEST, _JOURNAL, _REPLACED, "report.html", *_TABLES}
+REPORT = "report.html"  # made of an artifact later, and not of it
+SAMPLE_COLUMNS = (
+    *("lambda", "count", "random_x", "random_y", "local_x", "local_y", "blended_x", "blended_y"),
+    *("cosine_own", "cosine_others", "norm"),
+)
+_RESERVED = {_SCRATCH, MANIFEST, _JOURNAL, _REPLACED, REPORT, *_TABLES}
 _STAGED_ENDINGS = (".npy", ".parquet", ".json", ".tmp")
 _ABORT_SECONDS = 5.0
 
@@ -82,6 +87,12 @@ class ModalityArrays:
         Which items have this modality.
     item_labels : ndarray of shape (I,), int32, or None
         Cluster of each item, where items were clustered; -1 for an item without the modality.
+    item_factors : ndarray of shape (I,), float64, or None
+        With symmetric weighting, one over the root of each item's degree; 0 for an item without the modality.
+    cold : ndarray of shape (d,), float64, or None
+        Vector of a cold user, unscaled; None in an artifact of before there was `gpu-init assign`.
+    sample, sample_items, typical : ndarrays, or None
+        What `gpu-init report` draws, see `describe.describe`.
     """
 
     users: NDArray[Any]
@@ -90,6 +101,11 @@ class ModalityArrays:
     items: NDArray[np.float32] | None = None
     items_mask: NDArray[np.bool_] | None = None
     item_labels: NDArray[np.int32] | None = None
+    item_factors: NDArray[np.float64] | None = None
+    cold: NDArray[np.float64] | None = None
+    sample: NDArray[np.float32] | None = None
+    sample_items: NDArray[np.float32] | None = None
+    typical: NDArray[np.int32] | None = None
 
 
 class Artifact(Mapping[str, ModalityArrays]):
@@ -304,14 +320,28 @@ def _modality_problems(name: str, files: Json, users: int, items: int) -> Iterat
         "items": ([items, width], ("float32",)),
         "items_mask": ([items], ("bool",)),
         "item_labels": ([items], ("int32",)),
+        "item_factors": ([items], ("float64",)),
+        "cold": ([width], ("float64",)),
+        "sample": ([None, len(SAMPLE_COLUMNS)], ("float32",)),
+        "sample_items": ([None, 3], ("float32",)),
+        "typical": ([clusters, None], ("int32",)),
     }
     for part, (shape, dtypes) in wanted.items():
         path = f"{name}/{part}.npy"
         if path not in files:
             if part in ("users", "centroids", "labels"):
                 yield f"{path}: missing from the manifest"
-        elif _lookup(files, path, "shape") != shape or _lookup(files, path, "dtype") not in dtypes:
+        elif not _fits(_lookup(files, path, "shape"), shape) or _lookup(files, path, "dtype") not in dtypes:
             yield f"{path}: its shape or dtype does not go with the other arrays"
+
+
+def _fits(shape: Any, wanted: list[Any]) -> bool:
+    """Whether a shape is that wanted, in which None stands for any length."""
+    return (
+        isinstance(shape, list)
+        and len(shape) == len(wanted)
+        and all(one is None or one == length for one, length in zip(wanted, shape, strict=True))
+    )
 
 
 def _lookup(table: Json, key: str, fact: str) -> Any:
@@ -360,7 +390,7 @@ def _is_count(value: Any) -> bool:
 
 def _unlisted(root: str, files: Json) -> Iterator[str]:
     """Files that a manifest does not list, but for the manifest and what a run inside the folder has beside it."""
-    ours = {MANIFEST, _LOCK, "lost+found"}
+    ours = {MANIFEST, REPORT, _LOCK, "lost+found"}
     for folder, folders, names in os.walk(root):
         prefix = "" if folder == root else os.path.relpath(folder, root) + "/"
         if not prefix:
@@ -965,6 +995,8 @@ class Staging:
             os.replace(os.path.join(out, MANIFEST), os.path.join(self.path, _REPLACED))
             storage.sync_dir(self.path)
             storage.sync_dir(out)
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(out, REPORT))  # of the artifact that was there
         files = manifest["files"]
         _unlink_listed(out, {name: entry for name, entry in self._half_published().items() if name not in files})
         for name in files:

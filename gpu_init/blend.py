@@ -1,15 +1,20 @@
-"""The blend of local and global part, and its scale (section 2.6 and 2.7 of the design)."""
+"""The blend of local and global part: lambda policies, scale (section 2.6 and 2.7 of the design)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from .backend import Backend, in_blocks, ranges
+from .config import Settings
 from .features import Modality
 from .interactions import Interactions
+from .kernels import Csr
 
+TEMPERATURE = 0.1  # of attention
 NORM_ROWS = 4096  # norms are summed over ranges of so many rows, in order, whatever the size of a block
 
 
@@ -36,18 +41,30 @@ class Weighting:
 class Blend:
     """All that the fused pass needs to write the rows of one modality.
 
-    ``X_u = scale * (lam_u L_u + (1 - lam_u) G_u)``, and ``scale * cold`` for cold users. Exactly one of
-    ``user_labels`` (U,) and ``item_labels`` (I,), int32, is given: where ``G_u`` comes from.
+    ``X_u = scale * (lam_u L_u + (1 - lam_u) G_u)``, and ``scale * cold`` for cold users; ``lam`` is a number, or of
+    each user (U,) float64. Exactly one of ``user_labels`` (U,) and ``item_labels`` (I,), int32, is given: where
+    ``G_u`` comes from.
     """
 
     modality: Modality
     weighting: Weighting
-    lam: float
+    lam: Any
     centroids: Any
     user_labels: Any
     item_labels: Any
     cold: Any
     scale: float = 1.0
+    policy: dict[str, Any] | None = None  # what the manifest says of lambdas that are of each user
+
+
+def of_users(fit: Blend, users: Any) -> Blend:
+    """What the fused pass needs for some users (n,), one after another, with `Interactions.some` of them."""
+    of = fit.weighting
+    weighting = Weighting(of.local_rows[users], of.local_items, of.mean_rows[users], of.present)
+    labels = None if fit.user_labels is None else fit.user_labels[users]
+    return replace(
+        fit, weighting=weighting, user_labels=labels, lam=fit.lam if isinstance(fit.lam, float) else fit.lam[users]
+    )
 
 
 def blend(backend: Backend, interactions: Interactions, fit: Blend, rows: slice, out: Any = None) -> Any:
@@ -60,7 +77,7 @@ def blend(backend: Backend, interactions: Interactions, fit: Blend, rows: slice,
         fit.modality.values,
         fit.weighting.local_rows[rows],
         fit.weighting.local_items,
-        backend.xp.full(rows.stop - rows.start, fit.lam),
+        backend.xp.full(rows.stop - rows.start, fit.lam) if isinstance(fit.lam, float) else fit.lam[rows],
         fit.centroids,
         None if by_item else fit.user_labels[rows],
         fit.item_labels,
@@ -70,6 +87,169 @@ def blend(backend: Backend, interactions: Interactions, fit: Blend, rows: slice,
         out,
     )
     return out
+
+
+# Lambda policies.
+
+
+@dataclass(frozen=True)
+class Lambdas:
+    """What a policy makes of lambda.
+
+    Attributes
+    ----------
+    values : array, shape (U,), float64
+        Of each user; 0 for cold users, who have no local part.
+    facts : dict
+        The policy, and what it went by.
+    statistics : dict
+        Of the warm users' lambdas: mean, quantiles, histogram, and the means by effective count of items.
+    """
+
+    values: Any
+    facts: dict[str, Any]
+    statistics: dict[str, Any]
+
+
+def lambdas(backend: Backend, interactions: Interactions, fit: Blend, settings: Settings, block_rows: int) -> Lambdas:
+    """Section 2.6: lambda of each user by the policy that the settings name; ``fit`` says all but lambda.
+
+    Interactions count by their weight, and items without the modality not at all. The effective count of a user's
+    items is ``n_u = (sum w)^2 / sum w^2`` (Kish 1965): the number of items where all weigh the same.
+    """
+    xp = backend.xp
+    rows = fit.weighting.mean_rows
+    squares = interactions.square_sums(backend, rows, fit.weighting.present)  # of the shares w / sum w: 1 / n_u
+    warm = fit.weighting.warm
+    counts = xp.where(warm, 1.0 / xp.where(warm, squares, 1.0), 0.0)
+    if settings.lam == "shrink":
+        facts: dict[str, Any] = {"tau": settings.tau}
+        if settings.tau is None:
+            facts = shrink_tau(backend, interactions, fit, counts)
+        values = xp.where(warm, counts / xp.where(warm, counts + facts["tau"], 1.0), 0.0)
+    else:
+        facts = {"temperature": TEMPERATURE if settings.temperature is None else settings.temperature}
+        odds = attention(backend, interactions, fit, squares, block_rows) / facts["temperature"]
+        values = xp.where(warm, 1.0 / (1.0 + xp.exp(xp.clip(-odds, -700.0, 700.0))), 0.0)  # exp stays finite
+    host = (backend.to_host(part[warm]) for part in (values, counts))
+    return Lambdas(values, {"policy": settings.lam, **facts}, lambda_statistics(*host))
+
+
+def shrink_tau(backend: Backend, interactions: Interactions, fit: Blend, counts: Any) -> dict[str, Any]:
+    """Within-user over between-user variance of the features, both summed over the dimensions.
+
+    The estimators of Buehlmann and Straub (1970) for credibility ``n / (n + tau)``, with the effective counts
+    ``n_u`` as volumes. With ``M_u`` the user's mean, ``s_u`` the share-weighted mean of ``|F_i - M_u|^2`` over the
+    user's items, N the sum of ``n_u`` over the U warm users, and ``m = sum_u n_u M_u / N``::
+
+        within  = sum_u n_u s_u / sum_u (n_u - 1)
+        between = (sum_u n_u |M_u - m|^2 - (U - 1) within) / (N - sum_u n_u^2 / N)
+
+    Both are unbiased where users' items are drawn apart from each other. Where tau is not finite, as no user has
+    two items or users do not differ by more than chance, it is the median ``n_u``.
+
+    Returns
+    -------
+    dict
+        ``tau``; ``tau_from``, "variances" or "median count"; ``within`` and ``between``, None where there is none.
+    """
+    xp = backend.xp
+    modality, rows, present = fit.modality, fit.weighting.mean_rows, fit.weighting.present
+    warm = fit.weighting.warm
+    total = float(counts.sum())
+    by_item = interactions.item_sums(backend, counts * rows) * present / total
+
+    def items(part: slice) -> Any:
+        return xp.where(modality.present[part][:, None], modality.values[part], 0.0).astype(xp.float64)
+
+    parts = list(ranges(len(present), NORM_ROWS))
+    middle = sum(backend.in_order(lambda part: by_item[part] @ items(part), parts))
+    lengths = xp.concatenate(list(backend.in_order(lambda part: ((items(part) - middle) ** 2).sum(axis=1), parts)))
+    apart = backend.kernels.squared_norms(interactions.csr, modality.values, rows, present, middle)
+    apart = xp.where(warm, apart, 0.0)
+    inside = xp.where(warm, rows * interactions.user_degrees(backend, lengths * present) - apart, 0.0)
+
+    least = 1e-24 * (float(middle @ middle) + float(lengths.max()))  # below, there is nothing but rounding
+    freedom = total - int(warm.sum())
+    within = float((counts * inside).sum()) / freedom if freedom > 1e-9 * total else None
+    between = None
+    spread = total - float((counts * counts).sum()) / total
+    if within is not None and spread > 1e-9 * total:
+        between = (float((counts * apart).sum()) - (int(warm.sum()) - 1) * max(within, 0.0)) / spread
+    found = {"within": within, "between": between}
+    if within is None or between is None or between <= least:
+        return {"tau": float(np.median(backend.to_host(counts[warm]))), "tau_from": "median count", **found}
+    return {"tau": max(within, 0.0) / between, "tau_from": "variances", **found}
+
+
+def attention(backend: Backend, interactions: Interactions, fit: Blend, squares: Any, block_rows: int) -> Any:
+    """``s_L - s_G`` of each user (U,): mean cosine of the items among themselves, less that to the user's ``G_u``.
+
+    Pairs are of two items and count by the product of their shares p, so that with the items' unit vectors f the
+    first is ``(|sum p f|^2 - sum p^2 |f|^2) / (1 - sum p^2)``; 0 for a single item. The second is
+    ``sum p f . G_u / |G_u|``. A cosine to a vector of length 0 is 0.
+
+    ``squares``: the sums of p^2 (U,).
+    """
+    xp, kernels = backend.xp, backend.kernels
+    values, rows = fit.modality.values, fit.weighting.mean_rows
+    lengths = xp.where(fit.modality.present, xp.sqrt(kernels.lengths(values)), 0.0)
+    directed = lengths > 0
+    to_unit = xp.where(directed, 1.0 / xp.where(directed, lengths, 1.0), 0.0)
+    with_themselves = interactions.square_sums(backend, rows, directed.astype(xp.float64))
+    several = 1.0 - squares > 1e-9
+    nowhere = xp.zeros(values.shape[1])
+
+    def make(part: slice) -> Any:
+        csr = interactions.csr.rows(part.start, part.stop)
+        own = kernels.aggregate(csr, values, rows[part], to_unit, nowhere, xp.float64)
+        pairs = xp.where(several[part], 1.0 - squares[part], 1.0)
+        among = xp.where(several[part], (kernels.lengths(own) - with_themselves[part]) / pairs, 0.0)
+        level = global_part(backend, interactions, fit, part)
+        length = xp.sqrt(kernels.lengths(level))
+        return among - (own * level).sum(axis=1) / xp.where(length > 0, length, 1.0)
+
+    parts = in_blocks(backend, interactions.users, block_rows, NORM_ROWS, make)
+    return xp.concatenate([made for _, made in parts])
+
+
+def global_part(backend: Backend, interactions: Interactions, fit: Blend, part: slice) -> Any:
+    """Section 2.5: rows of G, (n, d) float64; those of cold users mean nothing."""
+    xp = backend.xp
+    if fit.item_labels is None:
+        return fit.centroids[fit.user_labels[part]].astype(xp.float64)
+    csr = interactions.csr.rows(part.start, part.stop)
+    entries = slice(int(csr.indptr[0]), int(csr.indptr[-1]))
+    labels = fit.item_labels[csr.indices[entries]]
+    known = xp.concatenate([xp.ones(len(fit.centroids)), xp.zeros(1)])  # the last stands for items without a label
+    table = xp.concatenate([fit.centroids, xp.zeros((1, fit.centroids.shape[1]), fit.centroids.dtype)])
+    labels = xp.where(labels < 0, len(fit.centroids), labels).astype(xp.int32)
+    weights = None if csr.weights is None else csr.weights[entries]
+    by_label = Csr(csr.indptr - entries.start, labels, weights)
+    nowhere = xp.zeros(fit.centroids.shape[1])
+    return backend.kernels.aggregate(by_label, table, fit.weighting.mean_rows[part], known, nowhere, xp.float64)
+
+
+def lambda_statistics(values: Any, counts: Any) -> dict[str, Any]:
+    """Mean, quantiles and histogram of some lambdas, and their mean by effective count n: ``2^k <= n < 2^(k+1)``."""
+    if len(values) == 0:
+        return {}
+    at = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+    bars, edges = np.histogram(values, 20, (0.0, 1.0))
+    powers = np.floor(np.log2(counts) + 1e-9).astype(int)
+    by_count = [
+        {"from": 2 ** int(k), "users": int((powers == k).sum()), "mean": float(values[powers == k].mean())}
+        for k in np.unique(powers)
+    ]
+    return {
+        "mean": float(values.mean()),
+        "quantiles": {f"{q:g}": float(value) for q, value in zip(at, np.quantile(values, at), strict=True)},
+        "histogram": {"edges": [float(edge) for edge in edges], "users": [int(bar) for bar in bars]},
+        "by_count": by_count,
+    }
+
+
+# Scale.
 
 
 def scale_to_items(backend: Backend, interactions: Interactions, fit: Blend, block_rows: int) -> float:

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import Event, Thread
 from types import FrameType
@@ -154,14 +154,32 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="make initial user vectors from interactions and item features")
     run.add_argument("job", nargs="?", metavar="JOB.toml", help="settings; flags and GPU_INIT_* variables win over it")
-    config.add_flags(run)
+    config.add_flags(run, config.NAMES - config.TUNED)
     run.set_defaults(command=_run)
+
+    assign = commands.add_parser("assign", help="make vectors of new users, or of new interactions, as a job did")
+    assign.add_argument("artifact", metavar="ARTIFACT", help="of the job, whose clusters and settings are taken")
+    config.add_flags(assign, config.ASSIGNED)
+    assign.set_defaults(command=_assign)
+
+    tune = commands.add_parser("tune", help="rank settings without training, by held-out interactions")
+    tune.add_argument("job", nargs="?", metavar="JOB.toml", help="as of run; what it sets is a candidate too")
+    tune.add_argument("--metric", default="recall@20", metavar="METRIC", help="what to order by (default: recall@20)")
+    tune.add_argument("--folder", default="tuned", metavar="DIR", help="where best.toml, scores.csv and a plot go")
+    config.add_flags(tune, config.NAMES - {"resume", "overwrite"})
+    tune.set_defaults(command=_tune)
 
     inspect = commands.add_parser("inspect", help="show what an artifact holds")
     inspect.add_argument("artifact", metavar="ARTIFACT")
     inspect.add_argument("--verify", action="store_true", help="check every file against its hash")
     inspect.add_argument("--json", action="store_true", help="print the manifest as JSON")
     inspect.set_defaults(command=_inspect)
+
+    report = commands.add_parser("report", help="write a page with charts of an artifact, for a browser")
+    report.add_argument("artifact", metavar="ARTIFACT")
+    report.add_argument("--out", metavar="PATH", help="where (default: report.html in the artifact)")
+    report.add_argument("--item-names", metavar="PATH", help="table of item ids and names: Parquet, CSV or TSV")
+    report.set_defaults(command=_report)
 
     export = commands.add_parser("export", help="write an artifact as safetensors, .pt or Parquet")
     export.add_argument("artifact", metavar="ARTIFACT")
@@ -184,12 +202,54 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(given: argparse.Namespace) -> int:
-    flags = {key: value for key, value in vars(given).items() if key not in ("command", "job", "signals")}
-    job = config.load(given.job, os.environ, flags)
+    job = config.load(given.job, os.environ, _flags(given))
+    return _make(given, job, lambda progress: _run_job(job, progress))
+
+
+def _assign(given: argparse.Namespace) -> int:
+    from . import artifact
+
+    source = artifact.load(given.artifact)
+    environ = {key: os.environ[key] for name in config.ASSIGNED if (key := config.variable(name)) in os.environ}
+    asked = config.assigned(source.manifest, environ, _flags(given))
+
+    def assign(progress: Progress) -> str:
+        from .job import assign
+
+        return assign(source, *asked, progress)
+
+    return _make(given, asked[0], assign)
+
+
+def _tune(given: argparse.Namespace) -> int:
+    from .tune import METRICS, tune
+
+    if given.metric not in METRICS:
+        raise InputError(f"--metric: found {given.metric!r}; wanted is {', '.join(METRICS)}.")
+    asked = config.load(given.job, os.environ, _flags(given))
+    with Progress(asked.log_format) as progress:
+        given.signals.progress = progress
+        frame, paths = tune(asked, given.metric, given.folder, progress)
+    from rich.console import Console
+
+    from . import summary
+
+    summary.candidates(frame, given.metric, Console())
+    print("\n".join(paths))
+    return 0
+
+
+def _flags(given: argparse.Namespace) -> dict[str, Any]:
+    """Keys that stand on the command line."""
+    return {key: value for key, value in vars(given).items() if key in config.NAMES}
+
+
+def _make(given: argparse.Namespace, job: config.JobConfig, make: Callable[[Progress], str]) -> int:
+    """Make an artifact, told as the job has it, and show its summary."""
     with Progress(job.log_format) as progress:
         given.signals.progress = progress
         try:
-            path = _run_job(job, progress)
+            path = make(progress)
         except (MemoryError, GpuInitError, Stopped) as error:
             if job.log_format != "json":
                 raise
@@ -227,6 +287,14 @@ def _inspect(given: argparse.Namespace) -> int:
         _print_summary(given.artifact)
         if given.verify:
             print("every file matches its hash")
+    return 0
+
+
+def _report(given: argparse.Namespace) -> int:
+    from . import artifact
+    from .report import report
+
+    print(report(artifact.load(given.artifact), given.out, given.item_names))
     return 0
 
 

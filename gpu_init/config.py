@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from numbers import Integral, Real
@@ -32,6 +32,11 @@ _MAX_USERS = 2**40
 _MIN_MEMORY = 16 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+POLICIES = ("shrink", "attention")  # of lambda, by user
+CLUSTER_ON = ("users", "items")
+AUTO = "auto"  # clusters by what the data hold
+_HALF_LIFE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([smhdw])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,10 @@ class Settings:
 
     Parameters
     ----------
-    lam : float, default=0.9
-        Weight of the local part, in [0, 1]; ``lambda`` everywhere but in Python.
-    clusters : int, default=8
-        K, 1 or more.
+    lam : float, "shrink" or "attention", default=0.9
+        Weight of the local part, in [0, 1], or the policy that gives each user one; ``lambda`` outside Python.
+    clusters : int or "auto", default=8
+        K, 1 or more; ``auto``: chosen for each modality.
     cluster_on : {"users", "items"}, default="users"
         What K-means groups.
     weighting : {"mean", "sym"}, default="mean"
@@ -60,6 +65,10 @@ class Settings:
         In [0, 2^32).
     restarts : int, default=1
         Starts of K-means, 1 or more; the best is taken.
+    tau : float, optional
+        Of lambda ``shrink``, 0 or more; None: from the data.
+    temperature : float, optional
+        Of lambda ``attention``, above 0; None: 0.1.
 
     Raises
     ------
@@ -67,8 +76,8 @@ class Settings:
         A value of the wrong type or out of range.
     """
 
-    lam: float = 0.9
-    clusters: int = 8
+    lam: float | str = 0.9
+    clusters: int | str = 8
     cluster_on: str = "users"
     weighting: str = "mean"
     dim: int | None = None
@@ -77,15 +86,20 @@ class Settings:
     dtype: str = "float32"
     seed: int = 0
     restarts: int = 1
+    tau: float | None = None
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         for key in KEYS:
             if key.field in _SETTINGS:
                 value = getattr(self, key.field)
-                if value is not None or key.field != "dim":
+                if value is not None or key.field not in _OPTIONAL:
                     object.__setattr__(self, key.field, key.checked(value, key.name))
         if self.whiten and self.dim is None:
             raise InputError("whiten needs dim, the width that features are projected to; set it too, such as dim 64.")
+        for name, policy in (("tau", "shrink"), ("temperature", "attention")):
+            if getattr(self, name) is not None and self.lam != policy:
+                raise InputError(f"{name} is of lambda {policy}; set lambda to {policy} too, or leave {name} out.")
 
 
 @dataclass(frozen=True)
@@ -102,10 +116,19 @@ class JobConfig:
         What decides the artifact's bytes.
     user_column, item_column, weight_column : str, optional
         Columns of the interactions; None: known names, no weights.
+    time_column : str, optional
+        Column of times, for ``half_life``; None: known names.
+    half_life : str or float, optional
+        Time in which an interaction loses half its weight against the user's newest: text with a unit, or a number in
+        the unit of the time column.
+    session_column : str, optional
+        Column of session ids, whose sessions are the rows, in place of users.
     where : str, optional
         Which interactions to take; `where.parse` reads it.
     users : int or str, optional
         U, when user ids are row numbers; or the path of the ids of the rows; None: from the interactions.
+    valid, valid_where : str, optional
+        Held-out interactions for `tune`: their path, if they are not among ``interactions``; which rows to take.
     backend : {"auto", "cpu", "cuda"}
         Where it runs.
     memory : int, optional
@@ -123,16 +146,28 @@ class JobConfig:
     user_column: str | None = None
     item_column: str | None = None
     weight_column: str | None = None
+    time_column: str | None = None
+    half_life: str | float | None = None
+    session_column: str | None = None
     where: str | None = None
     users: int | str | None = None
+    valid: str | None = None
+    valid_where: str | None = None
     backend: str = "auto"
     memory: int | None = None
     resume: bool = False
     overwrite: bool = False
     log_format: str = "auto"
 
+    def __post_init__(self) -> None:
+        if self.time_column is not None and self.half_life is None:
+            raise InputError("time_column is for half_life; set that too, such as half_life 30d.")
+        if self.session_column is not None and self.user_column is not None:
+            raise InputError("rows are users or sessions: give user_column or session_column, not both.")
+
 
 _SETTINGS = frozenset(field.name for field in fields(Settings))
+_OPTIONAL = {field.name for field in fields(Settings) if field.default is None}
 _REQUIRED = ("interactions", "features", "out")
 _FEATURES_WANTED = 'one NAME=PATH or more, or in TOML a table [features] of name = "path"'
 
@@ -159,16 +194,59 @@ def _read_whole(text: str) -> int:
     return int(text)
 
 
-def _check_lambda(value: Any) -> float:
+def _number(value: Any, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError
     try:
         number = float(value)
     except OverflowError:
         raise ValueError from None
-    if not 0 <= number <= 1:
+    if not low <= number <= high:
         raise ValueError
     return abs(number)  # no -0.0
+
+
+def _check_lambda(value: Any) -> float | str:
+    return str(value) if isinstance(value, str) and value in POLICIES else _number(value, 0, 1)
+
+
+def _read_lambda(text: str) -> float | str:
+    return text if text in POLICIES else float(text)
+
+
+def _check_clusters(value: Any) -> int | str:
+    return AUTO if value == AUTO else _whole(1, _MAX_INT)(value)
+
+
+def _read_clusters(text: str) -> int | str:
+    return text if text == AUTO else _read_whole(text)
+
+
+def _check_half_life(value: Any) -> str | float:
+    if isinstance(value, str):
+        amount, unit = half_life(value)
+        if unit is not None:
+            return value.strip()
+        value = amount
+    return _number(value, 1e-9, 1e18)
+
+
+def half_life(value: str | float) -> tuple[float, str | None]:
+    """Give a half-life in seconds and its unit, or, where it has none, as it stands and None.
+
+    Raises
+    ------
+    ValueError
+        Not a number above 0, alone or with a unit.
+    """
+    if not isinstance(value, str):
+        return value, None
+    found = _HALF_LIFE.fullmatch(value.strip())
+    if found is None:
+        return float(value), None
+    if float(found[1]) == 0:
+        raise ValueError
+    return float(found[1]) * _SECONDS[found[2]], found[2]
 
 
 def _check_flag(value: Any) -> bool:
@@ -379,6 +457,16 @@ KEYS: tuple[Key, ...] = (
     _text_key("user_column", _COLUMN, "column of user ids (default: a known name)", "NAME"),
     _text_key("item_column", _COLUMN, "column of item ids (default: a known name)", "NAME"),
     _text_key("weight_column", _COLUMN, "column of weights, 0 or more (default: 1 per interaction)", "NAME"),
+    _text_key("time_column", _COLUMN, "column of times, for --half-life (default: a known name)", "NAME"),
+    Key(
+        "half_life",
+        _check_half_life,
+        "a time such as 12h, 30d or 8w, or a number above 0 in the unit of the time column",
+        "an interaction so much older than the user's newest has half the weight: 30d, also s, m, h, w; columns of"
+        " numbers are seconds then. A number alone is in the unit of the column",
+        "TIME",
+    ),
+    _text_key("session_column", _COLUMN, "column of session ids: rows are sessions, not users", "NAME"),
     Key("where", _check_where, 'a comparison such as "x_label == 0"', 'rows to take, such as "x_label == 0"', "EXPR"),
     Key(
         "users",
@@ -391,13 +479,37 @@ KEYS: tuple[Key, ...] = (
     Key(
         "lambda",
         _check_lambda,
-        "a number from 0 to 1",
-        "weight of the user's own items against those of the cluster (default: 0.9)",
-        "0..1",
+        "a number from 0 to 1, shrink or attention",
+        "weight of the user's own items against those of the cluster (default: 0.9); shrink: by how many items a user"
+        " has; attention: by how alike they are",
+        "0..1|shrink|attention",
+        read=_read_lambda,
+    ),
+    Key(
+        "tau",
+        lambda value: _number(value, 0, 1e9),
+        "a number from 0 to 1e9",
+        "of shrink: items at which lambda is a half (default: from the data)",
+        "N",
         read=float,
     ),
-    _number_key("clusters", (1, _MAX_INT), "clusters per modality (default: 8)", "K"),
-    _choice_key("cluster_on", ("users", "items"), "what is clustered"),
+    Key(
+        "temperature",
+        lambda value: _number(value, 1e-6, 1e6),
+        "a number from 1e-6 to 1e6",
+        "of attention: how much more alike counts, in cosines (default: 0.1)",
+        "T",
+        read=float,
+    ),
+    Key(
+        "clusters",
+        _check_clusters,
+        "a whole number, 1 or more, or auto",
+        "clusters per modality (default: 8); auto: by what the data hold",
+        "K|auto",
+        read=_read_clusters,
+    ),
+    _choice_key("cluster_on", CLUSTER_ON, "what is clustered"),
     _choice_key("weighting", ("mean", "sym"), "mean of the user's items, or normalized by both degrees"),
     _number_key("dim", (1, _MAX_INT), "project features to this width (default: no)", "D"),
     _flag_key("whiten", "unit variance per projected component; needs --dim"),
@@ -413,6 +525,14 @@ KEYS: tuple[Key, ...] = (
         "memory for K-means, and for blocks of users on their way out",
         "SIZE",
     ),
+    _text_key("valid", "a path", "held-out interactions, for tune to rank settings by", "PATH", is_path=True),
+    Key(
+        "valid_where",
+        _check_where,
+        'a comparison such as "x_label == 1"',
+        'held-out rows to take, of --valid or of the interactions, such as "x_label == 1"',
+        "EXPR",
+    ),
     _flag_key("resume", "go on with an unfinished run, if there is one"),
     _flag_key("overwrite", "replace an artifact that is there"),
     _choice_key("log_format", ("auto", "text", "json"), "auto: a bar on a terminal, else one line per step"),
@@ -420,9 +540,22 @@ KEYS: tuple[Key, ...] = (
 _BY_NAME = {key.name: key for key in KEYS}
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every key; one that is not given leaves no attribute behind."""
-    for key in KEYS:
+NAMES = frozenset(_BY_NAME)
+
+# Keys that `gpu-init run` has no flag for; a job file may have them.
+TUNED = frozenset({"valid", "valid_where"})
+
+# Keys of `gpu-init assign`; the others are the artifact's.
+COLUMNS = ("user_column", "item_column", "weight_column", "time_column", "session_column")
+ASSIGNED = (
+    *("interactions", "features", "out", *COLUMNS, "where", "users"),
+    *("backend", "memory", "resume", "overwrite", "log_format"),
+)
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Collection[str] = tuple(_BY_NAME)) -> None:
+    """Add a flag for every key, or those named; one that is not given leaves no attribute behind."""
+    for key in (_BY_NAME[name] for name in _BY_NAME if name in names):
         common: dict[str, Any] = {"dest": key.name, "default": argparse.SUPPRESS, "help": key.help.replace("%", "%%")}
         if key.is_flag:
             parser.add_argument(key.flag, action=argparse.BooleanOptionalAction, **common)
@@ -433,8 +566,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 # Loading.
 
 
-def load(path: str | None, environ: Mapping[str, str], flags: Mapping[str, Any]) -> JobConfig:
-    """Read a job: flags win over environment variables, these over the TOML file.
+def load(
+    path: str | None, environ: Mapping[str, str], flags: Mapping[str, Any], base: Mapping[str, Any] | None = None
+) -> JobConfig:
+    """Read a job: flags win over environment variables, these over the TOML file, and that over a base.
 
     Parameters
     ----------
@@ -444,6 +579,8 @@ def load(path: str | None, environ: Mapping[str, str], flags: Mapping[str, Any])
         Environment variables; others than those of `KEYS`, and empty ones, are ignored.
     flags : mapping
         Key name to the text of its flag, or to a value as in TOML; those not given are not in it.
+    base : mapping, optional
+        Key name to a value as in TOML.
 
     Returns
     -------
@@ -455,6 +592,7 @@ def load(path: str | None, environ: Mapping[str, str], flags: Mapping[str, Any])
         An unknown key, a wrong value, something missing; the file, flag or variable is named.
     """
     values = {
+        **{key.name: key.checked(value, key.name) for key, value in _keyed(base or {}, "base").items()},
         **(_from_file(path) if path is not None else {}),
         **_from_environment(environ),
         **{key.name: key.checked(value, key.flag, written=True) for key, value in _keyed(flags, "flags").items()},
@@ -463,6 +601,55 @@ def load(path: str | None, environ: Mapping[str, str], flags: Mapping[str, Any])
     by_field = {_BY_NAME[name].field: value for name, value in values.items()}
     settings = Settings(**{name: value for name, value in by_field.items() if name in _SETTINGS})
     return JobConfig(settings=settings, **{name: value for name, value in by_field.items() if name not in _SETTINGS})
+
+
+def assigned(
+    manifest: Mapping[str, Any], environ: Mapping[str, str], flags: Mapping[str, Any]
+) -> tuple[JobConfig, set[str]]:
+    """Give the job of `gpu-init assign`: what flags and variables say, over the columns and settings of an artifact.
+
+    Parameters
+    ----------
+    manifest : dict
+        Of the artifact.
+    environ, flags : mapping
+        As in `load`; keys of `ASSIGNED`.
+
+    Returns
+    -------
+    config : JobConfig
+        Features are the artifact's, where it found them, but for those given.
+    given : set of str
+        Modalities whose features are given.
+
+    Raises
+    ------
+    InputError
+        As in `load`, or the artifact does not say what it was made from.
+    """
+    try:
+        job, settings = dict(manifest["job"]), dict(manifest["settings"])
+        features = {str(name): os.path.join(job["folder"], path) for name, path in job["features"].items()}
+        columns = {name: job[name] for name in (*COLUMNS, "half_life")}
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(
+            "the artifact does not say what it was made from, as older ones do; run its job again."
+        ) from None
+    asked = {
+        **_from_environment(environ),
+        **{key.name: key.checked(value, key.flag, written=True) for key, value in _keyed(flags, "flags").items()},
+    }
+    for one, other in (("user_column", "session_column"), ("session_column", "user_column")):
+        if one in asked:
+            columns[other] = None
+    base = {key: value for key, value in {**columns, **settings}.items() if value is not None}
+    given = asked.get("features", {})
+    return load(None, {}, {**asked, "features": {**features, **given}}, base), set(given)
+
+
+def variable(name: str) -> str:
+    """Name of the environment variable of a key."""
+    return _BY_NAME[name].variable
 
 
 def settings_to_dict(settings: Settings) -> dict[str, Any]:

@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import storage
-from .artifact import Artifact, ModalityArrays, load
+from .artifact import Artifact, load
 from .errors import InputError
 
 BLOCK_BYTES = 64 << 20  # of an array in memory at a time
 
 _DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
-_PARTS = tuple(ModalityArrays.__dataclass_fields__)
+_PARTS = ("users", "centroids", "labels", "items", "items_mask", "item_labels")  # the rest is for assign and report
 
 
 def export(

@@ -15,10 +15,11 @@ import numpy as np
 
 from . import ids, npy
 from .axes import Codes, ItemAxis, Resolve, RowNumbers, check_range, item_axis, positions, user_axis
-from .backend import Backend, one_line
+from .backend import Backend, one_line, ranges
 from .errors import GpuInitError, InputError
 from .kernels import Builder, Csr
 from .memory import require as require_memory
+from .recency import Recency, newest
 from .storage import expand, reading
 from .tables import (
     EXTENSIONS,
@@ -90,6 +91,35 @@ class Interactions:
     def user_degrees(self, backend: Backend, item_values: Any) -> Any:
         """``R v`` for ``v`` (I,) float64: with 1 for the items of a modality, the users' degrees in it (U,)."""
         return backend.kernels.row_sums(self.csr, item_values)
+
+    def some(self, backend: Backend, users: Any) -> Interactions:
+        """R of some users (n,), one after another."""
+        xp, csr = backend.xp, self.csr
+        starts = csr.indptr[users]
+        indptr = xp.concatenate([xp.zeros(1, xp.int64), xp.cumsum(csr.indptr[users + 1] - starts)])
+        entries = xp.arange(int(indptr[-1]))
+        entries += (starts - indptr[:-1])[xp.searchsorted(indptr, entries, side="right") - 1]
+        weights = None if csr.weights is None else csr.weights[entries]
+        return Interactions(Csr(indptr, csr.indices[entries], weights), self.items)
+
+    def square_sums(self, backend: Backend, user_values: Any, item_values: Any) -> Any:
+        """``sum_i (s_u w_ui)^2 v_i`` for ``s`` (U,) and ``v`` (I,), both float64; returns (U,) float64.
+
+        Shares ``s w`` are at most 1 where ``v`` is not 0. The kernel takes float32, so each square goes in two parts.
+        """
+        xp = backend.xp
+        sums = xp.empty(self.users, xp.float64)
+        for part in ranges(self.users, _SUM_USERS):
+            csr = self.csr.rows(part.start, part.stop)
+            entries = slice(int(csr.indptr[0]), int(csr.indptr[-1]))
+            rows = xp.searchsorted(csr.indptr, xp.arange(entries.start, entries.stop), side="right") - 1
+            shares = user_values[part][rows] * (1.0 if csr.weights is None else csr.weights[entries])
+            squares = xp.minimum(shares, 1.0) ** 2
+            high = squares.astype(xp.float32)
+            low = (squares - high).astype(xp.float32)
+            starts, items = csr.indptr - entries.start, csr.indices[entries]
+            sums[part] = sum(backend.kernels.row_sums(Csr(starts, items, each), item_values) for each in (high, low))
+        return sums
 
     def item_sums(self, backend: Backend, user_values: Any = None) -> Any:
         """``R^T v`` for ``v`` (U,) float64, ones if None, then the items' degrees; (I,) float64.
@@ -272,7 +302,8 @@ def read(
         return _read_matrix(backend, paths[0], columns, axis, users)
     warnings: list[str] = []
     tables = [open_table(path, columns, warnings) for path in paths]
-    checks = _Checks(backend, columns.where, axis, users, advance)
+    recency = None if columns.half_life is None else Recency(columns.half_life)
+    checks = _Checks(backend, columns.where, axis, users, advance, recency)
     builder = backend.kernels.builder()
     held = _Hold(checks) if builder is None else _Stream(checks, builder, tables)
     for table in tables:
@@ -296,6 +327,7 @@ class _Checks:
     axis: ItemAxis
     listed: int | Any | None
     advance: Callable[[int], None]
+    recency: Recency | None = None
 
     def users(self, table: Table, batch: Batch) -> Any:
         """User ids of a batch, int64 or text."""
@@ -320,6 +352,17 @@ class _Checks:
         place = f"{table.path}, column {table.weight}"
         return _weights(self.backend, batch.frame[table.weight], place, batch.row).astype("float32")
 
+    def times(self, table: Table, batch: Batch) -> Any:
+        """Times of a batch, (n,) float64, or None."""
+        if self.recency is None:
+            return None
+        place = f"{table.path}, column {table.time}"
+        return self.recency.times(self.backend, batch.frame[table.time], place, batch.row)
+
+    def decayed(self, weights: Any, ages: Any) -> Any:
+        """Weights (n,) float32 or None of interactions of such ages (n,), or of any where age does not count."""
+        return weights if self.recency is None else self.recency.decayed(self.backend, weights, ages)
+
     def batches(self, table: Table, *wanted: str | None) -> Iterator[Batch]:
         """Batches with these columns."""
         return batches(self.backend, table, self.where, [name for name in wanted if name])
@@ -334,11 +377,12 @@ class _Hold:
         self._users = _Held(checks.backend, checks.listed if isinstance(checks.listed, int) else None)
         self._items = _Held(checks.backend, checks.axis.rows)
         self._weights: list[Any] = []
+        self._times: list[Any] = []
 
     def take(self, table: Table) -> None:
         """Read a table."""
         checks = self._checks
-        for batch in checks.batches(table, table.user, table.item, table.weight):
+        for batch in checks.batches(table, table.user, table.item, table.weight, table.time):
             self.read += batch.read
             checks.advance(batch.read)
             if len(batch.frame) == 0:
@@ -349,6 +393,8 @@ class _Hold:
             self._items.take(checks.items(table, batch))
             if table.weight:
                 self._weights.append(checks.weights(table, batch))
+            if table.time:
+                self._times.append(checks.times(table, batch))
 
     def finish(self, place: str) -> tuple[Interactions, Any, Any]:
         """R, and the ids of its rows and columns where they are not the row numbers."""
@@ -357,6 +403,11 @@ class _Hold:
         items = self._items.rows(lambda found: item_axis(found, place, checks.axis))
         weights = checks.backend.xp.concatenate(self._weights) if self._weights else None
         shape = (self._users.size, self._items.size)
+        if self._times:
+            times = checks.backend.xp.concatenate(self._times)
+            counts = slice(None) if weights is None else checks.backend.xp.flatnonzero(weights > 0)
+            latest = newest(checks.backend, users[counts], times[counts], shape[0])
+            weights = checks.decayed(weights, latest[users] - times)
         return build(checks.backend, users, items, weights, shape), self._users.ids, self._items.ids
 
 
@@ -408,7 +459,8 @@ class _Stream:
     """Rows counted as they are read, then put into R in place.
 
     Tables whose ids are whole numbers are read twice, first for the users alone. Of others, `_HELD_ROWS` in all are
-    kept as int32 codes, and only what comes after these is read again.
+    kept as int32 codes, and only what comes after these is read again. Where age counts, times
+    are read in between, for each user's newest.
     """
 
     def __init__(self, checks: _Checks, builder: Builder, tables: list[Table]) -> None:
@@ -417,7 +469,7 @@ class _Stream:
         self._builder = builder
         axis, listed = checks.axis, checks.listed
         self._again: list[tuple[Table, int]] = []  # and how many of its rows are held
-        self._coded: deque[tuple[Any, Any, Any]] = deque()
+        self._coded: deque[tuple[Any, Any, Any, Any]] = deque()
         self._room = _HELD_ROWS
         self._weighted = False
         self._users: RowNumbers | Codes
@@ -434,9 +486,9 @@ class _Stream:
         checks = self._checks
         self._weighted = table.weight is not None
         holds, counts_items = table.whole is None, isinstance(self._items, Codes)
-        item, weight = (table.item, table.weight) if holds else (table.item if counts_items else None, None)
+        more = (table.item, table.weight, table.time) if holds else (table.item if counts_items else None,)
         held = read = 0
-        for batch in checks.batches(table, table.user, item, weight):
+        for batch in checks.batches(table, table.user, *more):
             read += batch.read
             if holds and len(batch.frame) <= self._room:
                 held = read
@@ -444,7 +496,7 @@ class _Stream:
                 if len(batch.frame):
                     users = self._users.encode(checks.users(table, batch))
                     items = self._items.encode(checks.items(table, batch))
-                    self._coded.append((users, items, checks.weights(table, batch)))
+                    self._coded.append((users, items, checks.weights(table, batch), checks.times(table, batch)))
                     self._room -= len(batch.frame)
             else:
                 holds = False
@@ -465,22 +517,48 @@ class _Stream:
         users, items = self._users, self._items
         users.settle(lambda found: user_axis(found, place, checks.listed))
         items.settle(lambda found: item_axis(found, place, checks.axis))
-        filling = self._builder.rows(users.starts(), self._weighted)
+        timed = checks.recency is not None
+        latest = self._newest() if timed else None
+        filling = self._builder.rows(users.starts(), self._weighted or timed)
+
+        def add(rows: Any, columns: Any, weights: Any, times: Any) -> None:
+            filling.add(rows, columns, weights if latest is None else checks.decayed(weights, latest[rows] - times))
+
         while self._coded:
-            user_codes, item_codes, weights = self._coded.popleft()
-            filling.add(users.rows_of_codes(user_codes), items.rows_of_codes(item_codes), weights)
+            user_codes, item_codes, weights, times = self._coded.popleft()
+            add(users.rows_of_codes(user_codes), items.rows_of_codes(item_codes), weights, times)
+        for table, batch in self._not_held("item", "weight", "time"):
+            if len(batch.frame):
+                rows, columns = users.rows(checks.users(table, batch)), items.rows(checks.items(table, batch))
+                add(rows, columns, checks.weights(table, batch), checks.times(table, batch))
+            checks.advance(batch.read - batch.read // 2)
+        return Interactions(filling.finish(), items.size), users.ids, items.ids
+
+    def _not_held(self, *columns: str) -> Iterator[tuple[Table, Batch]]:
+        """Batches of what is read again, of users and such columns of a table."""
         for table, held in self._again:
             read = 0
-            for batch in checks.batches(table, table.user, table.item, table.weight):
+            for batch in self._checks.batches(table, table.user, *(getattr(table, name) for name in columns)):
                 read += batch.read
-                if read <= held:  # batches are cut as they were the first time
-                    continue
-                if len(batch.frame):
-                    rows = users.rows(checks.users(table, batch))
-                    columns = items.rows(checks.items(table, batch))
-                    filling.add(rows, columns, checks.weights(table, batch))
-                checks.advance(batch.read - batch.read // 2)
-        return Interactions(filling.finish(), items.size), users.ids, items.ids
+                if read > held:  # batches are cut as they were the first time
+                    yield table, batch
+
+    def _newest(self) -> Any:
+        """Time of the newest interaction, of weight above 0, of each user (U,); -inf where there is none."""
+        checks, users = self._checks, self._users
+        latest = np.full(users.size, -np.inf)
+
+        def look_at(rows: Any, weights: Any, times: Any) -> None:
+            counts = slice(None) if weights is None else weights > 0
+            np.maximum.at(latest, rows[counts], times[counts])
+
+        for user_codes, _, weights, times in self._coded:
+            look_at(users.rows_of_codes(user_codes), weights, times)
+        for table, batch in self._not_held("weight", "time"):
+            if len(batch.frame):
+                rows = users.rows(checks.users(table, batch))
+                look_at(rows, checks.weights(table, batch), checks.times(table, batch))
+        return latest
 
 
 def _weights(backend: Backend, column: Any, place: str, row: Callable[[int], str]) -> Any:
@@ -523,7 +601,9 @@ def _read_matrix(
     named = {
         "--user-column": columns.user,
         "--item-column": columns.item,
+        "--session-column": columns.session,
         "--weight-column": columns.weight,
+        "--half-life": columns.half_life,
         "--where": columns.where,
     }
     for flag, given in named.items():

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,10 +18,11 @@ import numpy as np
 import pandas as pd
 
 from . import features, method
-from .artifact import Staging, check_modality
+from .artifact import Artifact, Staging, check_modality
 from .backend import Backend, select
-from .blend import Weighting, item_norms, norms
-from .config import JobConfig, settings_to_dict
+from .blend import Blend, Weighting, item_norms, norms
+from .config import JobConfig, Settings, settings_to_dict
+from .describe import describe
 from .errors import InputError, ResourceError
 from .features import FeatureTable, Modality
 from .ids import is_text
@@ -71,11 +72,9 @@ def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
     started = datetime.now(UTC)
     progress.say(f"backend {backend.name}: {backend.why}; kernels {backend.kernels.name}")
     with progress.step("fingerprint inputs"):
-        named = _named_inputs(config)
-        states = {path: file_state(path) for _, path in named}
-        inputs = [{"for": role, "path": path, **fingerprint(path)} for role, path in named]
-    _check_inputs(config, inputs)
-    identity = _identity(config, inputs, backend)
+        inputs = _inputs(config)
+    _check_inputs(config, inputs.files)
+    identity = _identity(config, inputs.files, backend)
     with Staging.open(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
         if staging.complete:
             progress.say(f"{config.out} is already there, made from the same inputs and settings")
@@ -84,7 +83,7 @@ def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
             progress.say(f"going on with the unfinished run in {staging.path}")
         if staging.discarded:
             progress.say("an unfinished run was discarded; --resume would have gone on with it")
-        data = _read(config, backend, staging, progress)
+        data = read_inputs(config, backend, progress, staging)
         projected = {}
         if config.settings.dim is not None:  # all of them first: one that cannot be projected ends the job
             projected = {name: _project(config, backend, data, name, staging, progress) for name in data.sources}
@@ -95,23 +94,38 @@ def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
             for name in data.sources
         }
         _save_ids(staging, data.table)
-        for path, state in states.items():
-            if file_state(path) != state:
-                raise InputError(f"{path}: changed while the job ran; run again when it is complete.")
-        manifest = _manifest(config, inputs, backend, data, statistics)
-        manifest["timings"] = {
-            "started": started.isoformat(timespec="seconds"),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round((datetime.now(UTC) - started).total_seconds(), 3),
-            "steps": progress.timings,
-            "peak_memory_bytes": _peak_memory(),
-            **backend.peak_memory(),
-        }
-        return staging.commit(manifest)
+        inputs.require_unchanged()
+        manifest = _manifest(config, inputs.files, backend, data, statistics)
+        return staging.commit({**manifest, "timings": _timings(started, progress, backend)})
 
 
 @dataclass(frozen=True)
-class _Source:
+class _Inputs:
+    """Every input file with its size and content hash, and the size and time of the last change of each path."""
+
+    files: list[dict[str, Any]]
+    states: dict[str, tuple[int, int]]
+
+    def require_unchanged(self) -> None:
+        for path, state in self.states.items():
+            if file_state(path) != state:
+                raise InputError(f"{path}: changed while the job ran; run again when it is complete.")
+
+
+def _timings(started: datetime, progress: Progress, backend: Backend) -> dict[str, Any]:
+    ended = datetime.now(UTC)
+    return {
+        "started": started.isoformat(timespec="seconds"),
+        "finished": ended.isoformat(timespec="seconds"),
+        "seconds": round((ended - started).total_seconds(), 3),
+        "steps": progress.timings,
+        "peak_memory_bytes": _peak_memory(),
+        **backend.peak_memory(),
+    }
+
+
+@dataclass(frozen=True)
+class Source:
     """One modality's features as read and checked; which items have it; where its rows stand among them."""
 
     table: FeatureTable
@@ -120,14 +134,15 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class _Data:
+class Data:
     """All inputs, checked. Features are taken to the device one modality at a time."""
 
     table: InteractionTable
-    sources: dict[str, _Source]
+    sources: dict[str, Source]
     operators: dict[str, Weighting]
 
     def modality(self, backend: Backend, name: str, exact: bool = False) -> Modality:
+        """Features of a modality, on the device."""
         source = self.sources[name]
         return features.align(backend, source.table, source.mask, source.rows, exact=exact)
 
@@ -160,8 +175,17 @@ def _check_inputs(config: JobConfig, inputs: list[dict[str, Any]]) -> None:
 # Read.
 
 
-def _read(config: JobConfig, backend: Backend, staging: Staging, progress: Progress) -> _Data:
+def read_inputs(config: JobConfig, backend: Backend, progress: Progress, staging: Staging | None = None) -> Data:
     """Read and check everything, so that bad input ends the job before any work."""
+    tables, present = _read_features(config, progress)
+    data = _read_interactions(config, backend, tables, present, progress, staging)
+    for name, source in data.sources.items():
+        method.check_clusters(name, int(source.mask.sum()), data.operators[name], config.settings)
+    return data
+
+
+def _read_features(config: JobConfig, progress: Progress) -> tuple[dict[str, FeatureTable], dict[str, Any]]:
+    """Features as files hold them, and which of their rows are there."""
     tables: dict[str, FeatureTable] = {}
     present: dict[str, Any] = {}
     for name, path in config.features.items():
@@ -174,16 +198,39 @@ def _read(config: JobConfig, backend: Backend, staging: Staging, progress: Progr
                     f"{path}: dim {config.settings.dim} is above the {width} dimensions of modality {name}."
                 )
             step.note(items=rows, width=width, missing=rows - int(present[name].sum()))
+    return tables, present
+
+
+def _read_interactions(
+    config: JobConfig,
+    backend: Backend,
+    tables: Mapping[str, FeatureTable],
+    present: Mapping[str, Any],
+    progress: Progress,
+    staging: Staging | None,
+    source: Artifact | None = None,
+) -> Data:
+    """Interactions among the items of the features, or of the artifact that the features are those of."""
     users = config.users
     if isinstance(users, str):
-        users = read_user_ids(backend, users, config.user_column)
+        users = read_user_ids(backend, users, config.session_column or config.user_column)
     elif users is not None:
         require_memory(f"users {users}", users * ROW_BYTES)
     where = parse(config.where) if config.where else None
-    columns = Columns(config.user_column, config.item_column, config.weight_column, where)
+    columns = Columns(
+        config.user_column,
+        config.item_column,
+        config.weight_column,
+        where,
+        config.session_column,
+        config.time_column,
+        config.half_life,
+    )
     axis = _item_axis(tables)
+    if source is not None and axis.rows is None:
+        axis = ItemAxis(None, [source.item_ids])
     known = 0 if users is None else users if isinstance(users, int) else len(users)
-    items = axis.rows or max(len(source.values) for source in tables.values())
+    items = axis.rows or max(len(table.values) for table in tables.values())
     pairs = 0 if where else stated_rows(config.interactions)
     _require_room(config, tables, _Sizes(known, items, pairs), staging, reading=True)
     with progress.step("read interactions", unit="row") as step:
@@ -196,15 +243,17 @@ def _read(config: JobConfig, backend: Backend, staging: Staging, progress: Progr
     if table.user_ids is not None and config.users is None and not is_text(str(table.user_ids.dtype)):
         progress.say("user ids have gaps: rows follow the sorted ids, in users.parquet; --users N makes ids the rows")
     sources, operators = {}, {}
-    for name, source in tables.items():
-        rows = None if source.ids is None else _feature_rows(source, axis, table)
+    for name, found in tables.items():
+        rows = None if found.ids is None else _feature_rows(found, axis, table)
         mask = features.align_mask(present[name], rows, table.interactions.items)
-        sources[name] = _Source(source, mask, rows)
+        sources[name] = Source(found, mask, rows)
+        factors = None
+        if source is not None and source[name].item_factors is not None:
+            factors = backend.asarray(_on_axis(source, table, source[name].item_factors, 0.0))
         operators[name] = method.weighting(
-            backend, table.interactions, backend.asarray(mask), config.settings.weighting
+            backend, table.interactions, backend.asarray(mask), config.settings.weighting, factors
         )
-        method.check_clusters(name, int(mask.sum()), operators[name], config.settings)
-    return _Data(table, sources, operators)
+    return Data(table, sources, operators)
 
 
 # Room.
@@ -220,7 +269,12 @@ class _Sizes:
 
 
 def _require_room(
-    config: JobConfig, tables: Mapping[str, FeatureTable], sizes: _Sizes, staging: Staging, *, reading: bool = False
+    config: JobConfig,
+    tables: Mapping[str, FeatureTable],
+    sizes: _Sizes,
+    staging: Staging | None,
+    *,
+    reading: bool = False,
 ) -> None:
     """Refuse a run that has too little memory or disk before it; ``reading``: R is still to be read.
 
@@ -229,7 +283,8 @@ def _require_room(
     ResourceError
         What is needed at least, and what is free.
     """
-    staging.require_room(sum(_output_bytes(config, table, sizes) for table in tables.values()))
+    if staging is not None:
+        staging.require_room(sum(_output_bytes(config, table, sizes) for table in tables.values()))
     beside = max(_beside_bytes(config, table, sizes) for table in tables.values())
     what = f"{sizes.users:,} users, {sizes.items:,} items, {sizes.pairs:,} interactions"
     if config.memory is not None and beside > config.memory:
@@ -249,7 +304,7 @@ def _output_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
     width = settings.dim or table.values.shape[1]
     by_user = 4 + width * np.dtype(settings.dtype).itemsize
     by_item = (4 if settings.cluster_on == "items" else 0) + (4 * width + 1 if settings.dim else 0)
-    return sizes.users * by_user + sizes.items * by_item + settings.clusters * width * 4
+    return sizes.users * by_user + sizes.items * by_item + method.most_clusters(settings) * width * 4
 
 
 def _copied_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
@@ -262,7 +317,7 @@ def _copied_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
 def _beside_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
     """Most that a modality takes beside R and the features: operators of all modalities, then K-means or blocks."""
     settings = config.settings
-    width, clusters = settings.dim or table.values.shape[1], settings.clusters
+    width, clusters = settings.dim or table.values.shape[1], method.most_clusters(settings)
     blocks = min(config.memory or BLOCK_BYTES, BLOCK_BYTES, 16 * sizes.users * width)
     users, items = sizes.users, sizes.items
     if settings.cluster_on == "users":
@@ -317,16 +372,41 @@ def _feature_rows(source: FeatureTable, axis: ItemAxis, table: InteractionTable)
 
 
 def _run_modality(
-    config: JobConfig, backend: Backend, data: _Data, modality: Modality, staging: Staging, progress: Progress
+    config: JobConfig, backend: Backend, data: Data, modality: Modality, staging: Staging, progress: Progress
 ) -> dict[str, Any]:
     """Cluster, and write every user's row; returns the modality's part of the manifest."""
     settings, name = config.settings, modality.name
     operator, matrix = data.operators[name], data.table.interactions
-    width = modality.values.shape[1]
-    step_rows = method.block_rows(width, min(config.memory or BLOCK_BYTES, BLOCK_BYTES))
+    step_rows = method.block_rows(modality.values.shape[1], min(config.memory or BLOCK_BYTES, BLOCK_BYTES))
     facts, labels = _cluster(config, backend, data, modality, staging, progress)
     plan = method.fit(backend, matrix, modality, operator, settings, labels, facts.get("scale"), step_rows)
     staging.finish(f"{name}/fit", {**facts, "scale": plan.scale})
+    _save_for_assign(backend, plan, settings, staging)
+    width_before = data.sources[name].table.values.shape[1]
+    return _write(config, backend, data, plan, labels, {**facts, "source_width": width_before}, staging, progress)
+
+
+def _save_for_assign(backend: Backend, plan: Blend, settings: Settings, staging: Staging) -> None:
+    """What `assign` needs besides centroids, labels and items."""
+    staging.save(f"{plan.modality.name}/cold.npy", backend.to_host(plan.cold))
+    if settings.weighting == "sym":
+        staging.save(f"{plan.modality.name}/item_factors.npy", backend.to_host(plan.weighting.local_items))
+
+
+def _write(
+    config: JobConfig,
+    backend: Backend,
+    data: Data,
+    plan: Blend,
+    labels: tuple[Any, Any, Any],
+    facts: dict[str, Any],
+    staging: Staging,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write every user's row; returns the modality's part of the manifest."""
+    modality, operator, matrix, settings = plan.modality, plan.weighting, data.table.interactions, config.settings
+    name, width = modality.name, modality.values.shape[1]
+    step_rows = method.block_rows(width, min(config.memory or BLOCK_BYTES, BLOCK_BYTES))
     users = f"{name}/users.npy"
     with progress.step(f"write {name}", total=matrix.users, unit="user") as step:
         writer = staging.rows(users, (matrix.users, width), np.dtype(settings.dtype))
@@ -350,18 +430,23 @@ def _run_modality(
                         outbox.send(block[left:])
 
             user_norms = norms(backend, blocks())
+    with progress.step(f"sample {name}"):
+        for part, array in describe(backend, matrix, plan, settings.seed).items():
+            staging.save(f"{name}/{part}.npy", array)
     host_labels = backend.to_host(labels[1])
+    clusters = len(labels[0])
     warm = int(operator.warm.sum())
     return {
         "width": width,
-        "source_width": data.sources[name].table.values.shape[1],
+        "source_width": facts["source_width"],
         "items": modality.n_present,
         "missing_items": matrix.items - modality.n_present,
         "warm_users": warm,
         "cold_users": matrix.users - warm,
-        "clusters": settings.clusters,
-        "cluster_sizes": _sizes(host_labels, settings.clusters),
-        **({} if labels[2] is None else {"item_cluster_sizes": _sizes(backend.to_host(labels[2]), settings.clusters)}),
+        "clusters": clusters,
+        "cluster_sizes": _sizes(host_labels, clusters),
+        **({} if labels[2] is None else {"item_cluster_sizes": _sizes(backend.to_host(labels[2]), clusters)}),
+        **({"choice": facts["choice"]} if "choice" in facts else {}),
         "kmeans": facts["kmeans"],
         "norms": {
             "users": user_norms,
@@ -369,12 +454,12 @@ def _run_modality(
             "centroids": norms(backend, iter([labels[0]])),
         },
         "scale": plan.scale,
-        "lambda": settings.lam,
+        "lambda": settings.lam if plan.policy is None else plan.policy,
     }
 
 
 def _project(
-    config: JobConfig, backend: Backend, data: _Data, name: str, staging: Staging, progress: Progress
+    config: JobConfig, backend: Backend, data: Data, name: str, staging: Staging, progress: Progress
 ) -> Modality:
     """Projected items, worked out or taken from the run that is resumed; an output too."""
     assert config.settings.dim is not None
@@ -393,7 +478,7 @@ def _project(
 
 
 def _cluster(
-    config: JobConfig, backend: Backend, data: _Data, modality: Modality, staging: Staging, progress: Progress
+    config: JobConfig, backend: Backend, data: Data, modality: Modality, staging: Staging, progress: Progress
 ) -> tuple[dict[str, Any], tuple[Any, Any, Any]]:
     """Centroids, user labels and item labels, found or taken from the run that is resumed."""
     name, on_items = modality.name, config.settings.cluster_on == "items"
@@ -407,26 +492,204 @@ def _cluster(
         matrix = data.table.interactions
         memory = _left_for_kmeans(config, matrix.users)
         found = method.clusters(backend, matrix, modality, operator, config.settings, memory)
-        step.note(clusters=config.settings.clusters, iterations=found.found.iterations)
+        clusters = len(found.centroids)
+        step.note(clusters=clusters, iterations=found.found.iterations)
     labels = (found.centroids, found.user_labels, found.item_labels)
     for path, array in zip(paths, labels, strict=False):
         staging.save(path, backend.to_host(array))
     kmeans = found.found
-    empty = config.settings.clusters - len(np.unique(backend.to_host(kmeans.labels)))
+    empty = clusters - np.count_nonzero(_sizes(backend.to_host(kmeans.labels), clusters))
     if empty:
-        progress.warn(f"modality {name}: {empty} of {config.settings.clusters} clusters are empty; fewer rows differ")
+        progress.warn(f"modality {name}: {empty} of {clusters} clusters are empty; fewer rows differ")
     facts = {
         "kmeans": {
             "form": kmeans.form,
             "library": kmeans.library,
             "iterations": kmeans.iterations,
-            "samples": sample_sizes(len(kmeans.labels), config.settings.clusters, kmeans.centroids.shape[1]),
+            "samples": sample_sizes(len(kmeans.labels), clusters, kmeans.centroids.shape[1]),
             "settled": kmeans.settled,
             "inertia": kmeans.inertia,
-        }
+        },
+        **({} if found.choice is None else {"choice": asdict(found.choice)}),
     }
     staging.finish(f"{name}/clusters", facts)
     return facts, labels
+
+
+# New users and new interactions, among an artifact's clusters.
+
+
+def assign(source: Artifact, config: JobConfig, given: Collection[str], progress: Progress) -> str:
+    """Make vectors of users as a job did, with its centroids, degrees of items, tau, scale and cold vector.
+
+    Users with the interactions that they had in the job get the vectors that they got there; nothing is clustered.
+
+    Parameters
+    ----------
+    source : Artifact
+        Of the job.
+    config : JobConfig
+        The job's settings and columns, the new interactions and the new output; features where the job found them, or
+        where ``given`` names them.
+    given : collection of str
+        Modalities whose features were given and need not be those of the job.
+    progress : Progress
+
+    Returns
+    -------
+    str
+        Path of the new artifact, which more can be assigned by.
+
+    Raises
+    ------
+    InputError
+        As in `run`; the features are not those of the job; or the artifact is one that cannot be assigned by.
+    ResourceError
+        As in `run`.
+    """
+    _check_places(config)
+    _check_source(source, config, given)
+    backend = select(config.backend)
+    backend.say = progress.say
+    with backend.explained():
+        return _assign(source, config, given, backend, progress)
+
+
+def _check_source(source: Artifact, config: JobConfig, given: Collection[str]) -> None:
+    if os.path.realpath(config.out) == source.path:
+        raise InputError(f"{config.out} is the artifact itself; choose another output.")
+    for name in config.features:
+        if name not in source:
+            raise InputError(f"{source.path} has no modality {name}; it has {', '.join(source)}.")
+        if name in given and source[name].items is not None:
+            raise InputError(f"modality {name}: {source.path} holds its projected items; leave --features out.")
+        if source[name].cold is None:
+            raise InputError(f"{source.path} was made before there was assign, and lacks cold.npy; run its job again.")
+
+
+def _assign(source: Artifact, config: JobConfig, given: Collection[str], backend: Backend, progress: Progress) -> str:
+    started = datetime.now(UTC)
+    progress.say(f"backend {backend.name}: {backend.why}; kernels {backend.kernels.name}")
+    projected = config.settings.dim is not None
+    with progress.step("fingerprint inputs"):
+        read = _inputs(config, () if projected else None)
+    inputs = list(read.files)
+    before = [one for one in source.manifest["inputs"] if one["for"].startswith("features.")]
+    if projected:
+        inputs += before
+    else:
+        _recognise(source, before, inputs, given, progress)
+    _check_inputs(config, inputs)
+    identity = {**_identity(config, inputs, backend), "artifact": source.manifest["checksum"]}
+    with Staging.open(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
+        if staging.complete:
+            progress.say(f"{config.out} is already there, made from the same inputs and artifact")
+            return config.out
+        tables, present = _projected_features(source) if projected else _read_features(config, progress)
+        for table in tables.values():
+            _check_shape(source, table)
+        data = _read_interactions(config, backend, tables, present, progress, staging, source)
+        statistics = {name: _assign_modality(source, config, backend, data, name, staging, progress) for name in tables}
+        _save_ids(staging, data.table)
+        read.require_unchanged()
+        manifest = _manifest(config, inputs, backend, data, statistics)
+        origin = {"path": source.path, "checksum": source.manifest["checksum"]}
+        return staging.commit({**manifest, "assigned_by": origin, "timings": _timings(started, progress, backend)})
+
+
+def _recognise(
+    source: Artifact,
+    before: list[dict[str, Any]],
+    inputs: list[dict[str, Any]],
+    given: Collection[str],
+    progress: Progress,
+) -> None:
+    """Know the features again by their content."""
+    for name in source:
+        old, new = ([one for one in files if one["for"] == f"features.{name}"] for files in (before, inputs))
+        if [(one["bytes"], one["hash"]) for one in old] == [(one["bytes"], one["hash"]) for one in new]:
+            continue
+        was, now = (", ".join(one["path"] for one in files) for files in (old, new))
+        if name not in given:
+            raise InputError(
+                f"features of modality {name}: {now} has changed since {source.path} was made from it.\n"
+                f"Give the old ones with --features {name}=PATH, or run the job again."
+            )
+        progress.warn(f"features of modality {name}: {now} is not, byte for byte, {was} that the job read")
+
+
+def _projected_features(source: Artifact) -> tuple[dict[str, FeatureTable], dict[str, Any]]:
+    """The artifact's own projected items, as if they were features with the items' ids."""
+    tables = {
+        name: FeatureTable(name, f"{source.path}/{name}/items.npy", np.asarray(one.items), source.item_ids)
+        for name, one in source.items()
+    }
+    return tables, {name: np.asarray(one.items_mask) for name, one in source.items()}
+
+
+def _check_shape(source: Artifact, table: FeatureTable) -> None:
+    """Refuse features given that cannot be those of the job."""
+    width = source[table.name].centroids.shape[1]
+    if table.values.shape[1] != width:
+        raise InputError(f"{table.path}: {table.values.shape[1]} dimensions, but the job's had {width}.")
+    items = source.manifest["items"]["rows"]
+    if (table.ids is None or source.item_ids is None) and len(table.values) > items:
+        raise InputError(f"{table.path}: {len(table.values)} rows, but the job had {items} items.")
+    if source.item_ids is not None and (table.ids is None or not _known(table.ids, source.item_ids)):
+        raise InputError(f"{table.path}: its items are not those of the job; run the job again to take new items in.")
+
+
+def _known(ids: Any, among: Any) -> bool:
+    try:
+        positions(ids, among)
+    except InputError:
+        return False
+    return True
+
+
+def _on_axis(source: Artifact, table: InteractionTable, values: Any, missing: float) -> Any:
+    """Values of the artifact's items at the items of a table of interactions, which may have more."""
+    if source.item_ids is None:
+        return np.asarray(values)
+    placed = np.full(table.interactions.items, missing, values.dtype)
+    placed[positions(source.item_ids, table.item_ids)] = values
+    return placed
+
+
+def _assign_modality(
+    source: Artifact,
+    config: JobConfig,
+    backend: Backend,
+    data: Data,
+    name: str,
+    staging: Staging,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Label by the artifact's centroids, and write every user's row; returns the modality's part of the manifest."""
+    old, facts, settings = source[name], source.manifest["modalities"][name], config.settings
+    operator, matrix = data.operators[name], data.table.interactions
+    modality = data.modality(backend, name)
+    centroids = backend.asarray(old.centroids)
+    item_labels = None
+    if old.item_labels is not None:
+        item_labels = backend.asarray(_on_axis(source, data.table, old.item_labels, -1))
+    with progress.step(f"assign {name}"):
+        form = facts["kmeans"]["form"] if item_labels is None else "factored"
+        labels = (centroids, method.nearest(backend, matrix, modality, operator, centroids, form), item_labels)
+    if settings.lam == "shrink":
+        settings = replace(settings, tau=facts["lambda"]["tau"])
+    step_rows = method.block_rows(modality.values.shape[1], min(config.memory or BLOCK_BYTES, BLOCK_BYTES))
+    cold = backend.asarray(old.cold)
+    plan = method.fit(backend, matrix, modality, operator, settings, labels, facts["scale"], step_rows, cold)
+    for part, array in zip(("centroids", "labels", "item_labels"), labels, strict=True):
+        if array is not None:
+            staging.save(f"{name}/{part}.npy", backend.to_host(array))
+    if old.items is not None:
+        staging.save(f"{name}/items.npy", backend.to_host(modality.values))
+        staging.save(f"{name}/items_mask.npy", data.sources[name].mask)
+    _save_for_assign(backend, plan, settings, staging)
+    kept = {key: facts[key] for key in ("kmeans", "source_width", "choice") if key in facts}
+    return _write(config, backend, data, plan, labels, kept, staging, progress)
 
 
 def _peak_memory() -> int:
@@ -456,14 +719,16 @@ def _save_ids(staging: Staging, table: InteractionTable) -> None:
 # What the manifest says.
 
 
-def _named_inputs(config: JobConfig) -> list[tuple[str, str]]:
-    """Every input file, and what it is for."""
+def _inputs(config: JobConfig, feature_names: Iterable[str] | None = None) -> _Inputs:
+    """Every input file; of the features, those named, or all."""
     named = [("interactions", path) for path in _tables(config.interactions, EXTENSIONS)]
-    for name, pattern in config.features.items():
+    for name in config.features if feature_names is None else feature_names:
+        pattern = config.features[name]
         named += [(f"features.{name}", path) for path in expand(pattern, features.EXTENSIONS)]
     if isinstance(config.users, str):
         named += [("users", path) for path in _tables(config.users, USER_EXTENSIONS)]
-    return named
+    states = {path: file_state(path) for _, path in named}  # before they are hashed
+    return _Inputs([{"for": role, "path": path, **fingerprint(path)} for role, path in named], states)
 
 
 def _tables(pattern: str, extensions: tuple[str, ...]) -> list[str]:
@@ -483,21 +748,22 @@ def _identity(config: JobConfig, inputs: list[dict[str, Any]], backend: Backend)
     }
     program = {"gpu_init": __version__, "backend": backend.name, "kernels": backend.kernels.name}
     users = config.users if isinstance(config.users, int) else None
-    columns = {
-        "user_column": config.user_column,
-        "item_column": config.item_column,
-        "weight_column": config.weight_column,
-    }
     return {
         "settings": settings_to_dict(config.settings),
-        "columns": {**columns, "where": config.where, "users": users},
+        "columns": {**_columns(config), "users": users},
         "inputs": files,
         "program": program,
     }
 
 
+def _columns(config: JobConfig) -> dict[str, Any]:
+    """What the interactions are taken for, by the names of the keys."""
+    names = ("user_column", "item_column", "weight_column", "time_column", "half_life", "session_column", "where")
+    return {name: getattr(config, name) for name in names}
+
+
 def _manifest(
-    config: JobConfig, inputs: list[dict[str, Any]], backend: Backend, data: _Data, statistics: dict[str, Any]
+    config: JobConfig, inputs: list[dict[str, Any]], backend: Backend, data: Data, statistics: dict[str, Any]
 ) -> dict[str, Any]:
     table = data.table
     weights = table.interactions.csr.weights
@@ -507,11 +773,9 @@ def _manifest(
         "job": {
             "interactions": config.interactions,
             "features": config.features,
-            "user_column": config.user_column,
-            "item_column": config.item_column,
-            "weight_column": config.weight_column,
-            "where": config.where,
+            **_columns(config),
             "users": config.users,
+            "folder": os.getcwd(),  # that paths are relative to
         },
         "backend": {
             "name": backend.name,
@@ -523,6 +787,7 @@ def _manifest(
         "users": {
             "rows": table.interactions.users,
             "ids": "row numbers" if table.user_ids is None else "users.parquet",
+            **({} if config.session_column is None else {"are": "sessions"}),
         },
         "items": {
             "rows": table.interactions.items,

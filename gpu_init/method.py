@@ -12,8 +12,9 @@ from typing import Any
 from . import features as feature_arrays
 from . import kmeans
 from .backend import Backend, in_blocks, ranges, select
-from .blend import NORM_ROWS, Blend, Weighting, blend, scale_to_items
-from .config import Settings
+from .blend import NORM_ROWS, Blend, Weighting, blend, lambdas, scale_to_items
+from .choose import CANDIDATES, Choice, choose
+from .config import AUTO, POLICIES, Settings
 from .errors import InputError
 from .features import Modality
 from .interactions import Interactions, from_matrix
@@ -23,7 +24,9 @@ ARRAY_BLOCK_BYTES = 64 << 20  # of the result, per kernel call, where nobody say
 MATRIX_ROWS = 16 * kmeans.TILE_ROWS  # of the users' means made at a time, where they are made
 
 
-def weighting(backend: Backend, interactions: Interactions, present: Any, kind: str) -> Weighting:
+def weighting(
+    backend: Backend, interactions: Interactions, present: Any, kind: str, item_factors: Any = None
+) -> Weighting:
     """Sections 2.1, 2.3 and 2.8: degrees over the items that have the modality, and A from them.
 
     Parameters
@@ -32,6 +35,8 @@ def weighting(backend: Backend, interactions: Interactions, present: Any, kind: 
         Which items have the modality.
     kind : {"mean", "sym"}
         ``mean``: A = D_U^-1 R; ``sym``: A = D_U^-1/2 R D_I^-1/2.
+    item_factors : array, shape (I,), float64, optional
+        D_I^-1/2 of other interactions than these, 0 for items without the modality.
     """
     xp = backend.xp
     present = present.astype(xp.float64)
@@ -39,8 +44,9 @@ def weighting(backend: Backend, interactions: Interactions, present: Any, kind: 
     mean_rows = _power(xp, degrees, -1.0)
     if kind == "mean":
         return Weighting(mean_rows, present, mean_rows, present)
-    local_items = present * _power(xp, interactions.item_sums(backend), -0.5)
-    return Weighting(_power(xp, degrees, -0.5), local_items, mean_rows, present)
+    if item_factors is None:
+        item_factors = present * _power(xp, interactions.item_sums(backend), -0.5)
+    return Weighting(_power(xp, degrees, -0.5), item_factors, mean_rows, present)
 
 
 def _power(xp: Any, degrees: Any, exponent: float) -> Any:
@@ -55,11 +61,13 @@ def check_clusters(name: str, n_present: int, operator: Weighting, settings: Set
     Raises
     ------
     InputError
-        No warm user, or fewer users (or items, where those are clustered) than clusters.
+        No warm user, or fewer users (or items, where those are clustered) than clusters; ``auto`` takes fewer then.
     """
     warm = int(operator.warm.sum())
     if warm == 0:
         raise InputError(f"modality {name}: no user has an interaction with an item that has it.")
+    if not isinstance(settings.clusters, int):
+        return
     if settings.clusters > warm:
         raise InputError(
             f"modality {name}: {settings.clusters} clusters, but {warm} users with interactions; lower --clusters."
@@ -75,13 +83,15 @@ class Clustering:
     """Section 2.4: centroids and who belongs to which.
 
     ``user_labels`` (U,) int32: the centroid nearest to the user's means, -1 for cold users. ``item_labels``
-    (I,) int32 where items were clustered, -1 for items without the modality, else None.
+    (I,) int32 where items were clustered, -1 for items without the modality, else None. ``choice``: how K was
+    chosen, None where it was given.
     """
 
     centroids: Any
     user_labels: Any
     item_labels: Any
     found: kmeans.Clusters
+    choice: Choice | None = None
 
 
 def clusters(
@@ -98,18 +108,51 @@ def clusters(
     """
     xp = backend.xp
     user_labels = xp.full(interactions.users, -1, xp.int32)
+    choice = None
     if settings.cluster_on == "users":
+        if settings.clusters == AUTO:
+            means = kmeans.Tiled(backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
+            choice = choose(backend, means, settings.seed)
+            settings = replace(settings, clusters=choice.clusters)
         found = _cluster_users(backend, interactions, modality, operator, settings, memory)
-        user_labels[operator.warm] = found.labels
-        return Clustering(found.centroids, user_labels, None, found)
+        if found.form == "dense":  # as they come out where these users are assigned among others
+            user_labels = nearest(backend, interactions, modality, operator, found.centroids, found.form)
+        else:
+            user_labels[operator.warm] = found.labels
+        return Clustering(found.centroids, user_labels, None, found, choice)
     kept = xp.flatnonzero(modality.present)
     points = kmeans.Dense(backend, modality.values if len(kept) == interactions.items else modality.values[kept])
+    if settings.clusters == AUTO:
+        choice = choose(backend, points, settings.seed)
+        settings = replace(settings, clusters=choice.clusters)
+    assert isinstance(settings.clusters, int)
     found = kmeans.fit(backend, points, settings.clusters, settings.seed, settings.restarts)
     item_labels = xp.full(interactions.items, -1, xp.int32)
     item_labels[kept] = found.labels
-    users = kmeans.Factored(backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
-    user_labels[operator.warm] = users.nearest(found.centroids)
-    return Clustering(found.centroids, user_labels, item_labels, found)
+    user_labels = nearest(backend, interactions, modality, operator, found.centroids, "factored")
+    return Clustering(found.centroids, user_labels, item_labels, found, choice)
+
+
+def most_clusters(settings: Settings) -> int:
+    """K, or the largest that may be chosen."""
+    return max(CANDIDATES) if isinstance(settings.clusters, str) else settings.clusters
+
+
+def nearest(
+    backend: Backend, interactions: Interactions, modality: Modality, operator: Weighting, centroids: Any, form: str
+) -> Any:
+    """Label of each user (U,) int32: the centroid nearest to the user's means, -1 for cold users.
+
+    ``form``: ``factored``, or any other for means made tile by tile. Each user's label comes out the same whoever the
+    other users are.
+    """
+    xp = backend.xp
+    kind = kmeans.Factored if form == "factored" else kmeans.Tiled
+    users = kind(backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
+    labels = xp.full(interactions.users, -1, xp.int32)
+    if len(users):
+        labels[operator.warm] = users.nearest(centroids)
+    return labels
 
 
 def _cluster_users(
@@ -125,6 +168,7 @@ def _cluster_users(
     The matrix is made by the kernel and not as a sparse product of the library: cupyx copies R's weights to float32
     values of each interaction, counts interactions in 32 bits, and gives columns one after another, which cuML copies.
     """
+    assert isinstance(settings.clusters, int)
     arguments = (backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
     points: kmeans.Points = kmeans.Tiled(*arguments)
     sizes = (len(points), interactions.items, interactions.pairs, settings.clusters, modality.values.shape[1])
@@ -194,15 +238,20 @@ def fit(
     labels: tuple[Any, Any, Any],
     scale: float | None,
     block_rows: int,
+    cold: Any = None,
 ) -> Blend:
     """Sections 2.5 to 2.8: all that the fused pass needs, from centroids, user labels and item labels.
 
-    ``scale`` None: work out the factor that the settings ask for.
+    ``scale`` None: work out the factor that the settings ask for; ``cold`` None: the vector of cold users.
     """
     centroids, user_labels, item_labels = labels
-    cold = cold_vector(backend, interactions, operator, centroids, user_labels, item_labels)
+    if cold is None:
+        cold = cold_vector(backend, interactions, operator, centroids, user_labels, item_labels)
     by_user = user_labels if item_labels is None else None
     plan = Blend(modality, operator, settings.lam, centroids, by_user, item_labels, cold)
+    if settings.lam in POLICIES:
+        found = lambdas(backend, interactions, plan, settings, block_rows)
+        plan = replace(plan, lam=found.values, policy={**found.facts, **found.statistics})
     if scale is None:
         scale = scale_to_items(backend, interactions, plan, block_rows) if settings.scale == "items" else 1.0
     return replace(plan, scale=scale)
@@ -312,8 +361,10 @@ def initialize(
     interactions: Any,
     features: Mapping[str, Any],
     *,
-    lam: float = 0.9,
-    clusters: int = 8,
+    lam: float | str = 0.9,
+    tau: float | None = None,
+    temperature: float | None = None,
+    clusters: int | str = 8,
     cluster_on: str = "users",
     weighting: str = "mean",
     dim: int | None = None,
@@ -333,10 +384,16 @@ def initialize(
     features : mapping of str to array, shape (I, D)
         One modality's item features each: numpy, cupy or torch; float16, bfloat16, float32 or float64. A row
         of NaN is an item without the modality.
-    lam : float, default=0.9
-        Weight of the local part, in [0, 1].
-    clusters : int, default=8
-        K, per modality.
+    lam : float, "shrink" or "attention", default=0.9
+        Weight of the local part, in [0, 1]. ``shrink``: ``n_u / (n_u + tau)``, ``n_u`` the effective count of the
+        user's items. ``attention``: ``1 / (1 + exp(-(s_L - s_G) / temperature))``, ``s_L`` the mean cosine of the
+        user's items among themselves, ``s_G`` that to the cluster's part.
+    tau : float, optional
+        Of ``shrink``; None: within-user over between-user variance of the features.
+    temperature : float, optional
+        Of ``attention``, in cosines; None: 0.1.
+    clusters : int or "auto", default=8
+        K, per modality; ``auto``: chosen for each, see `choose.choose`.
     cluster_on : {"users", "items"}, default="users"
         Rows that are clustered: the users' interaction-weighted means, or the items' features.
     weighting : {"mean", "sym"}, default="mean"
@@ -370,6 +427,8 @@ def initialize(
     """
     settings = Settings(
         lam=lam,
+        tau=tau,
+        temperature=temperature,
         clusters=clusters,
         cluster_on=cluster_on,
         weighting=weighting,

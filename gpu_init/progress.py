@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -64,7 +65,8 @@ class Progress:
     Attributes
     ----------
     timings : list of dict
-        ``step`` and ``seconds`` of every step that came to its end, in that order.
+        ``step``, ``seconds`` and, where the system tells, ``memory_bytes`` that the process had at the end, of every
+        step that came to its end, in that order.
 
     Examples
     --------
@@ -116,7 +118,7 @@ class Progress:
         finally:
             seconds = round(time.perf_counter() - start, 6)
             if outcome == "finished":
-                self.timings.append({"step": name, "seconds": seconds})
+                self.timings.append({"step": name, "seconds": seconds, **_resident()})
             self._view.ended(step, outcome, seconds)
 
     def say(self, line: str) -> None:
@@ -130,6 +132,12 @@ class Progress:
     def error(self, line: str) -> None:
         """Tell the user, on one line, why the job ends."""
         self._view.message("error", line)
+
+
+def _resident() -> dict[str, int]:
+    with suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as counts:
+        return {"memory_bytes": int(counts.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")}
+    return {}
 
 
 # Views.

@@ -15,7 +15,10 @@ from rich.text import Text
 
 BARS = 16  # up to this many clusters each has its own bar
 _BAR_WIDTH = 24
-_SETTINGS = ("lambda", "clusters", "cluster_on", "weighting", "dim", "whiten", "scale", "dtype", "seed", "restarts")
+_SETTINGS = (
+    *("lambda", "tau", "temperature", "clusters", "cluster_on", "weighting"),
+    *("dim", "whiten", "scale", "dtype", "seed", "restarts"),
+)
 
 Facts = Iterable[tuple[str, RenderableType]]
 
@@ -48,11 +51,30 @@ def table(manifest: dict[str, Any], console: Console) -> None:
     console.file.write(printed.get().encode(encoding, "replace").decode(encoding))
 
 
+def candidates(frame: Any, by: str, console: Console, most: int = 15) -> None:
+    """Print the best candidates of `tune.table`, with their intervals."""
+    grid = Table(title=f"The best {min(most, len(frame))} of {len(frame)} candidates", title_justify="left", box=None)
+    for name in (by, "95% interval", "behind the best", "modalities", "lambda", "K", "on", "weighting", "dim"):
+        grid.add_column(name, justify="left", overflow="fold")
+    for _, row in frame.head(most).iterrows():
+        dim = f"{row['dim']:.0f}{' white' if row['whiten'] else ''}" if row["dim"] > 0 else "-"
+        grid.add_row(
+            f"{row[by]:.4f}",
+            f"{row['low']:.4f} to {row['high']:.4f}",
+            f"{row['behind_low']:.4f} to {row['behind_high']:.4f}",
+            *map(_say, (row["modalities"], row["lambda"], row["clusters"], row["cluster_on"], row["weighting"], dim)),
+        )
+    console.print(grid)
+
+
 def _run(manifest: dict[str, Any]) -> Facts:
     axes = {axis: _mapping(manifest.get(axis)) for axis in ("users", "items")}
     for axis, facts in axes.items():
         ids = facts.get("ids")
-        yield axis, Text(f"{_number(facts.get('rows'))}, ids: {'-' if ids is None else _say(ids)}")
+        yield (
+            "sessions" if facts.get("are") == "sessions" else axis,
+            Text(f"{_number(facts.get('rows'))}, ids: {'-' if ids is None else _say(ids)}"),
+        )
     counts = _mapping(manifest.get("interactions"))
     yield (
         "interactions",
@@ -62,11 +84,19 @@ def _run(manifest: dict[str, Any]) -> Facts:
         ),
     )
     settings = _mapping(manifest.get("settings"))
-    yield "settings", Text(", ".join(f"{key} {_say(settings[key])}" for key in _SETTINGS if key in settings) or "-")
+    yield (
+        "settings",
+        Text(", ".join(f"{key} {_say(settings[key])}" for key in _SETTINGS if _said(settings, key)) or "-"),
+    )
     backend = _mapping(manifest.get("backend"))
     kernels, kmeans = _say(backend.get("kernels")), _say(backend.get("kmeans"))
     yield "backend", Text(f"{_say(backend.get('name'))}, kernels {kernels}, K-means {kmeans}")
     yield "gpu-init", Text(_say(manifest.get("gpu_init_version")))
+
+
+def _said(settings: dict[str, Any], key: str) -> bool:
+    """Whether a setting is worth a word: what belongs to another lambda is None."""
+    return key in settings and not (key in ("tau", "temperature") and settings[key] is None)
 
 
 def _modality(facts: dict[str, Any], block: str) -> Facts:
@@ -74,14 +104,38 @@ def _modality(facts: dict[str, Any], block: str) -> Facts:
     yield "width", Text(width if source in (width, "-") else f"{width}, projected from {source}")
     yield "items", Text(f"{_number(facts.get('items'))} with features, {_number(facts.get('missing_items'))} without")
     yield "users", Text(f"{_number(facts.get('warm_users'))} warm, {_number(facts.get('cold_users'))} cold")
-    yield "lambda, scale", Text(f"{_say(facts.get('lambda'))}, {_number(facts.get('scale'))}")
+    lam = facts.get("lambda")
+    yield (
+        "lambda, scale",
+        Text(f"{_policy(lam) if isinstance(lam, dict) else _say(lam)}, {_number(facts.get('scale'))}"),
+    )
     for part, norms in _mapping(facts.get("norms")).items():
         mean, low, high = (_number(_mapping(norms).get(key)) for key in ("mean", "min", "max"))
         yield f"norms, {_say(part)}", Text(f"mean {mean}, from {low} to {high}")
     yield "K-means", Text(_kmeans(_mapping(facts.get("kmeans"))))
+    if "choice" in facts:
+        yield "K chosen", Text(_choice(_mapping(facts["choice"]), facts.get("clusters")))
     yield f"K {_number(facts.get('clusters'))}, users", _sizes(facts.get("cluster_sizes"), block)
     if "item_cluster_sizes" in facts:
         yield "items", _sizes(facts["item_cluster_sizes"], block)
+
+
+def _policy(facts: dict[str, Any]) -> str:
+    """Policy of lambda, what it went by, and where the users' lambdas lie."""
+    by = next((f", {name} {_number(facts[name])}" for name in ("tau", "temperature") if name in facts), "")
+    quantiles = _mapping(facts.get("quantiles"))
+    low, middle, high = (_number(quantiles.get(at)) for at in ("0.05", "0.5", "0.95"))
+    mean = _number(facts.get("mean"))
+    return f"{_say(facts.get('policy'))}{by} (mean {mean}, median {middle}, 90% from {low} to {high})"
+
+
+def _choice(facts: dict[str, Any], clusters: Any) -> str:
+    """Silhouettes of the K that was taken and of a blob."""
+    listed = facts.get("candidates")
+    scores = listed if isinstance(listed, list) else []
+    mine: Any = next((one for one in scores if _mapping(one).get("clusters") == clusters), {})
+    found, blob = _number(_mapping(mine).get("silhouette")), _number(facts.get("blob_silhouette"))
+    return f"auto, of {len(scores)} on {_number(facts.get('rows'))} rows: silhouette {found}, a blob's {blob}"
 
 
 def _kmeans(facts: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ TEXT_EXTENSIONS = (".csv", ".tsv", ".inter", ".csv.gz", ".tsv.gz", ".inter.gz")
 EXTENSIONS = (".parquet", ".pq", ".npz", *TEXT_EXTENSIONS)
 
 USER_NAMES = ("user_id", "userid", "user", "uid", "visitor_id", "session_id")
+TIME_NAMES = ("timestamp", "time", "ts", "datetime", "event_time")
 ITEM_NAMES = ("item_id", "itemid", "item", "iid", "product_id", "asin")
 SPLIT_NAMES = ("x_label", "split")
 HEADER_BYTES = 1 << 20  # of a text file's first line, at most
@@ -30,12 +31,23 @@ _RECBOLE_TYPES = (":token", ":float", ":token_seq", ":float_seq")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table hold what; None: known names are tried."""
+    """Which columns of a table hold what; None: known names are tried.
+
+    ``session``, where given, stands in for ``user``. ``half_life``: as of `config.JobConfig`; None: times are not read.
+    """
 
     user: str | None = None
     item: str | None = None
     weight: str | None = None
     where: Where | None = None
+    session: str | None = None
+    time: str | None = None
+    half_life: str | float | None = None
+
+    @property
+    def row(self) -> tuple[str | None, str]:
+        """The column of what the rows of R are, and the flag that names it."""
+        return (self.user, "--user-column") if self.session is None else (self.session, "--session-column")
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,8 @@ class Table:
     path : str
     separator : str or None
         None: Parquet.
-    user, item, weight : str
-        Names of the columns as they stand in the file; ``weight`` None: 1 per interaction.
+    user, item, weight, time : str
+        Names of the columns as they stand in the file; ``weight`` None: 1 per interaction; ``time`` None: not read.
     where : dict
         From a column's name in ``--where`` to its name in the file.
     whole : int or None
@@ -62,6 +74,7 @@ class Table:
     user: str
     item: str
     weight: str | None
+    time: str | None
     where: dict[str, str]
     whole: int | None
     state: tuple[int, int]
@@ -86,15 +99,18 @@ def open_table(path: str, columns: Columns, warnings: list[str]) -> Table:
     """
     state = file_state(path)
     separator, names = header(path)
-    user = find_column(path, names, columns.user, USER_NAMES, "--user-column")
+    row, flag = columns.row
+    user = find_column(path, names, row, USER_NAMES, flag)
     item = find_column(path, names, columns.item, ITEM_NAMES, "--item-column")
     weight = find_column(path, names, columns.weight, (), "--weight-column") if columns.weight else None
+    timed = columns.half_life is not None
+    time = find_column(path, names, columns.time, TIME_NAMES, "--time-column") if timed else None
     where = {
         name: find_column(path, names, name, (), "--where") for name in (columns.where.columns if columns.where else ())
     }
     _check_split(path, names, columns.where, where, warnings)
     whole = _whole_numbers(path, (user, item)) if separator is None else None
-    return Table(path, separator, user, item, weight, where, whole, state)
+    return Table(path, separator, user, item, weight, time, where, whole, state)
 
 
 def file_state(path: str) -> tuple[int, int]:

@@ -375,7 +375,7 @@ def _compare(column: Any, place: str, comparison: _Comparison, row: Callable[[in
     reader = _as_booleans if literal is bool else _as_numbers if literal is Decimal else _as_texts
     compare = reader(column, missing, place, row)
     if compare is None:
-        kind, shown = _kind(column), _shown(comparison.values[0])
+        kind, shown = kind_of(column), _shown(comparison.values[0])
         remedy = _COMPARED_WITH.get(kind, "it cannot be compared")
         raise InputError(f"{place} holds {_HOLDS.get(kind, kind)}, but --where compares it with {shown}; {remedy}.")
     found = (_flags(compare(comparison.sign, value)) for value in comparison.values)
@@ -389,7 +389,7 @@ def _flags(series: Any) -> Any:
 
 def _missing(column: Any) -> Any:
     missing = _flags(column.isna())
-    if _kind(column) == "float":
+    if kind_of(column) == "float":
         values = _floats(column)
         missing = missing | _flags(values != values)  # noqa: PLR0124 (NaN)
     return missing
@@ -400,7 +400,7 @@ def _floats(column: Any) -> Any:
     return column.astype("float32[pyarrow]") if str(column.dtype).startswith("halffloat") else column
 
 
-def _kind(column: Any) -> str:
+def kind_of(column: Any) -> str:
     """Kind of a column's values, from the names that pandas, Arrow and cudf give types."""
     name = str(column.dtype).lower()
     if is_text(name):
@@ -416,13 +416,13 @@ def _shown(value: Literal) -> str:
 
 def _text(column: Any, missing: Any) -> Any:
     """Text of a column of text, categories or decimals; "0" where it is missing."""
-    return (column if _kind(column) == "text" else column.astype("str")).where(~missing, "0")
+    return (column if kind_of(column) == "text" else column.astype("str")).where(~missing, "0")
 
 
 def _as_booleans(column: Any, missing: Any, place: str, row: Callable[[int], str]) -> _Compare | None:
-    if _kind(column) == "boolean":
+    if kind_of(column) == "boolean":
         return lambda sign, value: _OPERATORS[sign](column, value)
-    if _kind(column) not in ("text", "category"):
+    if kind_of(column) not in ("text", "category"):
         return None
     text = _text(column, missing)
     lowered = text.str.lower()
@@ -433,7 +433,7 @@ def _as_booleans(column: Any, missing: Any, place: str, row: Callable[[int], str
 
 
 def _as_numbers(column: Any, missing: Any, place: str, row: Callable[[int], str]) -> _Compare | None:
-    match _kind(column):
+    match kind_of(column):
         case "integer":
             return lambda sign, value: _compare_integers(column, sign, value)
         case "float":
@@ -445,12 +445,12 @@ def _as_numbers(column: Any, missing: Any, place: str, row: Callable[[int], str]
 
 
 def _as_texts(column: Any, missing: Any, place: str, row: Callable[[int], str]) -> _Compare | None:  # noqa: ARG001
-    match _kind(column):
+    match kind_of(column):
         case "text" | "category":
             text = _text(column, missing)
             return lambda sign, value: _OPERATORS[sign](text, value)
         case "time":
-            counts, per_day = _time_counts(column)
+            counts, per_day = time_counts(column)
             return lambda sign, value: _compare_integers(counts, sign, _days(value, place) * per_day)
     return None
 
@@ -514,7 +514,7 @@ def _numbers_in_text(text: Any, place: str, row: Callable[[int], str]) -> _Compa
     return compare
 
 
-def _time_counts(column: Any) -> tuple[Any, int]:
+def time_counts(column: Any) -> tuple[Any, int]:
     """Count times as integers, and say how many of them make a day."""
     kind = str(column.dtype)
     if kind.startswith("date32"):

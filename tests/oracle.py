@@ -92,3 +92,29 @@ def assert_close(found, expected, tolerance=2e-5):
     length = np.linalg.norm(expected, axis=1)
     worst = (error - tolerance * length).argmax()
     assert (error <= tolerance * length + 1e-12).all(), f"row {worst}: off by {error[worst]} of {length[worst]}"
+
+
+def lambdas(policy, expected, G, temperature=0.1):
+    """Lambda of each user from its definition, user by user and pair by pair; shrink with tau from the data."""
+    weights = expected.R.toarray()
+    lam = np.zeros(len(weights))
+    warm = np.flatnonzero(expected.warm)
+    if policy == "attention":
+        with np.errstate(invalid="ignore"):
+            unit = np.nan_to_num(expected.F / np.linalg.norm(expected.F, axis=1)[:, None])
+        for u in warm:
+            own = np.flatnonzero(weights[u])
+            pairs = np.outer(weights[u, own], weights[u, own])
+            np.fill_diagonal(pairs, 0)
+            among = (pairs * (unit[own] @ unit[own].T)).sum() / pairs.sum() if len(own) > 1 else 0.0
+            to_global = np.average(unit[own] @ (G[u] / np.linalg.norm(G[u])), weights=weights[u, own])
+            lam[u] = 1 / (1 + np.exp(-(among - to_global) / temperature))
+        return lam
+    n = weights[warm].sum(axis=1) ** 2 / (weights[warm] ** 2).sum(axis=1)
+    inside = [np.average(((expected.F - expected.M[u]) ** 2).sum(axis=1), weights=weights[u]) for u in warm]
+    within = (n * inside).sum() / (n - 1).sum()
+    m = np.average(expected.M[warm], axis=0, weights=n)
+    apart = (n * ((expected.M[warm] - m) ** 2).sum(axis=1)).sum()
+    between = (apart - (len(warm) - 1) * within) / (n.sum() - (n**2).sum() / n.sum())
+    lam[warm] = n / (n + (within / between if between > 0 else np.median(n)))
+    return lam

@@ -45,6 +45,8 @@ def test_defaults_are_those_of_the_design():
     assert config == JobConfig("r.csv", {"image": "i.npy"}, "o", Settings())
     assert settings_to_dict(config.settings) == {
         "lambda": 0.9,
+        "tau": None,
+        "temperature": None,
         "clusters": 8,
         "cluster_on": "users",
         "weighting": "mean",
@@ -64,9 +66,12 @@ EVERYTHING = {
     "user_column": "user_id:token",
     "item_column": "item",
     "weight_column": "w",
+    "time_column": "t",
+    "half_life": "30d",
     "where": "x_label == 0",
     "users": "9308",
-    "lambda": "0.25",
+    "lambda": "shrink",
+    "tau": "2.5",
     "clusters": "3",
     "cluster_on": "items",
     "weighting": "sym",
@@ -77,6 +82,8 @@ EVERYTHING = {
     "seed": "4294967295",
     "restarts": "3",
     "backend": "cpu",
+    "valid": "v.csv",
+    "valid_where": "x_label == 1",
     "memory": "1.5GiB",
     "resume": "1",
     "overwrite": "yes",
@@ -89,10 +96,14 @@ AS_CONFIG = JobConfig(
     user_column="user_id:token",
     item_column="item",
     weight_column="w",
+    time_column="t",
+    half_life="30d",
     where="x_label == 0",
     users=9308,
-    settings=Settings(0.25, 3, "items", "sym", 64, True, "items", "float16", 2**32 - 1, 3),
+    settings=Settings("shrink", 3, "items", "sym", 64, True, "items", "float16", 2**32 - 1, 3, 2.5),
     backend="cpu",
+    valid="v.csv",
+    valid_where="x_label == 1",
     memory=3 << 29,
     resume=True,
     overwrite=True,
@@ -100,8 +111,11 @@ AS_CONFIG = JobConfig(
 )
 
 
+APART = {"temperature", "session_column"}  # do not go with tau and user_column
+
+
 def test_every_key_can_come_from_the_environment():
-    assert set(EVERYTHING) == {key.name for key in KEYS}
+    assert set(EVERYTHING) | APART == {key.name for key in KEYS}
     config = load(None, {f"GPU_INIT_{name.upper()}": value for name, value in EVERYTHING.items()}, {})
     assert config == AS_CONFIG
     assert list(config.features) == ["image", "audio"]
@@ -121,7 +135,7 @@ def test_every_key_can_stand_in_the_file(tmp_path, monkeypatch):
         **EVERYTHING,
         "features": AS_CONFIG.features,
         "users": 9308,
-        "lambda": 0.25,
+        "tau": 2.5,
         **dict.fromkeys(("whiten", "resume", "overwrite"), True),
         **{name: int(EVERYTHING[name]) for name in ("clusters", "dim", "seed", "restarts")},
     }
@@ -164,7 +178,7 @@ def test_help_names_every_flag():
     parser.print_help(out)
     for key in KEYS:
         assert key.flag in out.getvalue()
-    for unborn in ("--half-life", "--time-column", "--scheduler", "attention", "interactions}"):
+    for unborn in ("--scheduler", "interactions}"):
         assert unborn not in out.getvalue()
 
 
@@ -202,7 +216,15 @@ def test_strange_variables_and_empty_ones_are_ignored():
         ("lambda", "1.5"),
         ("lambda", "-0.1"),
         ("lambda", "nan"),
-        ("lambda", "shrink"),
+        ("lambda", "shrinks"),
+        ("tau", -1),
+        ("tau", "shrink"),
+        ("temperature", 0),
+        ("clusters", "many"),
+        ("half_life", "30x"),
+        ("half_life", "0d"),
+        ("half_life", 0),
+        ("half_life", "-1"),
         ("lambda", 10**400),
         ("lambda", True),
         ("dim", "0"),
@@ -240,8 +262,8 @@ def test_a_wrong_value_is_named_with_its_flag(key, value):
 def test_a_wrong_value_is_named_with_its_place(tmp_path):
     assert message(environ={"GPU_INIT_SEED": "x"}).startswith("GPU_INIT_SEED: found 'x'; wanted is a whole number")
     path = in_file(tmp_path, 'clusters = "8"')
-    assert message(path) == f"{path}, key clusters: found '8'; wanted is a whole number, 1 or more."
-    assert message(in_file(tmp_path, "clusters = 0x" + "f" * 5000)).endswith("1 or more.")
+    assert message(path) == f"{path}, key clusters: found '8'; wanted is a whole number, 1 or more, or auto."
+    assert message(in_file(tmp_path, "clusters = 0x" + "f" * 5000)).endswith("1 or more, or auto.")
     assert "found a table" in message(in_file(tmp_path, "[lambda]\na = 1"))
     assert "found a value of type date" in message(in_file(tmp_path, "out = 2024-01-31"))
 
