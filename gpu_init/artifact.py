@@ -313,7 +313,7 @@ def _modality_problems(name: str, files: Json, users: int, items: int) -> Iterat
         return
     centroids = _lookup(files, f"{name}/centroids.npy", "shape")
     clusters, width = centroids if isinstance(centroids, list) and len(centroids) == 2 else (None, None)
-    wanted = {
+    wanted: dict[str, tuple[list[Any], tuple[str, ...]]] = {
         "users": ([users, width], ("float32", "float16")),
         "centroids": ([clusters, width], ("float32",)),
         "labels": ([users], ("int32",)),

@@ -95,13 +95,13 @@ def grid(settings: Settings, widths: Mapping[str, int], most_clusters: int) -> l
         K beyond are left out.
     """
     dim = min(settings.dim or DIM, *widths.values())
-    free = {"tau": None, "temperature": None}
+    free = replace(settings, lam=1.0, tau=None, temperature=None)
     found = [settings]
     ks = [k for k in CLUSTERS if k <= most_clusters] or [most_clusters]
     spaces = ((None, False), (dim, False), (dim, True))
     for (width, whiten), weighting, on, k, lam in itertools.product(spaces, WEIGHTINGS, CLUSTER_ON, ks, LAMBDAS):
         if lam != 1.0 or (k == ks[0] and on == CLUSTER_ON[0]):
-            given = {
+            given: dict[str, Any] = {
                 "lam": lam,
                 "clusters": k,
                 "cluster_on": on,
@@ -109,7 +109,7 @@ def grid(settings: Settings, widths: Mapping[str, int], most_clusters: int) -> l
                 "dim": width,
                 "whiten": whiten,
             }
-            found.append(replace(settings, **{**free, **given}))
+            found.append(replace(free, **given))
     return list(dict.fromkeys(found))
 
 
@@ -132,20 +132,13 @@ def read(config: JobConfig, backend: Backend, progress: Progress) -> tuple[job.D
     axis = ItemAxis(train.interactions.items) if train.item_ids is None else ItemAxis(None, [train.item_ids])
     with progress.step("read held-out", unit="row") as step:
         try:
-            users = config.users if isinstance(config.users, int) else None
-            found = interactions.read(backend, path, columns, axis, users, step.advance)
+            numbered = config.users if isinstance(config.users, int) else None
+            found = interactions.read(backend, path, columns, axis, numbered, step.advance)
         except InputError as error:
             raise InputError(str(error).replace("--where", "--valid-where")) from None
-        users, items = (
-            _rows(*pair)
-            for pair in zip(
-                _pairs(backend, found.interactions),
-                (found.user_ids, found.item_ids),
-                (train.user_ids, train.item_ids),
-                (train.interactions.users, train.interactions.items),
-                strict=True,
-            )
-        )
+        codes, sizes = _pairs(backend, found.interactions), train.interactions
+        users = _rows(codes[0], found.user_ids, train.user_ids, sizes.users)
+        items = _rows(codes[1], found.item_ids, train.item_ids, sizes.items)
         known = (users >= 0) & (items >= 0)
         keys = np.unique(users[known] * train.interactions.items + items[known])
         own = _pairs(backend, train.interactions)
@@ -462,7 +455,7 @@ def tune(config: JobConfig, by: str, folder: str, progress: Progress) -> tuple[p
     return frame, [os.path.join(folder, name) for name in texts]
 
 
-def job_file(config: JobConfig, best: Candidate, row: Mapping[str, Any], by: str) -> str:
+def job_file(config: JobConfig, best: Candidate, row: pd.Series[Any], by: str) -> str:
     """Job with a candidate's settings, as TOML that `gpu-init run` takes; paths are absolute."""
 
     def path(value: Any) -> Any:
