@@ -39,7 +39,7 @@ def _end(signum: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
     os._exit(_complain(Stopped(signum)))
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
+@ctypes.CFUNCTYPE(None, ctypes.c_int)  # type: ignore[untyped-decorator]
 def _cut_short(signum: int) -> None:  # noqa: ARG001
     """Called by the system, and not by Python, which would go on with the very access that failed."""
     os._exit(_complain(InputError("an input became shorter while it was read; run again when it is complete.")))

@@ -132,7 +132,8 @@ class JobConfig:
     backend : {"auto", "cpu", "cuda"}
         Where it runs.
     memory : int, optional
-        Bytes for K-means, and for the blocks on their way out.
+        Bytes that the run may take beside the interactions, one modality's features and the libraries; a run that
+        needs more is refused before its work. None: what is kept of each user, and 1 GiB more.
     resume, overwrite : bool
         Go on with an unfinished run, if there is one; replace an artifact that is there.
     log_format : {"auto", "text", "json"}
@@ -522,7 +523,7 @@ KEYS: tuple[Key, ...] = (
         "memory",
         _check_memory,
         "a size of 16MiB or more, such as 4GB, 500MB, 1.5GiB or a number of bytes",
-        "memory for K-means, and for blocks of users on their way out",
+        "memory beside the interactions and one modality's features",
         "SIZE",
     ),
     _text_key("valid", "a path", "held-out interactions, for tune to rank settings by", "PATH", is_path=True),

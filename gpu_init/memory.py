@@ -115,8 +115,17 @@ def _process(root: str) -> Iterator[Free]:
 
 
 # A version of cgroups: its limits, what is in use, and what of that is given back under pressure.
-_VERSION_2 = (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file", "slab_reclaimable"))
-_VERSION_1 = (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+_Version = tuple[tuple[str, ...], str, tuple[str, ...]]
+_VERSION_2: _Version = (
+    ("memory.max", "memory.high"),
+    "memory.current",
+    ("inactive_file", "active_file", "slab_reclaimable"),
+)
+_VERSION_1: _Version = (
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+)
 
 
 def _groups(root: str) -> Iterator[Free]:
@@ -133,9 +142,9 @@ def _groups(root: str) -> Iterator[Free]:
             folder = os.path.dirname(folder)
 
 
-def _folders(root: str) -> Iterator[tuple[str, str, tuple[tuple[str, ...], str, tuple[str, ...]]]]:
+def _folders(root: str) -> Iterator[tuple[str, str, _Version]]:
     """Folder of this process's own group and the topmost one, for each version that is mounted."""
-    paths = {}  # by controller; "" is version 2
+    paths: dict[str, str] = {}  # by controller; "" is version 2
     for line in _lines(root, "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         paths |= dict.fromkeys(controllers.split(","), path)

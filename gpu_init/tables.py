@@ -332,7 +332,11 @@ def _user_id_batches(backend: Backend, path: str, user_column: str | None) -> It
         before = 0
         for lines in _lines(path):
             column = backend.tables.Series(lines, dtype="str")
-            yield ids.normalize(column, path, lambda at, before=before: f"line {before + at + 1}")
+
+            def line(at: int, before: int = before) -> str:
+                return f"line {before + at + 1}"
+
+            yield ids.normalize(column, path, line)
             before += len(lines)
         return
     separator, names = header(path)
