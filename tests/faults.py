@@ -70,7 +70,7 @@ class Jobs:
 
     def start(self, out, *more):
         arguments = ["run", "--interactions=log.parquet", "--features=image=image.npy", "--features=text=text.npy"]
-        arguments += [f"--out={out}", "--clusters=2", "--dim=64", "--memory=16MiB", "--log-format=json", *more]
+        arguments += [f"--out={out}", "--clusters=2", "--dim=64", "--memory=20MiB", "--log-format=json", *more]
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *arguments],
             cwd=self.folder,

@@ -753,11 +753,11 @@ FEATURES = {
 SETTINGS = {
     **{
         f"lambda {value}": (flag("lambda", value), "--lambda", value)
-        for value in ("1.5", "-0.1", "nan", "inf", "half", "shrink")
+        for value in ("1.5", "-0.1", "nan", "inf", "half", "shrunk")
     },
     **{
         f"clusters {value}": (flag("clusters", value), "--clusters", value)
-        for value in ("0", "-1", "2.5", "auto", "9" * 20)
+        for value in ("0", "-1", "2.5", "automatic", "9" * 20)
     },
     "clusters above users": (flag("clusters", str(USERS + 1)), "image", "41", "40", "--clusters"),
     "clusters above warm users": (
@@ -1382,7 +1382,7 @@ def work(tmp_path_factory):
     chosen = 2 * rng.integers(0, items // 2, len(ids)) + ids % 2
     job.log(pd.DataFrame({"user_id": ids, "item_id": chosen}), "work.parquet")
     job.array(values, "work.npy")
-    job.flags.update(clusters="2", memory="16MiB", log_format="json", out=job.path("undisturbed"))
+    job.flags.update(clusters="2", memory="160MiB", log_format="json", out=job.path("undisturbed"))
     code, _, err = finish(job)
     assert code == 0, err
     return job, {name: value for name, value in contents(job.folder / "undisturbed").items() if name != "manifest.json"}

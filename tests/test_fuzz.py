@@ -3,6 +3,10 @@
 A case ends as a result or as one of the project's own errors; `fuzz.outcome` raises for anything else.
 """
 
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -92,7 +96,8 @@ def test_cases_by_seed_in_a_process_of_their_own(cases):
 
 @pytest.mark.parametrize("cases", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_cases_by_command(cases):
-    counts, peak, wrong = fuzz.by_command(cases, seed=1)
-    assert wrong == []
-    assert sum(counts.values()) == cases
-    assert peak < 1024
+    command = [sys.executable, "-m", "tests.fuzz", "--cases=0", f"--command={cases}", "--seed=1"]
+    done = subprocess.run(command, cwd=fuzz.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    [peak] = re.findall(rf"by command: {cases} cases, at most ([0-9]+) MiB, 0 wrong", done.stdout)
+    assert 20 < int(peak) < 1024
