@@ -43,7 +43,7 @@ def check_range(column: Any, count: int, place: str, row: Callable[[int], str], 
         at = ids.first_true(text)
         remedy = "features with an id column" if kind == "item" else "--users PATH, or no --users"
         raise InputError(
-            f"{place}: {row(at)} has {kind} {column.iloc[at]!r}, but with {what} ids are row numbers;"
+            f"{place}: {row(at)} has {kind} {ids.shown(column.iloc[at])}, but with {what} ids are row numbers;"
             f" for text ids: {remedy}."
         )
     outside = (column < 0) | (column >= count)
@@ -84,7 +84,7 @@ def user_axis(found: Any, place: str, users: Any | None) -> tuple[Any, int, Any]
     if users is not None:
         rows, outside = _positions(found, users)
         if outside is not None:
-            raise InputError(f"{place}: user {outside!r} is not among the {len(users)} of --users.")
+            raise InputError(f"{place}: user {ids.shown(outside)} is not among the {len(users)} of --users.")
         return rows, len(users), users
     if not ids.is_text(str(found.dtype)) and int(found.min()) == 0 and int(found.max()) + 1 == len(found):
         return found.to_numpy(), len(found), None
@@ -110,9 +110,9 @@ def item_axis(found: Any, place: str, axis: ItemAxis) -> tuple[Any, int, Any]:
     axis_ids = pd.Series(pd.concat(every, ignore_index=True).unique()).sort_values(ignore_index=True)
     known = pd.Index(pd.concat(every[1:], ignore_index=True).unique())
     if not every[0].isin(known).any():
+        here, there = (ids.shown(one[:1].tolist()[0]) for one in (every[0], known))
         raise InputError(
-            f"{place}: none of the {len(found)} items has features: ids such as {every[0].iloc[:1].tolist()[0]!r} here,"
-            f" {known[:1].tolist()[0]!r} in the features."
+            f"{place}: none of the {len(found)} items has features: ids such as {here} here, {there} in the features."
         )
     rows, _ = _positions(found, axis_ids)
     return rows, len(axis_ids), axis_ids
@@ -127,7 +127,7 @@ def positions(found: Any, axis_ids: Any) -> Any:
     """
     rows, outside = _positions(found, axis_ids)
     if outside is not None:
-        raise InputError(f"item {outside!r} of the features is not a row of the items.")
+        raise InputError(f"item {ids.shown(outside)} of the features is not a row of the items.")
     return rows
 
 

@@ -35,6 +35,7 @@ from . import memory
 from .errors import InputError, ResourceError
 from .kernels import Kernels, arrays, cpu_kernels
 from .kernels.cuda import OLDEST, CudaKernels, choose_cache_folder
+from .lines import trouble
 
 TEXT_BLOCK_BYTES = 16 << 20  # of a text file read at a time; no line may be longer
 PARQUET_BATCH_ROWS = 1 << 18
@@ -295,7 +296,11 @@ class CpuBackend:
                 for batch in reader:
                     yield frame(batch)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: {one_line(error)}") from None
+            said = one_line(error)
+            if separator is None:
+                raise InputError(f"{path}: {said}") from None
+            if "Empty CSV" not in said:  # a header without so much as a line end
+                raise InputError(trouble(path, separator, said, TEXT_BLOCK_BYTES)) from None
 
     def host_column(self, column: Any) -> Any:
         """See `Backend.host_column`."""

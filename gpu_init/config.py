@@ -421,7 +421,9 @@ def _flag_key(name: str, explanation: str) -> Key:
 
 def _number_key(name: str, limits: tuple[int, int], explanation: str, metavar: str) -> Key:
     low, high = limits
-    wanted = f"a whole number, {low} or more" if high == _MAX_INT else f"a whole number from {low} to {high}"
+    wanted = (
+        f"a whole number, {low} or more, below 2^31" if high == _MAX_INT else f"a whole number from {low} to {high}"
+    )
     return Key(name, _whole(low, high), wanted, explanation, metavar, read=_read_whole)
 
 

@@ -539,7 +539,7 @@ def _joined_ids(columns: list[Any], paths: Sequence[str], counts: Sequence[int])
             return f"row {at - starts[file]} of {paths[file]}"
 
         [item] = found.iloc[[second]].tolist()
-        raise InputError(f"item {item!r} stands twice, in {row(first)} and {row(second)}; keep one.")
+        raise InputError(f"item {ids.shown(item)} stands twice, in {row(first)} and {row(second)}; keep one.")
     return found
 
 

@@ -65,7 +65,7 @@ def normalize(column: Any, place: str, row: Callable[[int], str] = _row) -> Any:
         return column.astype("int64[pyarrow]" if "pyarrow" in kind else "int64").astype("int64")
     if _all_match(column, _WRITTEN_AS_FLOAT):
         raise InputError(
-            f"{place}: ids such as {column.iloc[0]!r}, whole numbers turned into decimals; write them as integers."
+            f"{place}: ids such as {shown(column.iloc[0])}, whole numbers turned into decimals; write them as integers."
         )
     return column
 
@@ -83,3 +83,8 @@ def is_text(kind: str) -> bool:
 def first_true(mask: Any) -> int:
     """Position of the first True in a boolean Series."""
     return int(mask.to_numpy().argmax())
+
+
+def shown(value: Any) -> str:
+    """Id, or another value of a row, for an error: short whatever it is."""
+    return repr(value if not isinstance(value, str) or len(value) <= 60 else value[:60] + "...")

@@ -59,6 +59,7 @@ _SUM_USERS = 1 << 16
 _ENTRIES = 1 << 20  # of a matrix, put into R at a time
 _HELD_ROWS = 1 << 24  # whose codes are kept so that they need not be read again, 8 bytes each, 4 more with weights
 _ENTRY_BYTES = 4  # of memory for each row that is kept, at least: its item in R
+_INDICES = ("indices.npy", "indptr.npy", "row.npy", "col.npy", "coords.npy", "offsets.npy", "shape.npy")
 _MATRIX_COPIES = 3  # of the arrays of a matrix file that are in memory at once: scipy's, by entries, R
 ROW_BYTES = 48  # of memory for each row of R: where it starts, degrees, scales, label
 
@@ -574,7 +575,7 @@ def _weights(backend: Backend, column: Any, place: str, row: Callable[[int], str
         wrong = backend.xp.isnan(weights)
         if bool(wrong.any()):
             at = int(wrong.argmax())
-            raise InputError(f"{place}: {row(at)} has weight {column.iloc[at]!r}, which is not a number.")
+            raise InputError(f"{place}: {row(at)} has weight {ids.shown(column.iloc[at])}, which is not a number.")
     check_weights(backend, weights, place, row)
     return weights
 
@@ -587,6 +588,8 @@ def _require_matrix_file(file: io.BufferedReader, path: str) -> None:
                 header = npy.read_header(stream)
             if header.dtype.hasobject:
                 raise ValueError(f"{member.filename} holds Python objects")  # a pickle
+            if member.filename in _INDICES and header.dtype.kind not in "iu":
+                raise ValueError(f"{member.filename} holds {header.dtype}, not whole numbers")
             header.require_size(f"{path}, {member.filename}", member.file_size)
         require_memory(path, _MATRIX_COPIES * sum(member.file_size for member in archive.infolist()))
     file.seek(0)

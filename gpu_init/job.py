@@ -238,8 +238,6 @@ def _read_interactions(
         step.note(users=table.interactions.users, items=table.interactions.items, pairs=table.interactions.pairs)
     for line in table.warnings:
         progress.warn(line)
-    matrix = table.interactions
-    _require_room(config, tables, _Sizes(matrix.users, matrix.items, matrix.pairs), staging)
     if table.user_ids is not None and config.users is None and not is_text(str(table.user_ids.dtype)):
         progress.say("user ids have gaps: rows follow the sorted ids, in users.parquet; --users N makes ids the rows")
     sources, operators = {}, {}
@@ -253,6 +251,8 @@ def _read_interactions(
         operators[name] = method.weighting(
             backend, table.interactions, backend.asarray(mask), config.settings.weighting, factors
         )
+    matrix = table.interactions
+    _require_room(config, tables, _Sizes(matrix.users, matrix.items, matrix.pairs), staging)
     return Data(table, sources, operators)
 
 
@@ -304,7 +304,12 @@ def _output_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
     width = settings.dim or table.values.shape[1]
     by_user = 4 + width * np.dtype(settings.dtype).itemsize
     by_item = (4 if settings.cluster_on == "items" else 0) + (4 * width + 1 if settings.dim else 0)
-    return sizes.users * by_user + sizes.items * by_item + method.most_clusters(settings) * width * 4
+    return sizes.users * by_user + sizes.items * by_item + _most_clusters(config, sizes) * width * 4
+
+
+def _most_clusters(config: JobConfig, sizes: _Sizes) -> int:
+    """No more than users: more are refused once these are known."""
+    return min(method.most_clusters(config.settings), max(sizes.users, 1))
 
 
 def _copied_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
@@ -317,7 +322,7 @@ def _copied_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
 def _beside_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
     """Most that a modality takes beside R and the features: operators of all modalities, then K-means or blocks."""
     settings = config.settings
-    width, clusters = settings.dim or table.values.shape[1], method.most_clusters(settings)
+    width, clusters = settings.dim or table.values.shape[1], _most_clusters(config, sizes)
     blocks = min(config.memory or BLOCK_BYTES, BLOCK_BYTES, 16 * sizes.users * width)
     users, items = sizes.users, sizes.items
     if settings.cluster_on == "users":

@@ -119,7 +119,8 @@ def expand(pattern: str, extensions: tuple[str, ...]) -> list[str]:
         return sorted(found)
     if is_glob or os.path.isdir(pattern):
         raise InputError(f"{pattern}: no files there that end in {', '.join(extensions)}.")
-    raise InputError(f"{pattern or 'the empty path'}: there is no such file or folder.")
+    found_what = "neither a file nor a folder" if os.path.exists(pattern) else "there is no such file or folder"
+    raise InputError(f"{pattern or 'the empty path'}: {found_what}.")
 
 
 def require_utf8(path: str) -> None:

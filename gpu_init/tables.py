@@ -5,7 +5,6 @@ Section 4 (inputs) of the design.
 
 from __future__ import annotations
 
-import gzip
 import os
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 from . import ids
 from .backend import TEXT_BLOCK_BYTES, Backend, one_line
 from .errors import InputError
+from .lines import line_of, trouble
 from .storage import expand
 from .where import Where
 
@@ -187,25 +187,7 @@ def stated_rows(pattern: str) -> int:
 
 def row_name(path: str, separator: str | None, position: int) -> str:
     """Name a row as an editor would show it: the line of a text file, the row of a Parquet file from 0."""
-    return f"row {position}" if separator is None else f"line {_line(path, position + 1)}"
-
-
-def _line(path: str, record: int) -> int:
-    """Line, from 1, where a record of a text file starts; the header is record 0.
-
-    Read again from the start, as only an error needs it: empty lines are no records, and line ends within quotes
-    end none.
-    """
-    found, open_quote = -1, False
-    opened = gzip.open if path.endswith(".gz") else open
-    with opened(path, "rt", encoding="latin-1") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not open_quote and line != "\n":
-                found += 1
-                if found == record:
-                    return number
-            open_quote ^= line.count('"') % 2 == 1
-    raise InputError(f"{path}: changed while it was read; run again when it is complete.")
+    return f"row {position}" if separator is None else f"line {line_of(path, position)}"
 
 
 def _rows_named(path: str, separator: str | None, positions: Any) -> Callable[[int], str]:
@@ -322,8 +304,8 @@ def read_user_ids(backend: Backend, path: str, user_column: str | None) -> Any:
     twice = column.duplicated()
     if bool(twice.any()):
         at = ids.first_true(twice)
-        user = backend.host_column(column.iloc[[at]]).tolist()[0]
-        raise InputError(f"{path}: user {user!r} stands there twice (again in row {at}); a user has one row.")
+        user = ids.shown(backend.host_column(column.iloc[[at]]).tolist()[0])
+        raise InputError(f"{path}: user {user} stands there twice (again in row {at}); a user has one row.")
     return backend.host_column(column)
 
 
@@ -369,7 +351,7 @@ def _lines(path: str) -> Iterator[list[str | None]]:
             ):
                 yield batch.column(0).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: {one_line(error)}") from None
+        raise InputError(trouble(path, "\x1f", one_line(error), TEXT_BLOCK_BYTES)) from None
 
 
 def joined(backend: Backend, parts: list[Any]) -> Any:

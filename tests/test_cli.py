@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,13 @@ def npz(job, matrix):
     job.flags["interactions"] = job.path("bad.npz")
 
 
+def coordinates(job, users=5, row=(0,)):
+    """A matrix as scipy would have written it, had somebody else not."""
+    arrays = {"row": np.array(row), "col": np.array([0]), "data": np.ones(1), "shape": np.array([users, ITEMS])}
+    np.savez(job.path("bad.npz"), **arrays, format=np.array(b"coo"))
+    job.flags["interactions"] = job.path("bad.npz")
+
+
 def arrow(job, **columns):
     base = {name: pa.array(job.frame[name].to_numpy()) for name in job.frame}
     job.log(pa.table({**base, **columns}))
@@ -177,6 +185,23 @@ def with_users(job, data, name="users.csv"):
 def ids_file(job, ids):
     pq.write_table(pa.table({"item_id": ids, "v": [[1.0, 2.0]] * len(ids)}), job.path("by_id.parquet"))
     job.features(job.path("by_id.parquet"))
+
+
+HUGE = b"\x93NUMPY\x01\x00\x60\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 4)}".ljust(95)
+HUGE += b"\n" + bytes(100)
+
+
+def archive(job, *names, packing=zipfile.ZIP_DEFLATED, content=b""):
+    with zipfile.ZipFile(job.path("bad.npz"), "w", packing) as file:
+        for name in names:
+            file.writestr(name, content)
+    job.features(job.path("bad.npz"))
+
+
+def expanded(job):
+    torch = pytest.importorskip("torch")
+    torch.save(torch.zeros(1).expand(10**6, 10**6), job.path("bad.pt"))
+    job.features(job.path("bad.pt"))
 
 
 def two(job, other, name="text"):
@@ -517,6 +542,35 @@ INTERACTIONS = {
         ),
         "bad.npz",
     ),
+    "null item after blank lines": (
+        lambda j: j.text('user_id,item_id\r\n\r\n"0",0\r\n\r\n"a\r\nb",1\r\n2,\r\n'),
+        "bad.csv",
+        "line 7",
+        "no id",
+    ),
+    "header without a line end": (lambda j: j.text("user_id,item_id"), "bad.csv", "no rows"),
+    "uneven lines": (lambda j: j.text("user_id,item_id\n0,0\n\n1,1,1\n"), "bad.csv", "line 4", "fields"),
+    "one line not utf-8": (lambda j: j.text(b"user_id,item_id\n0,0\n\xfcmit,1\n"), "bad.csv", "line 3", "UTF-8"),
+    "an enormous line": (lambda j: j.text("user_id,item_id\n0," + "1" * (40 << 20)), "bad.csv", "bytes"),
+    "an enormous id": (lambda j: j.text("user_id,item_id\n0," + "1" * 100_000), "bad.csv", "line 2", "111...'"),
+    "an enormous header": (lambda j: j.text("user_id,item_id" + ",x" * (1 << 20) + "\n"), "bad.csv", "first line"),
+    "a bomb of one line": (
+        lambda j: j.text(gzip.compress(b"user_id,item_id\n" + bytes(100_000_000)), "bad.csv.gz"),
+        "bad.csv.gz",
+        "bytes",
+    ),
+    "gz with a wrong sum": (
+        lambda j: j.text(gzip.compress(csv(j.frame).encode())[:-8] + bytes(8), "bad.csv.gz"),
+        "bad.csv.gz",
+    ),
+    "pipe": (
+        lambda j: (os.mkfifo(j.path("pipe.csv")), j.flags.update(interactions=j.path("pipe.csv"))),
+        "pipe.csv",
+        "neither a file nor a folder",
+    ),
+    "npz of more users than memory": (lambda j: coordinates(j, users=10**12), "bad.npz", "memory"),
+    "npz of fractions": (lambda j: coordinates(j, row=[0.5]), "bad.npz", "row.npy", "whole numbers"),
+    "npz of texts": (lambda j: coordinates(j, row=["a"]), "bad.npz", "row.npy", "whole numbers"),
     "npz by ids": (lambda j: (npz(j, scipy.sparse.eye(5, format="csr")), ids_file(j, [0, 1, 2])), "bad.npz", "ids"),
 }
 
@@ -671,6 +725,11 @@ FEATURES = {
         "int.safetensors",
         "I64",
     ),
+    "npz packed otherwise": (lambda j: archive(j, "a.npy", packing=zipfile.ZIP_BZIP2), "bad.npz", "packed"),
+    "npz of too many members": (lambda j: archive(j, *map(str, range(20_000))), "bad.npz", "members"),
+    "npz of 10^12 rows": (lambda j: archive(j, "a.npy", content=HUGE), "bad.npz", "1000000000000"),
+    "10^12 rows": (lambda j: (j.write("huge.npy", HUGE), j.features(j.path("huge.npy"))), "huge.npy", "1000000000000"),
+    "expanded tensor": (expanded, "bad.pt", "contiguous"),
     "sparse features": (
         lambda j: (
             scipy.sparse.save_npz(j.path("sparse.npz"), scipy.sparse.eye(5, format="csr")),
@@ -837,6 +896,8 @@ SETTINGS = {
     "toml features empty": (lambda j: j.toml("[features]\n"), "job.toml", "features"),
     "toml features number": (lambda j: j.toml("[features]\nimage = 1\n"), "job.toml", "features"),
     "toml section unknown": (lambda j: j.toml("[settings]\nseed = 1\n"), "job.toml", "settings"),
+    "toml of dots": (lambda j: j.toml("a" + ".a" * 50_000 + " = 1\n"), "job.toml", "line 1", "16 parts"),
+    "toml of a megabyte": (lambda j: j.toml("#" * (1 << 20)), "job.toml", "KiB"),
     "toml nested": (lambda j: j.toml("a = " + "[" * 9000 + "]" * 9000), "job.toml"),
     "toml where": (lambda j: j.toml('where = "a b"\n'), "job.toml, key where", "character 3"),
     "toml interactions missing": (lambda j: j.toml('interactions = "none.csv"\nout = "out"\n' + BASE), "none.csv"),
@@ -921,7 +982,7 @@ OUTPUTS = {
 
 BAD = {**INTERACTIONS, **USER_LISTS, **FEATURES, **SETTINGS, **OUTPUTS}
 assert len(BAD) == sum(map(len, (INTERACTIONS, USER_LISTS, FEATURES, SETTINGS, OUTPUTS)))
-RESOURCES = {"more users than memory"}
+RESOURCES = {"more users than memory", "npz of more users than memory"}
 
 
 def check_refusal(code, err, expected, wanted=2):

@@ -19,7 +19,7 @@ import gpu_init
 ROOT = Path(__file__).parents[1]
 
 # Who knows whom (design, section 5). A module may import what it knows, what those know, and the ground floor.
-GROUND = {"config", "errors", "ids", "memory", "npy", "progress", "storage", "version", "where"}
+GROUND = {"config", "errors", "ids", "lines", "memory", "npy", "progress", "storage", "version", "where"}
 KNOWS = {
     "__init__": {"artifact", "method"},
     "__main__": {"cli"},
