@@ -323,10 +323,10 @@ def _beside_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
     """Most that a modality takes beside R and the features: operators of all modalities, then K-means or blocks."""
     settings = config.settings
     width, clusters = settings.dim or table.values.shape[1], _most_clusters(config, sizes)
-    blocks = min(config.memory or BLOCK_BYTES, BLOCK_BYTES, 16 * sizes.users * width)
     users, items = sizes.users, sizes.items
+    blocks = 16 * width * min(users, _block_rows(config, users, width))
     if settings.cluster_on == "users":
-        memory = _left_for_kmeans(config, users)
+        memory = _left(config, users)
         form = method.kmeans_form(users, items, sizes.pairs, clusters, width, memory)
         fitting = needed_bytes(form, users, items, clusters, width)
     else:
@@ -334,11 +334,17 @@ def _beside_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
     return OPERATOR_BYTES[settings.weighting] * users * len(config.features) + max(fitting, blocks)
 
 
-def _left_for_kmeans(config: JobConfig, users: int) -> int | None:
-    """Bytes of ``--memory`` that K-means may take: all but the operators of all modalities."""
+def _left(config: JobConfig, users: int) -> int | None:
+    """Bytes of ``--memory`` that are left for K-means, then for blocks: all but the operators of all modalities."""
     if config.memory is None:
         return None
     return config.memory - OPERATOR_BYTES[config.settings.weighting] * users * len(config.features)
+
+
+def _block_rows(config: JobConfig, users: int, width: int) -> int:
+    """Rows of a block."""
+    left = _left(config, users)
+    return method.block_rows(width, BLOCK_BYTES if left is None else min(left, BLOCK_BYTES))
 
 
 def _item_axis(tables: Mapping[str, FeatureTable]) -> ItemAxis:
@@ -382,7 +388,7 @@ def _run_modality(
     """Cluster, and write every user's row; returns the modality's part of the manifest."""
     settings, name = config.settings, modality.name
     operator, matrix = data.operators[name], data.table.interactions
-    step_rows = method.block_rows(modality.values.shape[1], min(config.memory or BLOCK_BYTES, BLOCK_BYTES))
+    step_rows = _block_rows(config, matrix.users, modality.values.shape[1])
     facts, labels = _cluster(config, backend, data, modality, staging, progress)
     plan = method.fit(backend, matrix, modality, operator, settings, labels, facts.get("scale"), step_rows)
     staging.finish(f"{name}/fit", {**facts, "scale": plan.scale})
@@ -411,7 +417,7 @@ def _write(
     """Write every user's row; returns the modality's part of the manifest."""
     modality, operator, matrix, settings = plan.modality, plan.weighting, data.table.interactions, config.settings
     name, width = modality.name, modality.values.shape[1]
-    step_rows = method.block_rows(width, min(config.memory or BLOCK_BYTES, BLOCK_BYTES))
+    step_rows = _block_rows(config, matrix.users, width)
     users = f"{name}/users.npy"
     with progress.step(f"write {name}", total=matrix.users, unit="user") as step:
         writer = staging.rows(users, (matrix.users, width), np.dtype(settings.dtype))
@@ -495,7 +501,7 @@ def _cluster(
     with progress.step(f"cluster {name}") as step:
         operator = data.operators[name]
         matrix = data.table.interactions
-        memory = _left_for_kmeans(config, matrix.users)
+        memory = _left(config, matrix.users)
         found = method.clusters(backend, matrix, modality, operator, config.settings, memory)
         clusters = len(found.centroids)
         step.note(clusters=clusters, iterations=found.found.iterations)
@@ -683,7 +689,7 @@ def _assign_modality(
         labels = (centroids, method.nearest(backend, matrix, modality, operator, centroids, form), item_labels)
     if settings.lam == "shrink":
         settings = replace(settings, tau=facts["lambda"]["tau"])
-    step_rows = method.block_rows(modality.values.shape[1], min(config.memory or BLOCK_BYTES, BLOCK_BYTES))
+    step_rows = _block_rows(config, matrix.users, modality.values.shape[1])
     cold = backend.asarray(old.cold)
     plan = method.fit(backend, matrix, modality, operator, settings, labels, facts["scale"], step_rows, cold)
     for part, array in zip(("centroids", "labels", "item_labels"), labels, strict=True):
