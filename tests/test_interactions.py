@@ -327,7 +327,7 @@ def test_ids_turned_into_floats_are_refused(tmp_path):
     [
         ("a.csv", b"", "no header"),
         ("a.csv", b"user_id,item_id\n", "no rows"),
-        ("a.csv", b"user_id,item_id\n0,1\n2\n", "Expected 2 columns"),
+        ("a.csv", b"user_id,item_id\n0,1\n2\n", "line 3 has not as many fields"),
         ("a.csv", b"\xff\xfeu\x00s\x00", "UTF-8"),
         ("a.parquet", b"not parquet at all", "a.parquet"),
         ("a.parquet", b"", "a.parquet"),
