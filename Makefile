@@ -24,7 +24,7 @@ demo: $(VENV)/core.stamp
 	$(VENV)/bin/gpu-init demo
 
 test: $(VENV)/test.stamp
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -m slow
