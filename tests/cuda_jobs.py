@@ -133,7 +133,7 @@ JOBS = (
 def check_job(monkeypatch, tmp_path, *flags, dtype="float32"):
     """The same job on both; gives the artifact made on CUDA."""
     same_start(monkeypatch)
-    write_job(tmp_path)
+    write_job(tmp_path, users=5000)
     flags = ("--weight-column=rating", f"--dtype={dtype}", "--clusters=5", *flags)
     expected = run(tmp_path / "cpu", tmp_path, "--backend=cpu", *flags)
     found = run(tmp_path / "cuda", tmp_path, "--backend=cuda", *flags)
@@ -323,10 +323,10 @@ def check_inertia(monkeypatch):
     assert abs(found["dense"].inertia[-1] / found["factored"].inertia[-1] - 1) <= 0.02
 
 
-def check_same_bytes(monkeypatch, tmp_path):
+def check_same_bytes(monkeypatch, tmp_path, users=9000):
     """The factored form gives the same bytes in every run on a device."""
     monkeypatch.setattr(type(select("cuda")), "takes_matrix", lambda *_: False)
-    write_job(tmp_path)
+    write_job(tmp_path, users)
     made = [run(tmp_path / name, tmp_path, "--backend=cuda", "--clusters=3") for name in ("one", "two")]
     for name in made[0]:
         facts = made[0].manifest["modalities"][name]["kmeans"]

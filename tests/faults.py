@@ -1,6 +1,6 @@
 """Jobs killed and stopped, at every step's start and end and in between, then resumed: always the same bytes.
 
-`python -m tests.faults --kills 40 --stops 20 --seed 0` prints what it did. Every job is a process of its own, killed
+`python -m tests.faults --kills 40 --stops 20 --seed 0` prints what it did, two jobs at a time, each a process of its own, killed
 by SIGKILL, or stopped by SIGTERM and SIGINT. After each, what stands at the output's place is nothing, or an artifact
 whose every byte is checked; some are killed again while they resume; in the end the artifact is that of a run that
 nobody disturbed.
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -140,9 +141,12 @@ def in_session(session):
     return found
 
 
-def disturbed(jobs, number, signum, event, seconds):
-    """Disturb a job, look, resume it, look; where in its log it was, or None where it had ended before."""
-    out = f"run{number}"
+def disturbed(jobs, number, signum, event, seconds, again):
+    """Disturb a job, look, resume it, look; where in its log it was, or None where it had ended before.
+
+    ``again``: the line of the log at which it is killed while it resumes, or None.
+    """
+    out = f"run{number:04}"
     more = ["--resume", "--overwrite"]
     allowed = (None, jobs.wanted)
     if number % 2:  # an artifact stands there already
@@ -157,9 +161,9 @@ def disturbed(jobs, number, signum, event, seconds):
         assert code in (0, 128 + signum), code
         assert took < STOP_SECONDS, took
         assert not (jobs.folder / f".{out}.lock").exists()
-    if number % 3 == 2:  # and again while it resumes
+    if again is not None:
         process = jobs.start(out, *more)
-        jobs.stopped(process, signal.SIGKILL, int(jobs.rng.integers(jobs.events)))
+        jobs.stopped(process, signal.SIGKILL, again)
         jobs.check(process, *allowed)
     process = jobs.start(out, *more)
     assert jobs.finished(process) == jobs.wanted
@@ -167,19 +171,24 @@ def disturbed(jobs, number, signum, event, seconds):
 
 
 def run(folder, kills, stops, seed=0, say=print):
-    """Kill and stop so many jobs; how many of each were still running, and the longest that a stop took."""
+    """Kill and stop so many jobs, two at a time; how many of each were still running."""
     jobs = Jobs(folder, seed)
     say(f"undisturbed: {jobs.events} starts and ends of steps in {jobs.seconds:.2f} s")
-    reached = collections.Counter()
+    plans = []
     for number in range(kills + stops):
         signum = signal.SIGKILL if number < kills else (signal.SIGTERM, signal.SIGINT)[number % 2]
         # every start and end of a step in turn, then any time
         at_once = number < min(kills // 2, jobs.events)
         event = number if at_once else int(jobs.rng.integers(jobs.events))
         seconds = 0.0 if at_once else jobs.rng.uniform(0, 2 * jobs.seconds / jobs.events)
-        where = disturbed(jobs, number, signum, event, seconds)
-        reached[signum.name] += where is not None
-        say(f"{number} {signum.name} {seconds:.2f} s after {' of '.join(where) if where else 'the end'}")
+        again = int(jobs.rng.integers(jobs.events)) if number % 3 == 2 else None
+        plans.append((number, signum, event, seconds, again))
+    reached = collections.Counter()
+    with ThreadPoolExecutor(2) as pool:
+        for plan, where in zip(plans, pool.map(lambda plan: disturbed(jobs, *plan), plans), strict=True):
+            number, signum, _, seconds, _ = plan
+            reached[signum.name] += where is not None
+            say(f"{number} {signum.name} {seconds:.2f} s after {' of '.join(where) if where else 'the end'}")
     return reached
 
 

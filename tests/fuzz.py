@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -394,13 +395,24 @@ def own_peak():
 
 
 def in_processes(cases, seed, first=0):
-    """Run cases in processes of `CHUNK` each; give the counts, the peak memory in MiB, and what went wrong."""
-    counts, wrong, peak, start = collections.Counter(), [], 0, first
+    """Run cases in processes of `CHUNK` each, two at a time; give counts, peak memory in MiB, and what went wrong."""
+    counts, wrong, most = collections.Counter(), [], 0
+    starts = range(first, first + cases, CHUNK)
+    with ThreadPoolExecutor(2) as pool:
+        for found, peak, problems in pool.map(lambda at: _chunk(seed, at, min(at + CHUNK, first + cases)), starts):
+            counts.update(found)
+            most = max(most, peak)
+            wrong += problems
+    return counts, most, wrong
+
+
+def _chunk(seed, start, stop):
+    """As `in_processes`, of the cases from ``start`` up to ``stop``: a process, and another after each crash."""
+    counts, wrong, peak = collections.Counter(), [], 0
     with tempfile.NamedTemporaryFile() as place:
         place.write(bytes(8))
         place.flush()
-        while start < first + cases:
-            stop = min(start + CHUNK, first + cases)
+        while start < stop:
             command = [sys.executable, "-m", "tests.fuzz", "--worker", str(seed), str(start), str(stop), place.name]
             ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
             lines = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
@@ -408,12 +420,12 @@ def in_processes(cases, seed, first=0):
             for line in lines:
                 counts.update(line.get("counts", {}))
                 peak = max(peak, line.get("peak", 0))
-            if ended.returncode:
-                case = int.from_bytes(Path(place.name).read_bytes()[:8], "little")
-                wrong.append({"case": case, "error": f"exit {ended.returncode}: {ended.stderr[-1500:]}"})
-                counts["crash"] += 1
-                stop = case + 1
-            start = stop
+            if ended.returncode == 0:
+                break
+            case = int.from_bytes(Path(place.name).read_bytes()[:8], "little")
+            wrong.append({"case": case, "error": f"exit {ended.returncode}: {ended.stderr[-1500:]}"})
+            counts["crash"] += 1
+            start = case + 1
     return counts, peak, wrong
 
 
@@ -499,10 +511,9 @@ def command(seed, number, files, names):
             wrong.append(f"exit {code}")
         if "Traceback" in said:
             wrong.append("traceback")
-        if any(name not in after for name in before) or any(
-            not name.startswith("job/out/") for name in made if code == 0
-        ):
-            wrong.append(f"files {sorted(made)[:5]}")
+        places = {"/".join(name.split("/")[:2]) for name in made}
+        if any(name not in after for name in before) or len(places) > 1 or places & set(before):
+            wrong.append(f"files {sorted(made)[:5]}")  # only the output's folder is new
         if code == 2 and made:
             wrong.append(f"left behind {sorted(made)[:5]}")
         message = said[said.rfind("gpu-init: ") :] if "gpu-init: " in said else ""
@@ -524,13 +535,13 @@ def by_command(cases, seed, first=0):
     files = corpus()
     names = {kind: [name for name in files if name.startswith(f"{kind}/")] for kind in {n.split("/")[0] for n in files}}
     counts, wrong, most = collections.Counter(), [], 0
-    for number in range(first, first + cases):
-        kind, code, peak, problems = command(seed, number, files, names)
-        counts[f"{kind}: exit {code}"] += 1
-        most = max(most, peak)
-        wrong += [{"case": number, "kind": kind, "error": problem} for problem in problems]
-        for problem in problems:
-            print(f"  command {number}: {problem[:1500]}", flush=True)
+    numbers = range(first, first + cases)
+    with ThreadPoolExecutor(2) as pool:
+        ended = pool.map(lambda number: command(seed, number, files, names), numbers)
+        for number, (kind, code, peak, problems) in zip(numbers, ended, strict=True):
+            counts[f"{kind}: exit {code}"] += 1
+            most = max(most, peak)
+            wrong += [{"case": number, "kind": kind, "error": problem} for problem in problems]
     return counts, most, wrong
 
 

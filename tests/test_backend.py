@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpu_init
-from gpu_init import backend, method
+from gpu_init import backend, kmeans, method
 from gpu_init.backend import CpuBackend, in_blocks, row_groups, select, text_parts
 from gpu_init.blend import NORM_ROWS
 from gpu_init.errors import InputError, ResourceError
@@ -95,14 +95,15 @@ def test_both_kmeans_find_clusters_as_good(cupy, monkeypatch):
 
 
 def test_the_factored_form_gives_the_same_bytes(cupy, monkeypatch, tmp_path):
-    jobs.check_same_bytes(monkeypatch, tmp_path)
+    monkeypatch.setattr(kmeans, "SAMPLE_ROWS", 512)
+    jobs.check_same_bytes(monkeypatch, tmp_path, users=2000)
 
 
 # K-means and its memory.
 
 
 def test_the_library_clusters_the_means_where_they_fit(cupy, capsys, tmp_path):
-    jobs.write_job(tmp_path)
+    jobs.write_job(tmp_path, users=1500)
     made = jobs.run(tmp_path / "out", tmp_path, "--backend=cuda", "--clusters=3")
     assert sorted(width for _, width in stand_ins.KMeans.fitted) == [8, 24]
     for name in made:
@@ -112,8 +113,9 @@ def test_the_library_clusters_the_means_where_they_fit(cupy, capsys, tmp_path):
 
 
 def test_where_they_do_not_fit_one_line_says_so(monkeypatch, programs, capsys, tmp_path):
-    stand_ins.install(monkeypatch, programs, stand_ins.Cupy(free=1 << 20))
-    jobs.write_job(tmp_path)
+    stand_ins.install(monkeypatch, programs, stand_ins.Cupy(free=1 << 17))
+    monkeypatch.setattr(kmeans, "SAMPLE_ROWS", 512)
+    jobs.write_job(tmp_path, users=1500)
     made = jobs.run(tmp_path / "out", tmp_path, "--backend=cuda", "--clusters=3")
     assert not stand_ins.KMeans.fitted
     facts = {name: made.manifest["modalities"][name]["kmeans"] for name in made}
