@@ -58,6 +58,7 @@ SAMPLE_COLUMNS = (
     *("lambda", "count", "random_x", "random_y", "local_x", "local_y", "blended_x", "blended_y"),
     *("cosine_own", "cosine_others", "norm"),
 )
+INTERACTIONS = "interactions"  # folder of what users were clustered by, where that is what they did
 _RESERVED = {_SCRATCH, MANIFEST, _JOURNAL, _REPLACED, REPORT, *_TABLES}
 _STAGED_ENDINGS = (".npy", ".parquet", ".json", ".tmp")
 _ABORT_SECONDS = 5.0
@@ -108,6 +109,31 @@ class ModalityArrays:
     typical: NDArray[np.int32] | None = None
 
 
+@dataclass(frozen=True)
+class InteractionArrays:
+    """What places users by what they did, where these were clustered; memory-mapped and read-only.
+
+    Attributes
+    ----------
+    items : ndarray of shape (I, r), float32
+        Leading right singular vectors of the normalized interactions; 0 for items outside the large components.
+    item_factors : ndarray of shape (I,), float64
+        One over the root of each item's degree; 0 for items outside.
+    singular_values : ndarray of shape (r,), float64
+        Descending.
+    centroids : ndarray of shape (K, r), float32
+        Of the users' rows, each of length 1.
+    labels : ndarray of shape (U,), int32
+        Cluster of each user in every modality; -1 without interactions.
+    """
+
+    items: NDArray[np.float32]
+    item_factors: NDArray[np.float64]
+    singular_values: NDArray[np.float64]
+    centroids: NDArray[np.float32]
+    labels: NDArray[np.int32]
+
+
 class Artifact(Mapping[str, ModalityArrays]):
     """An artifact, opened: a mapping from modality to its arrays.
 
@@ -117,11 +143,20 @@ class Artifact(Mapping[str, ModalityArrays]):
         Its folder.
     manifest : dict
         Settings, inputs, statistics, files and timings of the run.
+    interactions : InteractionArrays or None
+        Where users were clustered by what they did.
     """
 
-    def __init__(self, path: str, manifest: Json, arrays: dict[str, ModalityArrays]) -> None:
+    def __init__(
+        self,
+        path: str,
+        manifest: Json,
+        arrays: dict[str, ModalityArrays],
+        interactions: InteractionArrays | None = None,
+    ) -> None:
         self.path = path
         self.manifest = manifest
+        self.interactions = interactions
         self._arrays = arrays
 
     def __getitem__(self, name: str) -> ModalityArrays:
@@ -185,20 +220,15 @@ def load(path: str | os.PathLike[str]) -> Artifact:
     if problem:
         raise InputError(f"{root}: {problem}.")
     files = manifest["files"]
-    return Artifact(
-        root,
-        manifest,
-        {
-            name: ModalityArrays(
-                **{
-                    part: _map_array(os.path.join(root, f"{name}/{part}.npy"))
-                    for part in ModalityArrays.__dataclass_fields__
-                    if f"{name}/{part}.npy" in files
-                }
-            )
-            for name in manifest["modalities"]
-        },
-    )
+
+    def arrays(folder: str, kind: type[Any]) -> Any:
+        paths = {part: f"{folder}/{part}.npy" for part in kind.__dataclass_fields__}
+        found = {part: _map_array(os.path.join(root, path)) for part, path in paths.items() if path in files}
+        return kind(**found)
+
+    modalities = {name: arrays(name, ModalityArrays) for name in manifest["modalities"]}
+    clustered = f"{INTERACTIONS}/items.npy" in files
+    return Artifact(root, manifest, modalities, arrays(INTERACTIONS, InteractionArrays) if clustered else None)
 
 
 def verify(path: str | os.PathLike[str]) -> list[str]:
@@ -302,6 +332,8 @@ def _problems(root: str, manifest: Json) -> Iterator[str]:
             yield f"{table}: has not {count:,} rows"
     for name in modalities:
         yield from _modality_problems(name, files, users, items)
+    if f"{INTERACTIONS}/items.npy" in files:
+        yield from _interaction_problems(files, users, items)
 
 
 def _modality_problems(name: str, files: Json, users: int, items: int) -> Iterator[str]:
@@ -326,10 +358,31 @@ def _modality_problems(name: str, files: Json, users: int, items: int) -> Iterat
         "sample_items": ([None, 3], ("float32",)),
         "typical": ([clusters, None], ("int32",)),
     }
+    yield from _array_problems(name, files, wanted, ("users", "centroids", "labels"))
+
+
+def _interaction_problems(files: Json, users: int, items: int) -> Iterator[str]:
+    """The same of the arrays that place users by what they did."""
+    centroids = _lookup(files, f"{INTERACTIONS}/centroids.npy", "shape")
+    clusters, rank = centroids if isinstance(centroids, list) and len(centroids) == 2 else (None, None)
+    wanted: dict[str, tuple[list[Any], tuple[str, ...]]] = {
+        "items": ([items, rank], ("float32",)),
+        "item_factors": ([items], ("float64",)),
+        "singular_values": ([rank], ("float64",)),
+        "centroids": ([clusters, rank], ("float32",)),
+        "labels": ([users], ("int32",)),
+    }
+    yield from _array_problems(INTERACTIONS, files, wanted, tuple(wanted))
+
+
+def _array_problems(
+    folder: str, files: Json, wanted: dict[str, tuple[list[Any], tuple[str, ...]]], needed: tuple[str, ...]
+) -> Iterator[str]:
+    """Arrays that are needed and not there, or not of the shape and type wanted."""
     for part, (shape, dtypes) in wanted.items():
-        path = f"{name}/{part}.npy"
+        path = f"{folder}/{part}.npy"
         if path not in files:
-            if part in ("users", "centroids", "labels"):
+            if part in needed:
                 yield f"{path}: missing from the manifest"
         elif not _fits(_lookup(files, path, "shape"), shape) or _lookup(files, path, "dtype") not in dtypes:
             yield f"{path}: its shape or dtype does not go with the other arrays"

@@ -33,8 +33,13 @@ _MIN_MEMORY = 16 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 POLICIES = ("shrink", "attention")  # of lambda, by user
-CLUSTER_ON = ("users", "items")
+CLUSTER_ON = ("users", "items", "interactions")
 AUTO = "auto"  # clusters by what the data hold
+BELONGING = (  # settings that go with a value of another
+    ("tau", "lambda", "shrink"),
+    ("temperature", "lambda", "attention"),
+    ("cluster_rank", "cluster_on", "interactions"),
+)
 _HALF_LIFE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 
@@ -49,8 +54,8 @@ class Settings:
         Weight of the local part, in [0, 1], or the policy that gives each user one; ``lambda`` outside Python.
     clusters : int or "auto", default=8
         K, 1 or more; ``auto``: chosen for each modality.
-    cluster_on : {"users", "items"}, default="users"
-        What K-means groups.
+    cluster_on : {"users", "items", "interactions"}, default="users"
+        What K-means groups: users by their means, items, or users by what they did, whatever the features.
     weighting : {"mean", "sym"}, default="mean"
         Interaction-weighted mean, or normalized by both degrees.
     dim : int, optional
@@ -69,6 +74,8 @@ class Settings:
         Of lambda ``shrink``, 0 or more; None: from the data.
     temperature : float, optional
         Of lambda ``attention``, above 0; None: 0.1.
+    cluster_rank : int, optional
+        Of cluster_on ``interactions``, 1 or more: dimensions that users are placed in; None: 64.
 
     Raises
     ------
@@ -88,6 +95,7 @@ class Settings:
     restarts: int = 1
     tau: float | None = None
     temperature: float | None = None
+    cluster_rank: int | None = None
 
     def __post_init__(self) -> None:
         for key in KEYS:
@@ -97,9 +105,10 @@ class Settings:
                     object.__setattr__(self, key.field, key.checked(value, key.name))
         if self.whiten and self.dim is None:
             raise InputError("whiten needs dim, the width that features are projected to; set it too, such as dim 64.")
-        for name, policy in (("tau", "shrink"), ("temperature", "attention")):
-            if getattr(self, name) is not None and self.lam != policy:
-                raise InputError(f"{name} is of lambda {policy}; set lambda to {policy} too, or leave {name} out.")
+        for name, key, value in BELONGING:
+            of = self.lam if key == "lambda" else self.cluster_on
+            if getattr(self, name) is not None and of != value:
+                raise InputError(f"{name} is of {key} {value}; set {key} to {value} too, or leave {name} out.")
 
 
 @dataclass(frozen=True)
@@ -512,7 +521,8 @@ KEYS: tuple[Key, ...] = (
         "K|auto",
         read=_read_clusters,
     ),
-    _choice_key("cluster_on", CLUSTER_ON, "what is clustered"),
+    _choice_key("cluster_on", CLUSTER_ON, "what is clustered; interactions: users, by what they did"),
+    _number_key("cluster_rank", (1, 4096), "of interactions: dimensions that users are placed in (default: 64)", "R"),
     _choice_key("weighting", ("mean", "sym"), "mean of the user's items, or normalized by both degrees"),
     _number_key("dim", (1, _MAX_INT), "project features to this width (default: no)", "D"),
     _flag_key("whiten", "unit variance per projected component; needs --dim"),

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from . import features, method
-from .artifact import Artifact, Staging, check_modality
+from . import features, method, spectral
+from .artifact import INTERACTIONS, Artifact, Staging, check_modality
 from .backend import Backend, select
 from .blend import Blend, Weighting, item_norms, norms
 from .config import JobConfig, Settings, settings_to_dict
@@ -85,18 +85,32 @@ def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
             progress.say("an unfinished run was discarded; --resume would have gone on with it")
         data = read_inputs(config, backend, progress, staging)
         projected = {}
+        shared = None
+        if config.settings.cluster_on == "interactions":
+            shared = _behaviour(config, backend, data, staging, progress)
         if config.settings.dim is not None:  # all of them first: one that cannot be projected ends the job
             projected = {name: _project(config, backend, data, name, staging, progress) for name in data.sources}
         statistics = {
             name: _run_modality(
-                config, backend, data, projected.get(name) or data.modality(backend, name), staging, progress
+                config, backend, data, projected.get(name) or data.modality(backend, name), shared, staging, progress
             )
             for name in data.sources
         }
         _save_ids(staging, data.table)
         inputs.require_unchanged()
         manifest = _manifest(config, inputs.files, backend, data, statistics)
+        if shared is not None:
+            manifest["interactions"]["embedding"] = _embedding_facts(staging)
         return staging.commit({**manifest, "timings": _timings(started, progress, backend)})
+
+
+def _embedding_facts(staging: Staging) -> dict[str, Any]:
+    """What the manifest says of what places users by what they did."""
+    path = f"{INTERACTIONS}/items.npy"
+    items, values = staging.load(path), staging.load(f"{INTERACTIONS}/singular_values.npy")
+    outside = int((staging.load(f"{INTERACTIONS}/item_factors.npy") == 0).sum())
+    facts = staging.finished(path) or {}
+    return {"rank": items.shape[1], "singular_values": values.tolist(), "items_outside": outside, **facts}
 
 
 @dataclass(frozen=True)
@@ -284,7 +298,8 @@ def _require_room(
         What is needed at least, and what is free.
     """
     if staging is not None:
-        staging.require_room(sum(_output_bytes(config, table, sizes) for table in tables.values()))
+        outputs = sum(_output_bytes(config, table, sizes) for table in tables.values())
+        staging.require_room(outputs + _embedding_bytes(config, sizes))
     beside = max(_beside_bytes(config, table, sizes) for table in tables.values())
     what = f"{sizes.users:,} users, {sizes.items:,} items, {sizes.pairs:,} interactions"
     if config.memory is not None and beside > config.memory:
@@ -305,6 +320,14 @@ def _output_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
     by_user = 4 + width * np.dtype(settings.dtype).itemsize
     by_item = (4 if settings.cluster_on == "items" else 0) + (4 * width + 1 if settings.dim else 0)
     return sizes.users * by_user + sizes.items * by_item + _most_clusters(config, sizes) * width * 4
+
+
+def _embedding_bytes(config: JobConfig, sizes: _Sizes) -> int:
+    """Of what places users by what they did, where that is clustered; it stays in memory, and is an output."""
+    if config.settings.cluster_on != "interactions":
+        return 0
+    rank = config.settings.cluster_rank or method.RANK
+    return sizes.items * (4 * rank + 8) + 4 * sizes.users + 4 * _most_clusters(config, sizes) * rank
 
 
 def _most_clusters(config: JobConfig, sizes: _Sizes) -> int:
@@ -329,6 +352,14 @@ def _beside_bytes(config: JobConfig, table: FeatureTable, sizes: _Sizes) -> int:
         memory = _left(config, users)
         form = method.kmeans_form(users, items, sizes.pairs, clusters, width, memory)
         fitting = needed_bytes(form, users, items, clusters, width)
+    elif settings.cluster_on == "interactions":
+        rank = settings.cluster_rank or method.RANK
+        memory, kept = _left(config, users), _embedding_bytes(config, sizes)
+        fitting = spectral.needed_bytes(items, rank)
+        for columns in (rank, width):
+            form = method.kmeans_form(users, items, sizes.pairs, clusters, columns, memory)
+            fitting = max(fitting, kept + needed_bytes(form, users, items, clusters, columns))
+        blocks += kept
     else:
         fitting = max(needed_bytes("tiled", items, items, clusters, width), 16 * users + 8 * items * clusters)
     return OPERATOR_BYTES[settings.weighting] * users * len(config.features) + max(fitting, blocks)
@@ -383,13 +414,19 @@ def _feature_rows(source: FeatureTable, axis: ItemAxis, table: InteractionTable)
 
 
 def _run_modality(
-    config: JobConfig, backend: Backend, data: Data, modality: Modality, staging: Staging, progress: Progress
+    config: JobConfig,
+    backend: Backend,
+    data: Data,
+    modality: Modality,
+    shared: Shared | None,
+    staging: Staging,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Cluster, and write every user's row; returns the modality's part of the manifest."""
     settings, name = config.settings, modality.name
     operator, matrix = data.operators[name], data.table.interactions
     step_rows = _block_rows(config, matrix.users, modality.values.shape[1])
-    facts, labels = _cluster(config, backend, data, modality, staging, progress)
+    facts, labels = _cluster(config, backend, data, modality, shared, staging, progress)
     plan = method.fit(backend, matrix, modality, operator, settings, labels, facts.get("scale"), step_rows)
     staging.finish(f"{name}/fit", {**facts, "scale": plan.scale})
     _save_for_assign(backend, plan, settings, staging)
@@ -489,7 +526,13 @@ def _project(
 
 
 def _cluster(
-    config: JobConfig, backend: Backend, data: Data, modality: Modality, staging: Staging, progress: Progress
+    config: JobConfig,
+    backend: Backend,
+    data: Data,
+    modality: Modality,
+    shared: Shared | None,
+    staging: Staging,
+    progress: Progress,
 ) -> tuple[dict[str, Any], tuple[Any, Any, Any]]:
     """Centroids, user labels and item labels, found or taken from the run that is resumed."""
     name, on_items = modality.name, config.settings.cluster_on == "items"
@@ -498,33 +541,84 @@ def _cluster(
     if facts is not None:
         arrays = [backend.asarray(staging.load(path)) for path in paths]
         return facts, (arrays[0], arrays[1], arrays[2] if on_items else None)
-    with progress.step(f"cluster {name}") as step:
-        operator = data.operators[name]
-        matrix = data.table.interactions
-        memory = _left(config, matrix.users)
-        found = method.clusters(backend, matrix, modality, operator, config.settings, memory)
-        clusters = len(found.centroids)
-        step.note(clusters=clusters, iterations=found.found.iterations)
-    labels = (found.centroids, found.user_labels, found.item_labels)
+    operator, matrix = data.operators[name], data.table.interactions
+    memory = _left(config, matrix.users)
+    if shared is not None:
+        k, facts = shared.clusters, shared.facts
+        labels = (*method.of_behaviour(backend, matrix, modality, operator, shared.labels, k, memory), None)
+    else:
+        with progress.step(f"cluster {name}") as step:
+            found = method.clusters(backend, matrix, modality, operator, config.settings, memory)
+            step.note(clusters=len(found.centroids), iterations=found.found.iterations)
+        labels = (found.centroids, found.user_labels, found.item_labels)
+        facts = _kmeans_facts(backend, found, f"modality {name}", progress)
     for path, array in zip(paths, labels, strict=False):
         staging.save(path, backend.to_host(array))
-    kmeans = found.found
-    empty = clusters - np.count_nonzero(_sizes(backend.to_host(kmeans.labels), clusters))
-    if empty:
-        progress.warn(f"modality {name}: {empty} of {clusters} clusters are empty; fewer rows differ")
-    facts = {
-        "kmeans": {
-            "form": kmeans.form,
-            "library": kmeans.library,
-            "iterations": kmeans.iterations,
-            "samples": sample_sizes(len(kmeans.labels), clusters, kmeans.centroids.shape[1]),
-            "settled": kmeans.settled,
-            "inertia": kmeans.inertia,
-        },
-        **({} if found.choice is None else {"choice": asdict(found.choice)}),
-    }
     staging.finish(f"{name}/clusters", facts)
     return facts, labels
+
+
+def _kmeans_facts(
+    backend: Backend, found: method.Clustering | method.Behaviour, what: str, progress: Progress
+) -> dict[str, Any]:
+    """What the manifest says of a clustering; warns of clusters that are empty."""
+    clusters, kmeans = len(found.centroids), found.found
+    empty = clusters - np.count_nonzero(_sizes(backend.to_host(kmeans.labels), clusters))
+    if empty:
+        progress.warn(f"{what}: {empty} of {clusters} clusters are empty; fewer rows differ")
+    facts = {
+        "form": kmeans.form,
+        "library": kmeans.library,
+        "iterations": kmeans.iterations,
+        "samples": sample_sizes(len(kmeans.labels), clusters, kmeans.centroids.shape[1]),
+        "settled": kmeans.settled,
+        "inertia": kmeans.inertia,
+    }
+    return {"kmeans": facts, **({} if found.choice is None else {"choice": asdict(found.choice)})}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Clusters of all modalities alike: label of each user (U,), how many clusters, what the manifest says of them."""
+
+    labels: Any
+    clusters: int
+    facts: dict[str, Any]
+
+
+def _behaviour(config: JobConfig, backend: Backend, data: Data, staging: Staging, progress: Progress) -> Shared:
+    """Users clustered by what they did, found or taken from the run that is resumed; an output too."""
+    matrix = data.table.interactions
+    labels, centroids = f"{INTERACTIONS}/labels.npy", f"{INTERACTIONS}/centroids.npy"
+    facts = staging.finished(INTERACTIONS)
+    if facts is None:
+        embedding = _embedding(config, backend, data, staging, progress)
+        with progress.step("cluster interactions") as step:
+            found = method.behaviour(backend, matrix, embedding, config.settings, _left(config, matrix.users))
+            step.note(clusters=len(found.centroids), iterations=found.found.iterations)
+        staging.save(centroids, backend.to_host(found.centroids))
+        staging.save(labels, backend.to_host(found.labels))
+        facts = _kmeans_facts(backend, found, "interactions", progress)
+        staging.finish(INTERACTIONS, facts)
+    return Shared(backend.asarray(staging.load(labels)), len(staging.load(centroids)), facts)
+
+
+def _embedding(
+    config: JobConfig, backend: Backend, data: Data, staging: Staging, progress: Progress
+) -> spectral.Embedding:
+    """What places users by their interactions, found or taken from the run that is resumed; an output too."""
+    paths = [f"{INTERACTIONS}/{part}.npy" for part in ("items", "item_factors", "singular_values")]
+    facts = staging.finished(paths[0])
+    if facts is None:
+        with progress.step("embed interactions") as step:
+            found = method.embed(backend, data.table.interactions, config.settings)
+            facts = {"products": found.products, "settled": found.settled}
+            step.note(rank=len(found.singular_values), **facts)
+        for path, array in zip(paths, (found.items, found.item_factors, found.singular_values), strict=True):
+            staging.save(path, backend.to_host(array))
+        staging.finish(paths[0], facts)
+    items, item_factors, values = (staging.load(path) for path in paths)
+    return spectral.Embedding(backend.asarray(items), backend.asarray(item_factors), np.asarray(values), **facts)
 
 
 # New users and new interactions, among an artifact's clusters.
@@ -600,10 +694,15 @@ def _assign(source: Artifact, config: JobConfig, given: Collection[str], backend
         for table in tables.values():
             _check_shape(source, table)
         data = _read_interactions(config, backend, tables, present, progress, staging, source)
-        statistics = {name: _assign_modality(source, config, backend, data, name, staging, progress) for name in tables}
+        shared = None if source.interactions is None else _assign_behaviour(source, backend, data, staging, progress)
+        statistics = {
+            name: _assign_modality(source, config, backend, data, name, shared, staging, progress) for name in tables
+        }
         _save_ids(staging, data.table)
         read.require_unchanged()
         manifest = _manifest(config, inputs, backend, data, statistics)
+        if shared is not None:
+            manifest["interactions"]["embedding"] = source.manifest["interactions"].get("embedding")
         origin = {"path": source.path, "checksum": source.manifest["checksum"]}
         return staging.commit({**manifest, "assigned_by": origin, "timings": _timings(started, progress, backend)})
 
@@ -662,9 +761,28 @@ def _on_axis(source: Artifact, table: InteractionTable, values: Any, missing: fl
     """Values of the artifact's items at the items of a table of interactions, which may have more."""
     if source.item_ids is None:
         return np.asarray(values)
-    placed = np.full(table.interactions.items, missing, values.dtype)
+    placed = np.full((table.interactions.items, *values.shape[1:]), missing, values.dtype)
     placed[positions(source.item_ids, table.item_ids)] = values
     return placed
+
+
+def _assign_behaviour(source: Artifact, backend: Backend, data: Data, staging: Staging, progress: Progress) -> Any:
+    """Label of each user (U,), in all modalities, by where the artifact places what they did."""
+    old = source.interactions
+    assert old is not None
+    with progress.step("assign interactions"):
+        items, factors = (_on_axis(source, data.table, array, 0.0) for array in (old.items, old.item_factors))
+        arrays = (backend.asarray(items), backend.asarray(factors), backend.asarray(old.centroids))
+        labels = method.behaviour_labels(backend, data.table.interactions, *arrays)
+    saved = {
+        "items": items,
+        "item_factors": factors,
+        "singular_values": old.singular_values,
+        "centroids": old.centroids,
+    }
+    for part, array in {**saved, "labels": backend.to_host(labels)}.items():
+        staging.save(f"{INTERACTIONS}/{part}.npy", np.asarray(array))
+    return labels
 
 
 def _assign_modality(
@@ -673,10 +791,14 @@ def _assign_modality(
     backend: Backend,
     data: Data,
     name: str,
+    shared: Any,
     staging: Staging,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Label by the artifact's centroids, and write every user's row; returns the modality's part of the manifest."""
+    """Label by the artifact's centroids, and write every user's row; returns the modality's part of the manifest.
+
+    ``shared``: labels of users (U,) in all modalities, where they go by what users did.
+    """
     old, facts, settings = source[name], source.manifest["modalities"][name], config.settings
     operator, matrix = data.operators[name], data.table.interactions
     modality = data.modality(backend, name)
@@ -684,9 +806,12 @@ def _assign_modality(
     item_labels = None
     if old.item_labels is not None:
         item_labels = backend.asarray(_on_axis(source, data.table, old.item_labels, -1))
-    with progress.step(f"assign {name}"):
-        form = facts["kmeans"]["form"] if item_labels is None else "factored"
-        labels = (centroids, method.nearest(backend, matrix, modality, operator, centroids, form), item_labels)
+    if shared is not None:
+        labels = (centroids, backend.xp.where(operator.warm, shared, -1).astype("int32"), None)
+    else:
+        with progress.step(f"assign {name}"):
+            form = facts["kmeans"]["form"] if item_labels is None else "factored"
+            labels = (centroids, method.nearest(backend, matrix, modality, operator, centroids, form), item_labels)
     if settings.lam == "shrink":
         settings = replace(settings, tau=facts["lambda"]["tau"])
     step_rows = _block_rows(config, matrix.users, modality.values.shape[1])

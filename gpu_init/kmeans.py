@@ -281,13 +281,18 @@ def needed_bytes(form: str, count: int, items: int, clusters: int, width: int) -
     """
     table = 8 * items * clusters
     beside = {
-        "factored": table + max(table, min(PARTS * table, PARTS_BYTES)),
+        "factored": table + parts_bytes(table),
         "dense": 8 * count * width,
         "tiled": 16 * width * min(count, tile_rows(width)),
     }
     steps = ROW_BYTES * count + LOOK_BYTES * min(count, LOOK_ROWS) + beside[form]
     samples = sum(sample_sizes(count, clusters, width))
     return max(steps, 16 * count + (4 * width + ROW_BYTES + LOOK_BYTES) * samples)
+
+
+def parts_bytes(table: int) -> int:
+    """Of the tables, so large, that kernels sum into side by side."""
+    return max(table, min(PARTS * table, PARTS_BYTES))
 
 
 def tile_rows(width: int) -> int:
@@ -518,13 +523,16 @@ class Tiled(Points):
     features : array, shape (I, D), float32
         Rows of missing items may be NaN.
     row_scale, item_scale : arrays, shapes (U,) and (I,), float64
-        0 for cold users, who are not among the rows, and for missing items; rows of A sum to 1, so that
-        ``A (F - m) = M - m``.
+        0 for cold users, who are not among the rows, and for missing items.
+    middle : array, shape (D,), float64, optional
+        A point amid the rows; None: the mean of the items, where rows of A sum to 1.
     """
 
     form = "tiled"
 
-    def __init__(self, backend: Backend, csr: Csr, features: Any, row_scale: Any, item_scale: Any) -> None:
+    def __init__(
+        self, backend: Backend, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any = None
+    ) -> None:
         self.users = backend.xp.flatnonzero(row_scale)
         super().__init__(backend, len(self.users))
         self._csr = csr
@@ -533,10 +541,13 @@ class Tiled(Points):
         self._item_scale = item_scale
         self._missing = item_scale == 0
         self._any_missing = bool(self._missing.any())
+        self._given_middle = middle
 
     @cached_property
     def middle(self) -> Any:
-        """See `Points.middle`: the mean of the items."""
+        """See `Points.middle`."""
+        if self._given_middle is not None:
+            return self._given_middle
         parts = ranges(len(self._features), BLOCK_ROWS)
         totals = self.backend.in_order(lambda part: self._items(part, self.backend.xp.float64).sum(axis=0), parts)
         return sum(totals) / max(len(self._features) - int(self._missing.sum()), 1)

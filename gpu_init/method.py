@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from . import features as feature_arrays
-from . import kmeans
+from . import kmeans, spectral
 from .backend import Backend, in_blocks, ranges, select
 from .blend import NORM_ROWS, Blend, Weighting, blend, lambdas, scale_to_items
 from .choose import CANDIDATES, Choice, choose
@@ -19,6 +19,7 @@ from .errors import InputError
 from .features import Modality
 from .interactions import Interactions, from_matrix
 
+RANK = 64  # dimensions that users are placed in by what they did
 KMEANS_BYTES = 1 << 30  # that K-means may take beside the interactions, the features and what it keeps of each user
 ARRAY_BLOCK_BYTES = 64 << 20  # of the result, per kernel call, where nobody says how much memory there is
 MATRIX_ROWS = 16 * kmeans.TILE_ROWS  # of the users' means made at a time, where they are made
@@ -66,7 +67,7 @@ def check_clusters(name: str, n_present: int, operator: Weighting, settings: Set
     warm = int(operator.warm.sum())
     if warm == 0:
         raise InputError(f"modality {name}: no user has an interaction with an item that has it.")
-    if not isinstance(settings.clusters, int):
+    if not isinstance(settings.clusters, int) or settings.cluster_on == "interactions":
         return
     if settings.clusters > warm:
         raise InputError(
@@ -83,8 +84,8 @@ class Clustering:
     """Section 2.4: centroids and who belongs to which.
 
     ``user_labels`` (U,) int32: the centroid nearest to the user's means, -1 for cold users. ``item_labels``
-    (I,) int32 where items were clustered, -1 for items without the modality, else None. ``choice``: how K was
-    chosen, None where it was given.
+    (I,) int32 where items were clustered, -1 for items without the modality, else None. ``found``: what K-means says
+    of it. ``choice``: how K was chosen, None where it was given.
     """
 
     centroids: Any
@@ -92,6 +93,88 @@ class Clustering:
     item_labels: Any
     found: kmeans.Clusters
     choice: Choice | None = None
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """Section 2.4, ``cluster_on = "interactions"``: users clustered by what they did, for all modalities alike.
+
+    ``centroids`` (K, r) float32 are those of rows of E; ``labels`` (U,) int32 the nearest of them, -1 for users without
+    interactions. ``found`` and ``choice`` as in `Clustering`.
+    """
+
+    embedding: spectral.Embedding
+    centroids: Any
+    labels: Any
+    found: kmeans.Clusters
+    choice: Choice | None = None
+
+
+def embed(backend: Backend, interactions: Interactions, settings: Settings) -> spectral.Embedding:
+    """Section 2.4: V of ``E = S V``."""
+    return spectral.fit(backend, interactions, settings.cluster_rank or RANK, settings.seed)
+
+
+def behaviour(
+    backend: Backend,
+    interactions: Interactions,
+    embedding: spectral.Embedding,
+    settings: Settings,
+    memory: int | None = None,
+) -> Behaviour:
+    """Section 2.4: K-means on the rows of E, over the users with any interaction in a large component.
+
+    Parameters
+    ----------
+    embedding : Embedding
+        Of these interactions, by `embed`.
+    memory : int, optional
+        Bytes that it may take beside the interactions; None: as `kmeans_form` says.
+
+    Raises
+    ------
+    InputError
+        More clusters than such users.
+    """
+    arrays = (backend, interactions, embedding.items, embedding.item_factors)
+    points = spectral.points(*arrays)
+    choice = None
+    if settings.clusters == AUTO:
+        choice = choose(backend, points, settings.seed)
+        settings = replace(settings, clusters=choice.clusters)
+    assert isinstance(settings.clusters, int)
+    if settings.clusters > len(points):
+        raise InputError(
+            f"{settings.clusters} clusters, but {len(points)} users whose interactions hang together; lower --clusters."
+        )
+    users, items = len(points), interactions.items
+    form = kmeans_form(users, items, interactions.pairs, settings.clusters, embedding.items.shape[1], memory)
+    rows: kmeans.Points = points
+    if form == "factored":
+        rows = spectral.points(*arrays, kmeans.Factored)
+    elif form == "dense":
+        rows = kmeans.Dense(backend, _matrix(backend, points))
+    found = kmeans.fit(backend, rows, settings.clusters, settings.seed, settings.restarts)
+    labels = behaviour_labels(*arrays, found.centroids)
+    return Behaviour(embedding, found.centroids, labels, found, choice)
+
+
+def behaviour_labels(
+    backend: Backend, interactions: Interactions, items: Any, item_factors: Any, centroids: Any
+) -> Any:
+    """Label of each user (U,) int32: the centroid nearest to the user's row of E, -1 without interactions.
+
+    Users outside the large components have no row: 0 is nearest to the shortest centroid, that of the cluster whose
+    members have least in common.
+    """
+    xp = backend.xp
+    points = spectral.points(backend, interactions, items, item_factors)
+    lengths = (centroids.astype(xp.float64) ** 2).sum(axis=1)
+    active = interactions.csr.indptr[1:] > interactions.csr.indptr[:-1]
+    labels = xp.where(active, int(lengths.argmin()), -1).astype(xp.int32)
+    if len(points):
+        labels[points.users] = points.nearest(centroids)
+    return labels
 
 
 def clusters(
@@ -131,6 +214,45 @@ def clusters(
     item_labels[kept] = found.labels
     user_labels = nearest(backend, interactions, modality, operator, found.centroids, "factored")
     return Clustering(found.centroids, user_labels, item_labels, found, choice)
+
+
+def of_behaviour(
+    backend: Backend,
+    interactions: Interactions,
+    modality: Modality,
+    operator: Weighting,
+    labels: Any,
+    clusters: int,
+    memory: int | None = None,
+) -> tuple[Any, Any]:
+    """Section 2.4: clusters of all modalities alike, in one of them.
+
+    Parameters
+    ----------
+    labels : array, shape (U,), int32
+        Of `Behaviour`.
+    clusters : int
+        K.
+
+    Returns
+    -------
+    centroids : array, shape (K, D), float32
+        Mean of the members' M; where no member is warm, that of all warm users.
+    user_labels : array, shape (U,), int32
+        -1 for users who are cold in this modality.
+    """
+    xp = backend.xp
+    arrays = (backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
+    points = kmeans.Tiled(*arrays)
+    sizes = (len(points), interactions.items, interactions.pairs, clusters, modality.values.shape[1])
+    if kmeans_form(*sizes, memory) == "factored":
+        points = kmeans.Factored(*arrays)
+    own = labels[points.users]
+    with backend.deterministic():
+        sums = points.sums(own, clusters, xp.float64)
+        counts = xp.bincount(own, minlength=clusters)[:, None]
+        means = xp.where(counts > 0, sums / xp.maximum(counts, 1), sums.sum(axis=0) / len(points)) + points.middle
+    return means.astype(xp.float32), xp.where(operator.warm, labels, -1).astype(xp.int32)
 
 
 def most_clusters(settings: Settings) -> int:
@@ -374,6 +496,7 @@ def initialize(
     backend: str = "auto",
     seed: int = 0,
     restarts: int = 1,
+    cluster_rank: int | None = None,
 ) -> Result:
     """Initial user vectors from interactions and item features (SG-URInit, arXiv 2604.14839).
 
@@ -394,8 +517,9 @@ def initialize(
         Of ``attention``, in cosines; None: 0.1.
     clusters : int or "auto", default=8
         K, per modality; ``auto``: chosen for each, see `choose.choose`.
-    cluster_on : {"users", "items"}, default="users"
-        Rows that are clustered: the users' interaction-weighted means, or the items' features.
+    cluster_on : {"users", "items", "interactions"}, default="users"
+        Rows that are clustered: the users' interaction-weighted means, the items' features, or users by what they did,
+        one clustering for all modalities.
     weighting : {"mean", "sym"}, default="mean"
         Local part: ``D_U^-1 R F`` or ``D_U^-1/2 R D_I^-1/2 F``.
     dim : int, optional
@@ -412,6 +536,8 @@ def initialize(
         Of the k-means++ seeding.
     restarts : int, default=1
         Starts of K-means, of which the best is taken.
+    cluster_rank : int, optional
+        Of ``cluster_on="interactions"``: dimensions that users are placed in; None: 64.
 
     Returns
     -------
@@ -438,6 +564,7 @@ def initialize(
         dtype=dtype,
         seed=seed,
         restarts=restarts,
+        cluster_rank=cluster_rank,
     )
     if not isinstance(features, Mapping) or not features:
         raise InputError("features: a mapping of modality names to arrays is wanted, with one modality or more.")
@@ -459,19 +586,36 @@ def _initialize(device: Backend, interactions: Any, features: Mapping[str, Any],
     for name, modality in sources.items():
         operators[name] = weighting(device, matrix, modality.present, settings.weighting)
         check_clusters(name, modality.n_present, operators[name], settings)
-    return Result({name: _initialize_one(device, matrix, sources[name], operators[name], settings) for name in sources})
+    shared = None
+    if settings.cluster_on == "interactions":
+        shared = behaviour(device, matrix, embed(device, matrix, settings), settings)
+    return Result(
+        {
+            name: _initialize_one(device, matrix, modality, operators[name], settings, shared)
+            for name, modality in sources.items()
+        }
+    )
 
 
 def _initialize_one(
-    backend: Backend, interactions: Interactions, modality: Modality, operator: Weighting, settings: Settings
+    backend: Backend,
+    interactions: Interactions,
+    modality: Modality,
+    operator: Weighting,
+    settings: Settings,
+    shared: Behaviour | None,
 ) -> ModalityResult:
     if settings.dim is not None:
         projection = feature_arrays.fit_projection(backend, modality, settings.dim, settings.whiten)
         modality = feature_arrays.project(backend, modality, projection)
     width = modality.values.shape[1]
     step = block_rows(width, 4 * ARRAY_BLOCK_BYTES)
-    found = clusters(backend, interactions, modality, operator, settings)
-    labels = (found.centroids, found.user_labels, found.item_labels)
+    if shared is None:
+        found = clusters(backend, interactions, modality, operator, settings)
+        labels = (found.centroids, found.user_labels, found.item_labels)
+    else:
+        k = len(shared.centroids)
+        labels = (*of_behaviour(backend, interactions, modality, operator, shared.labels, k), None)
     plan = fit(backend, interactions, modality, operator, settings, labels, None, step)
     users = backend.empty((interactions.users, width), settings.dtype)
     for _ in blocks(backend, interactions, plan, step, settings.dtype, users.__getitem__):
@@ -479,9 +623,7 @@ def _initialize_one(
     projected = settings.dim is not None
     return ModalityResult(
         users,
-        found.centroids,
-        found.user_labels,
-        found.item_labels,
+        *labels,
         modality.values if projected else None,
         modality.present if projected else None,
         plan.scale,

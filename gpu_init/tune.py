@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from . import charts, features, interactions, job, method, storage
+from . import charts, features, interactions, job, method, spectral, storage
 from .backend import Backend, ranges, select
 from .blend import Blend, Weighting, global_part, lambdas, of_users
 from .config import CLUSTER_ON, COLUMNS, POLICIES, JobConfig, Settings, settings_to_dict
@@ -95,7 +95,7 @@ def grid(settings: Settings, widths: Mapping[str, int], most_clusters: int) -> l
         K beyond are left out.
     """
     dim = min(settings.dim or DIM, *widths.values())
-    free = replace(settings, lam=1.0, tau=None, temperature=None)
+    free = replace(settings, lam=1.0, tau=None, temperature=None, cluster_on=CLUSTER_ON[0], cluster_rank=None)
     found = [settings]
     ks = [k for k in CLUSTERS if k <= most_clusters] or [most_clusters]
     spaces = ((None, False), (dim, False), (dim, True))
@@ -108,6 +108,7 @@ def grid(settings: Settings, widths: Mapping[str, int], most_clusters: int) -> l
                 "weighting": weighting,
                 "dim": width,
                 "whiten": whiten,
+                "cluster_rank": settings.cluster_rank if on == "interactions" else None,
             }
             found.append(replace(free, **given))
     return list(dict.fromkeys(found))
@@ -250,6 +251,8 @@ class _Task:
         self.users = backend.asarray(users)
         self.part = train.some(backend, self.users)
         self.pairs = np.searchsorted(users, held_out.users), held_out.items
+        self.embeddings: dict[Any, spectral.Embedding] = {}
+        self.behaviours: dict[Any, method.Behaviour] = {}
 
     def ranked(
         self, spaces: Mapping[str, Modality], operators: Mapping[str, Weighting], candidates: Sequence[Settings]
@@ -295,11 +298,28 @@ class _Task:
 
     def _plan(self, modality: Modality, operator: Weighting, settings: Settings) -> Blend:
         """All but lambda of a clustering, of all users."""
-        found = method.clusters(self.backend, self.train, modality, operator, settings)
-        labels = (found.centroids, found.user_labels, found.item_labels)
+        labels: tuple[Any, Any, Any]
+        if settings.cluster_on == "interactions":
+            shared = self._behaviour(settings)
+            k = len(shared.centroids)
+            labels = (*method.of_behaviour(self.backend, self.train, modality, operator, shared.labels, k), None)
+        else:
+            found = method.clusters(self.backend, self.train, modality, operator, settings)
+            labels = (found.centroids, found.user_labels, found.item_labels)
         cold = method.cold_vector(self.backend, self.train, operator, *labels)
-        by_user = found.user_labels if found.item_labels is None else None
-        return Blend(modality, operator, 0.0, found.centroids, by_user, found.item_labels, cold)
+        centroids, user_labels, item_labels = labels
+        by_user = user_labels if item_labels is None else None
+        return Blend(modality, operator, 0.0, centroids, by_user, item_labels, cold)
+
+    def _behaviour(self, settings: Settings) -> method.Behaviour:
+        """Users clustered by what they did, whatever the features."""
+        embed = (settings.cluster_rank, settings.seed)
+        if embed not in self.embeddings:
+            self.embeddings[embed] = method.embed(self.backend, self.train, settings)
+        key = (*embed, settings.clusters, settings.restarts)
+        if key not in self.behaviours:
+            self.behaviours[key] = method.behaviour(self.backend, self.train, self.embeddings[embed], settings)
+        return self.behaviours[key]
 
     def _global(self, plan: Blend) -> Any:
         """G of the users with held-out items, (n, d) float32; that of cold users is all they get."""
@@ -346,7 +366,7 @@ class _Task:
 
 def _keys(settings: Settings, name: str) -> tuple[Any, Any, Any]:
     """What the local part, the cluster-level part and lambda of a modality go by, besides the space of the features."""
-    clusters = (settings.cluster_on, settings.clusters, name)
+    clusters = (settings.cluster_on, settings.cluster_rank, settings.clusters, name)
     policy = (settings.lam, settings.tau, settings.temperature)
     return (settings.weighting, name), clusters, (policy, *(clusters if settings.lam == "attention" else (name,)))
 

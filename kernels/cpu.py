@@ -390,6 +390,29 @@ def _label_sums(  # type: ignore[no-untyped-def]
                 sums[item, label] += _factor(np.float64, row_scale[row], weights, entry, item_scale, item)
 
 
+@compiled
+def _gram(indptr, indices, weights, table, row_scale, item_scale, partial):  # type: ignore[no-untyped-def]
+    width, parts = table.shape[1], partial.shape[0]
+    work = indptr[-1] - indptr[0]
+    for part in prange(parts):
+        products = np.empty(width, np.float64)
+        items, factors = np.empty(_LISTED, indices.dtype), np.empty(_LISTED, np.float64)
+        sums = partial[part]
+        first = np.searchsorted(indptr, indptr[0] + part * work // parts) if part > 0 else 0
+        last = np.searchsorted(indptr, indptr[0] + (part + 1) * work // parts) if part + 1 < parts else indptr.size - 1
+        for row in range(first, last):
+            products[:] = 0.0
+            share = row_scale[row]
+            for start in range(indptr[row], indptr[row + 1], _LISTED):
+                end = min(start + _LISTED, indptr[row + 1])
+                _add_listed(products, items, factors, share, start, end, indices, weights, item_scale, table)
+            for entry in range(indptr[row], indptr[row + 1]):
+                item = indices[entry]
+                factor = _factor(np.float64, share, weights, entry, item_scale, item)
+                for column in range(width):
+                    sums[item, column] += factor * products[column]
+
+
 class NumbaKernels:
     """The kernels on numpy arrays, compiled for this machine at first use."""
 
@@ -526,6 +549,10 @@ class NumbaKernels:
         """See `Kernels.label_sums`: fixed ranges of the rows, added up in order."""
         arrays = _inputs(*csr, rows, labels, row_scale, _scale(item_scale))
         _add_ranges(_label_sums, [*arrays, sums.nbytes > _NEAR_BYTES], sums)
+
+    def gram(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
+        """See `Kernels.gram`: fixed ranges of the rows, added up in order."""
+        _add_ranges(_gram, _inputs(*csr, table, row_scale, item_scale), sums)
 
 
 def _inputs(*arrays: Any) -> list[Any]:

@@ -293,6 +293,17 @@ def test_label_sums(kernels, rng):
 
 
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gram(kernels, rng, weighted):
+    p = problem(13, 2000, 30, 2, 70, weighted)
+    table = rng.standard_normal((30, 5))
+    sums = np.ones((30, 5))
+    kernels.gram(p["csr"], table, p["row_scale"], p["item_scale"], sums)
+    operator = dense_operator(p)
+    np.testing.assert_allclose(sums - 1, operator.T @ (operator @ table), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_nearest_two(kernels, rng, dtype):
     products, lengths = rng.integers(0, 4, (500, 6)).astype(dtype), np.zeros(6)  # ties: the first wins

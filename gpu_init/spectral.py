@@ -1,0 +1,266 @@
+"""Users by what they did: the spectral embedding of the interactions (section 2.4, ``cluster_on = "interactions"``).
+
+A user's row is that of ``E = S V``, divided by its length: ``S = D_U^-1/2 R D_I^-1/2`` and V its leading right singular
+vectors (Dhillon, KDD 2001: bipartite spectral graph partitioning; rows of length 1: Ng, Jordan and Weiss, NIPS 2001).
+V comes from ``S^T S``, I x I, by block Lanczos, so that users are only ever gone through: nothing of U x r is kept.
+
+Each connected component of the interactions brings a singular value of 1, and a vector that says no more than who is in
+it: hundreds of components of a few nodes would leave no room for what is wanted. What lies outside the large components
+is therefore left out of S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from . import kmeans
+from .backend import Backend, ranges
+from .interactions import Interactions
+
+TOLERANCE = 1e-6  # of the residual of each direction, where singular values are at most 1
+MOST_PRODUCTS = 64  # by S^T S, of a block each
+_BLOCK = 16  # vectors
+_RANGE_USERS = 1 << 20
+_GRAPH_USERS = 1 << 16
+_ROWS = 1 << 14  # of dense products at a time
+_NOTHING = 1e-10  # length of what is left of a vector of length 1 in the space of others
+
+Product = Callable[[Any], Any]
+"""From a table (I, b) float64 to ``S^T S`` times it."""
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """What places users by their interactions.
+
+    Attributes
+    ----------
+    items : array, shape (I, r), float32
+        V: leading right singular vectors of S, each with its largest value positive; 0 for items outside the large
+        components.
+    item_factors : array, shape (I,), float64
+        D_I^-1/2; 0 for items outside.
+    singular_values : array, shape (r,), float64
+        Descending, on the host.
+    products : int
+        By S^T S.
+    settled : bool
+        Whether all residuals fell below `TOLERANCE`; else there were `MOST_PRODUCTS`.
+    """
+
+    items: Any
+    item_factors: Any
+    singular_values: NDArray[np.float64]
+    products: int
+    settled: bool
+
+
+def fit(backend: Backend, interactions: Interactions, rank: int, seed: int) -> Embedding:
+    """Directions of some interactions.
+
+    Parameters
+    ----------
+    backend : Backend
+    interactions : Interactions
+        One or more, of items with and without features alike.
+    rank : int
+        r; fewer where S is smaller.
+    seed : int
+        Of the vectors that Lanczos starts from.
+
+    Returns
+    -------
+    Embedding
+    """
+    xp, csr = backend.xp, interactions.csr
+    kept = backend.asarray(large_components(backend, interactions, rank))
+    item_factors = _inverse_root(xp, xp.where(kept, interactions.item_sums(backend), 0.0))
+    user_factors = _inverse_root(xp, interactions.user_degrees(backend, kept.astype(xp.float64)))
+    inside = xp.flatnonzero(item_factors)
+    rank = min(rank, len(inside), int((user_factors > 0).sum()))
+
+    def product(table: Any) -> Any:
+        sums = xp.zeros(table.shape)
+        for part in ranges(interactions.users, _RANGE_USERS):
+            rows = csr.rows(part.start, part.stop)
+            backend.kernels.gram(rows, table, user_factors[part], item_factors, sums)
+        return sums
+
+    with backend.deterministic():
+        if len(inside) <= _most_vectors(rank):
+            vectors, squares, products, settled = *_whole(backend, product, interactions.items, inside, rank), 1, True
+        else:
+            vectors, squares, products, settled = _lanczos(
+                backend, product, item_factors > 0, rank, np.random.default_rng(seed)
+            )
+        largest = vectors[abs(vectors).argmax(axis=0), xp.arange(rank)]
+        vectors = (vectors * xp.where(largest < 0, -1.0, 1.0)).astype(xp.float32)
+    values = np.sqrt(np.maximum(backend.to_host(squares), 0.0))
+    return Embedding(vectors, item_factors, values, products, settled)
+
+
+def needed_bytes(items: int, rank: int) -> int:
+    """Most bytes that `fit` takes at a time beside the interactions and what is kept of each user."""
+    columns = _most_vectors(rank) + 4 * _BLOCK + rank
+    return 8 * items * columns + kmeans.parts_bytes(8 * items * _BLOCK)
+
+
+def points(
+    backend: Backend,
+    interactions: Interactions,
+    items: Any,
+    item_factors: Any,
+    kind: type[kmeans.Tiled] = kmeans.Tiled,
+) -> kmeans.Tiled:
+    """Rows of E, each of length 1, of the users who have one, for directions (I, r) and their D_I^-1/2 (I,).
+
+    A user's degree is no part of it: it would only lengthen the row.
+    """
+    xp = backend.xp
+    nowhere = xp.zeros(items.shape[1])
+    ones = xp.ones(interactions.users)
+    squares = backend.kernels.squared_norms(interactions.csr, items, ones, item_factors, nowhere)
+    return kind(backend, interactions.csr, items, _inverse_root(xp, squares), item_factors, nowhere)
+
+
+def large_components(backend: Backend, interactions: Interactions, most: int) -> NDArray[np.bool_]:
+    """Which items (I,) lie in large connected components of users and items, on the host.
+
+    Large is the largest, and any that holds ``1 / most`` of all users and items with interactions.
+    """
+    labels = np.arange(interactions.items)
+    for _, firsts, items in _host_rows(backend, interactions):
+        one, other = labels[firsts], labels[items]
+        apart = one != other
+        if apart.any():
+            size = int(labels.max()) + 1
+            graph = coo_array((np.ones(int(apart.sum()), bool), (one[apart], other[apart])), shape=(size, size))
+            labels = connected_components(graph, directed=False)[1][labels]
+    sizes = np.zeros(int(labels.max(initial=-1)) + 1, np.int64)
+    used = np.zeros(interactions.items, bool)
+    for starts, _, items in _host_rows(backend, interactions):
+        sizes += np.bincount(labels[items[starts]], minlength=len(sizes))
+        used[items] = True
+    sizes += np.bincount(labels[used], minlength=len(sizes))
+    large: NDArray[np.bool_] = (sizes * most >= sizes.sum()) | (sizes == sizes.max(initial=0))
+    return large[labels] & used
+
+
+def _host_rows(backend: Backend, interactions: Interactions) -> Any:
+    """Ranges of interactions: where each user's start, the first item of the user of each, and its own item."""
+    csr = interactions.csr
+    for part in ranges(interactions.users, _GRAPH_USERS):
+        bounds = backend.to_host(csr.indptr[part.start : part.stop + 1])
+        items = backend.to_host(csr.indices[int(bounds[0]) : int(bounds[-1])])
+        lengths = np.diff(bounds)
+        starts = (bounds[:-1] - bounds[0])[lengths > 0]
+        yield starts, np.repeat(items[starts], lengths[lengths > 0]), items
+
+
+def _inverse_root(xp: Any, values: Any) -> Any:
+    """Values to the power of -1/2; 0 stays 0."""
+    used = values > 0
+    return xp.where(used, xp.where(used, values, 1.0) ** -0.5, 0.0)
+
+
+def _most_vectors(rank: int) -> int:
+    """Vectors that Lanczos keeps before it starts again from the best of them."""
+    return 2 * rank + 3 * _BLOCK
+
+
+def _whole(backend: Backend, product: Product, items: int, inside: Any, rank: int) -> tuple[Any, Any]:
+    """All of a small S^T S at once: its leading eigenvectors (I, r) and values (r,)."""
+    xp = backend.xp
+    table = xp.zeros((items, len(inside)))
+    table[inside, xp.arange(len(inside))] = 1.0
+    values, found = xp.linalg.eigh(product(table)[inside])
+    vectors = xp.zeros((items, rank))
+    vectors[inside] = found[:, ::-1][:, :rank]
+    return vectors, values[::-1][:rank]
+
+
+def _lanczos(
+    backend: Backend, product: Product, inside: Any, rank: int, rng: np.random.Generator
+) -> tuple[Any, Any, int, bool]:
+    """Leading eigenvectors (I, r) and values (r,) of a symmetric operator, how many products it took, whether settled.
+
+    Block Lanczos with full orthogonalization (Golub and Underwood, 1977), started again from the best Ritz vectors
+    where the basis is full (thick restart; Wu and Simon, 2000). ``inside`` (I,): rows that are not 0.
+    """
+    xp = backend.xp
+    most, kept = _most_vectors(rank), rank + _BLOCK
+    basis = xp.zeros((len(inside), most + _BLOCK))
+    projected = xp.zeros((most, most))  # basis^T S^T S basis, its upper triangle
+    fresh = _orthonormal(backend, basis[:, :0], xp.zeros((len(inside), _BLOCK)), inside, rng)
+    size = products = 0
+    while True:
+        block = slice(size, size + _BLOCK)
+        basis[:, block] = fresh
+        size += _BLOCK
+        rest = product(fresh)
+        products += 1
+        projected[:size, block] = _rid(backend, basis[:, :size], rest)
+        coupling = xp.linalg.qr(rest, mode="r")
+        values, vectors = xp.linalg.eigh(projected[:size, :size], UPLO="U")
+        values, vectors = values[::-1], vectors[:, ::-1]
+        wanted = vectors[:, : min(rank, size)]
+        residuals = xp.sqrt(((coupling @ wanted[-_BLOCK:]) ** 2).sum(axis=0))
+        settled = size >= rank and bool((residuals <= TOLERANCE).all())
+        if settled or products == MOST_PRODUCTS:
+            return _times(backend, basis[:, :size], wanted), values[:rank], products, settled
+        fresh = _orthonormal(backend, basis[:, :size], rest, inside, rng)
+        if size + _BLOCK > most:
+            basis[:, :kept] = _times(backend, basis[:, :size], vectors[:, :kept])
+            projected[:] = xp.diag(xp.concatenate([values[:kept], xp.zeros(most - kept)]))
+            size = kept
+
+
+def _rid(backend: Backend, basis: Any, block: Any) -> Any:
+    """Take out of a block (I, b) what lies in the space of a basis (I, n), and give that part's coordinates (n, b)."""
+    found = backend.xp.zeros((basis.shape[1], block.shape[1]))
+    for _ in range(2):  # the second time for what rounding has left
+        inner = _inner(backend, basis, block)
+        block -= _times(backend, basis, inner)
+        found += inner
+    return found
+
+
+def _inner(backend: Backend, basis: Any, block: Any) -> Any:
+    """``basis.T @ block``, (n, b)."""
+    return sum(backend.in_order(lambda part: basis[part].T @ block[part], ranges(len(basis), _ROWS)))
+
+
+def _times(backend: Backend, basis: Any, table: Any) -> Any:
+    """``basis @ table``, (I, n) by (n, m)."""
+    out = backend.xp.empty((len(basis), table.shape[1]))
+
+    def work(part: slice) -> None:
+        out[part] = basis[part] @ table
+
+    for _ in backend.in_order(work, ranges(len(basis), _ROWS)):
+        pass
+    return out
+
+
+def _orthonormal(backend: Backend, basis: Any, block: Any, inside: Any, rng: np.random.Generator) -> Any:
+    """Orthonormal vectors (I, b) across from a basis, of the space of a block that is across from it already.
+
+    Where the block has no more to say, random vectors stand in.
+    """
+    xp = backend.xp
+    found, triangle = xp.linalg.qr(block)
+    spent = abs(xp.diagonal(triangle)) <= _NOTHING
+    if bool(spent.any()):
+        noise = backend.asarray(rng.standard_normal(block.shape))
+        found = xp.where(spent, xp.where(inside[:, None], noise, 0.0), found)
+    for _ in range(2):
+        _rid(backend, basis, found)
+        found = xp.linalg.qr(found)[0]
+    return found
