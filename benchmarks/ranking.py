@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
+
+from gpu_init import demo
 
 KS = (10, 20)
 
@@ -59,3 +63,42 @@ def means(hits: NDArray[np.bool_], counts: NDArray[Any], suffix: str = "") -> di
         found[f"recall_{k}{suffix}"] = float((hits[:, :k].sum(axis=1) / counts).mean()) if len(counts) else np.nan
         found[f"ndcg_{k}{suffix}"] = float((hits[:, :k] @ discounts[:k] / ideal).mean()) if len(counts) else np.nan
     return found
+
+
+def ranked(
+    score: Callable[[NDArray[np.int64]], NDArray[np.float32]], train: csr_matrix, held_out: csr_matrix
+) -> tuple[NDArray[np.bool_], NDArray[Any]]:
+    """Which of their best items, best first, are held out, for users with such items (n, 20); how many are (n,).
+
+    ``score`` gives some users' scores of all items, which are then changed: training items are left out.
+    """
+    active = np.flatnonzero(np.diff(held_out.indptr))
+    hits = []
+    for first in range(0, len(active), 1024):
+        users = active[first : first + 1024]
+        scores = score(users)
+        scores[train[users].nonzero()] = -np.inf
+        hits.append(np.take_along_axis(held_out[users].toarray(), _top(scores), axis=1) > 0)
+    return np.concatenate(hits), np.diff(held_out.indptr)[active]
+
+
+def _top(scores: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Columns of the highest scores of each row, best first."""
+    unordered = np.argpartition(-scores, max(KS), axis=1)[:, : max(KS)]
+    order = np.argsort(-np.take_along_axis(scores, unordered, axis=1), axis=1)
+    return np.take_along_axis(unordered, order, axis=1)
+
+
+def demo_split(folder: str, users: int = 8000, items: int = 2000) -> tuple[Split, dict[str, NDArray[np.float32]]]:
+    """Make the demo's data: its held-out rows to stop by where the user's number is even, to report where it is odd."""
+    data = demo.make(folder, users=users, items=items, seed=0)
+    text, table = np.full((items, demo.WIDTHS["text"]), np.nan, np.float32), pq.read_table(data.text)
+    text[table["item_id"].to_numpy()] = np.vstack(table["embedding"].to_numpy())
+
+    def ones(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> csr_matrix:
+        return csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(users, items))
+
+    who, what = data.unseen
+    even = who % 2 == 0
+    split = Split(ones(*data.seen), ones(who[even], what[even]), ones(who[~even], what[~even]))
+    return split, {"image": np.load(data.image).astype(np.float32), "text": text}

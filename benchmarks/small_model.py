@@ -12,14 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
-from ranking import KS, Split, metrics
+from ranking import KS, Split, demo_split, metrics
 from scipy.sparse import coo_matrix, csr_matrix
 
 import gpu_init
-from gpu_init import demo
 from gpu_init.mmrec import Observer, Outcome
 from gpu_init.torch import Table, init_model_
 
@@ -112,21 +109,6 @@ def _evaluate(
     if observe is not None:
         observe(kind, active, top)
     return metrics(active, top, split, held_out)
-
-
-def demo_split(folder: str, users: int = 8000, items: int = 2000) -> tuple[Split, dict[str, NDArray[np.float32]]]:
-    """Make the demo's data: its held-out rows to stop by where the user's number is even, to report where it is odd."""
-    data = demo.make(folder, users=users, items=items, seed=0)
-    text, table = np.full((items, demo.WIDTHS["text"]), np.nan, np.float32), pq.read_table(data.text)
-    text[table["item_id"].to_numpy()] = np.vstack(table["embedding"].to_numpy())
-
-    def ones(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> csr_matrix:
-        return csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(users, items))
-
-    who, what = data.unseen
-    even = who % 2 == 0
-    split = Split(ones(*data.seen), ones(who[even], what[even]), ones(who[~even], what[~even]))
-    return split, {"image": np.load(data.image).astype(np.float32), "text": text}
 
 
 def compare(seeds: range, folder: str, **options: Any) -> list[tuple[Outcome, Outcome]]:

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from common import RESULTS, peak_memory, row, show
 from numpy.typing import NDArray
-from ranking import means
+from ranking import means, ranked
 from scipy.sparse import csr_matrix
 
 import gpu_init
@@ -29,7 +29,6 @@ MODALITIES = ("image", "audio")
 LAMBDAS = (1.0, 0.9, 0.5, 0.1)
 SEEDS = range(4)
 DIM = 64
-TOP = 20
 USERS = 9308
 
 
@@ -103,26 +102,14 @@ def ranking(data: Path) -> None:
     show("held-out rows, no training", ["lambda", "seeds", "Recall@20", "over seeds", "NDCG@20"], lines)
 
 
-def metrics(
-    result: Mapping[str, Any], train: csr_matrix, held_out: csr_matrix, block: int = 1024
-) -> tuple[float, float]:
+def metrics(result: Mapping[str, Any], train: csr_matrix, held_out: csr_matrix) -> tuple[float, float]:
     """Recall@20 and NDCG@20, the mean over the users who have held-out rows."""
-    active = np.flatnonzero(np.diff(held_out.indptr))
-    hits = []
-    for first in range(0, len(active), block):
-        users = active[first : first + block]
-        scores = np.add.reduce([result[name].users[users] @ result[name].items.T for name in MODALITIES])
-        scores[train[users].nonzero()] = -np.inf
-        hits.append(np.take_along_axis(held_out[users].toarray(), _top(scores), axis=1) > 0)
-    found = means(np.concatenate(hits), np.diff(held_out.indptr)[active])
-    return found[f"recall_{TOP}"], found[f"ndcg_{TOP}"]
 
+    def score(users: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.add.reduce([result[name].users[users] @ result[name].items.T for name in MODALITIES])
 
-def _top(scores: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Columns of the highest scores of each row, best first."""
-    unordered = np.argpartition(-scores, TOP, axis=1)[:, :TOP]
-    order = np.argsort(-np.take_along_axis(scores, unordered, axis=1), axis=1)
-    return np.take_along_axis(unordered, order, axis=1)
+    found = means(*ranked(score, train, held_out))
+    return found["recall_20"], found["ndcg_20"]
 
 
 def _matrix(table: pd.DataFrame, shape: tuple[int, int]) -> csr_matrix:

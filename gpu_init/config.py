@@ -105,10 +105,10 @@ class Settings:
                     object.__setattr__(self, key.field, key.checked(value, key.name))
         if self.whiten and self.dim is None:
             raise InputError("whiten needs dim, the width that features are projected to; set it too, such as dim 64.")
-        for name, key, value in BELONGING:
-            of = self.lam if key == "lambda" else self.cluster_on
+        for name, other, value in BELONGING:
+            of = self.lam if other == "lambda" else self.cluster_on
             if getattr(self, name) is not None and of != value:
-                raise InputError(f"{name} is of {key} {value}; set {key} to {value} too, or leave {name} out.")
+                raise InputError(f"{name} is of {other} {value}; set {other} to {value} too, or leave {name} out.")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,241 @@
+"""Users clustered by what they did (``cluster_on = "interactions"``): what it ranks, what it finds, what it costs.
+
+``table``: held-out rows ranked by ``X F^T`` without training, for clusters on users' means, on interactions as
+`gpu_init` has them (large components alone), and on interactions with the mean degree added to each degree, which is
+the other way with small components. TikTok, TikTok with half and a quarter of its training rows, and the demo's data;
+all modalities, 64 whitened dimensions, four K-means seeds; intervals by a bootstrap over users, paired with the local
+means alone. ``groups``: the demo's data with features of pure noise, adjusted Rand index of the clusters with the
+groups of taste that it was made of. ``cost``: `gpu_init.initialize` on both kinds of clusters, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+from common import RESULTS, alternate, features, matrix, row, show
+from numpy.typing import NDArray
+from ranking import demo_split, ranked
+from scipy.sparse import csr_matrix
+from scipy.sparse.linalg import svds
+from sklearn.metrics import adjusted_rand_score
+
+import gpu_init
+from gpu_init import demo, kmeans, method
+from gpu_init.backend import select
+from gpu_init.interactions import from_matrix
+
+SEEDS = range(4)
+LAMBDAS = (0.1, 0.5)
+CLUSTERS = (8, 64, 256)
+RANK = 64
+DIM = 64
+BOOTSTRAPS = 1000
+Features = Mapping[str, NDArray[np.float32]]
+
+
+class Data(NamedTuple):
+    """Interactions to make vectors of, those held out, features."""
+
+    train: csr_matrix
+    held_out: csr_matrix
+    features: Features
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data" / "tiktok")
+    parser.add_argument("--parts", nargs="+", choices=("table", "groups", "cost"), default=("table", "groups", "cost"))
+    parser.add_argument("--quick", action="store_true", help="the demo's data alone, small: does it run?")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
+    given = parser.parse_args()
+    if "table" in given.parts:
+        lines = [line for name, data in _data(given) for line in table(name, data, given)]
+        columns = ["data", "clusters on", "K", "lambda", "Recall@20", "over seeds", "more than local alone", "95%"]
+        show("held-out rows, no training", columns, lines)
+    if "groups" in given.parts:
+        groups(given)
+    if "cost" in given.parts:
+        cost(given)
+
+
+def _data(given: argparse.Namespace) -> Iterator[tuple[str, Data]]:
+    if not given.quick and (given.data / "tiktok.inter").is_file():
+        whole = _tiktok(given.data)
+        for name, share in (("tiktok", 1.0), ("tiktok, half", 0.5), ("tiktok, a quarter", 0.25)):
+            yield name, whole._replace(train=_thinned(whole.train, share))
+    elif not given.quick:
+        print(f"TikTok is skipped: {given.data.name}/tiktok.inter is not there; name its folder with --data")
+    with tempfile.TemporaryDirectory() as folder:
+        split, features = demo_split(folder, *((1000, 300) if given.quick else (8000, 2000)))
+        yield "demo", Data(split.train, split.valid + split.test, features)
+
+
+def _tiktok(data: Path) -> Data:
+    table = pd.read_csv(data / "tiktok.inter", sep="\t")
+    features = {name: np.load(data / f"{name}_feat.npy").astype(np.float32) for name in ("image", "audio")}
+    shape = (9308, len(features["image"]))
+
+    def ones(rows: pd.DataFrame) -> csr_matrix:
+        return csr_matrix((np.ones(len(rows), np.float32), (rows["userID"], rows["itemID"])), shape=shape)
+
+    return Data(ones(table[table["x_label"] == 0]), ones(table[table["x_label"] > 0]), features)
+
+
+def _thinned(R: csr_matrix, share: float) -> csr_matrix:
+    entries = R.tocoo()
+    kept = np.random.default_rng(0).random(entries.nnz) < share
+    return csr_matrix((entries.data[kept], (entries.row[kept], entries.col[kept])), shape=R.shape)
+
+
+# What it ranks.
+
+
+def table(name: str, data: Data, given: argparse.Namespace) -> Iterator[list[Any]]:
+    """Rank held-out rows of some data by each kind of clusters."""
+    made = gpu_init.initialize(data.train, data.features, lam=1.0, dim=DIM, whiten=True, backend="cpu")
+    items = {modality: one.items for modality, one in made.items()}
+    local = {modality: one.users for modality, one in made.items()}
+    alone = _recall(data, local, items)
+    yield [name, "local means alone", "", 1.0, alone.mean(), "", "", ""]
+    row(given.results / "interactions.csv", data=name, clusters_on="none", lam=1.0, recall_at_20=float(alone.mean()))
+    for kind in ("users", "interactions", "interactions, mean degree added"):
+        for clusters in CLUSTERS[: 1 if given.quick else None]:
+            levels = [_global(kind, data, clusters, seed) for seed in SEEDS]
+            for lam in LAMBDAS:
+                found = [_recall(data, _blended(lam, local, level), items) for level in levels]
+                means = [float(one.mean()) for one in found]
+                low, high = _interval(np.mean(found, axis=0) - alone)
+                scores = {"recall_at_20": float(np.mean(means)), "recall_min": min(means), "recall_max": max(means)}
+                more = {"more": scores["recall_at_20"] - float(alone.mean()), "more_low": low, "more_high": high}
+                row(
+                    given.results / "interactions.csv",
+                    data=name,
+                    clusters_on=kind,
+                    clusters=clusters,
+                    lam=lam,
+                    seeds=len(SEEDS),
+                    **scores,
+                    **more,
+                )
+                spread = f"{min(means):.4f} to {max(means):.4f}"
+                gain = f"{more['more']:+.4f}"
+                yield [name, kind, clusters, lam, scores["recall_at_20"], spread, gain, f"{low:+.4f} to {high:+.4f}"]
+
+
+def _global(kind: str, data: Data, clusters: int, seed: int) -> dict[str, NDArray[np.float32]]:
+    """G of each modality, (U, d)."""
+    given: dict[str, Any] = {"clusters": clusters, "seed": seed, "dim": DIM, "whiten": True, "backend": "cpu"}
+    if kind != "interactions, mean degree added":
+        made = gpu_init.initialize(data.train, data.features, lam=0.0, cluster_on=kind, **given)
+        return {name: one.users for name, one in made.items()}
+    device = select("cpu")
+    matrix = from_matrix(device, data.train, "interactions")
+    rows, active = _regularized(data.train)
+    points = kmeans.Dense(device, rows[active])
+    found = kmeans.fit(device, points, clusters, seed)
+    labels = np.full(len(rows), -1, np.int32)
+    labels[active] = found.labels
+    projected = gpu_init.initialize(data.train, data.features, lam=1.0, dim=DIM, whiten=True, backend="cpu")
+    levels = {}
+    for name, one in projected.items():
+        present = one.items_mask
+        modality = method.feature_arrays.Modality(name, one.items, present, int(present.sum()))
+        operator = method.weighting(device, matrix, present, "mean")
+        centroids, own = method.of_behaviour(device, matrix, modality, operator, labels, clusters)
+        levels[name] = np.where(operator.warm[:, None], centroids[own], centroids[own[operator.warm]].mean(axis=0))
+    return levels
+
+
+def _regularized(R: csr_matrix) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Rows of E, of length 1, where the mean degree is added to each degree; who has interactions."""
+    degrees = [np.asarray(R.sum(axis=axis), np.float64).ravel() for axis in (1, 0)]
+    roots = [scipy.sparse.diags(1 / np.sqrt(one + one[one > 0].mean())) for one in degrees]
+    S = roots[0] @ R.astype(np.float64) @ roots[1]
+    _, _, V = svds(S, k=RANK, rng=0)
+    rows = S @ V.T
+    return (rows / np.maximum(np.linalg.norm(rows, axis=1), 1e-300)[:, None]).astype(np.float32), np.flatnonzero(
+        degrees[0]
+    )
+
+
+def _blended(lam: float, local: Features, level: Features) -> dict[str, NDArray[np.float32]]:
+    return {name: np.float32(lam) * local[name] + np.float32(1 - lam) * level[name] for name in local}
+
+
+def _recall(data: Data, users: Features, items: Features) -> NDArray[np.float64]:
+    """Recall@20 of each user with held-out items."""
+
+    def score(some: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.add.reduce([users[name][some] @ items[name].T for name in users])
+
+    hits, counts = ranked(score, data.train, data.held_out)
+    found: NDArray[np.float64] = hits.sum(axis=1) / counts
+    return found
+
+
+def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """95% interval of a mean, users drawn anew."""
+    rng, n = np.random.default_rng(0), len(values)
+    drawn = [rng.choice(values, n).mean() for _ in range(BOOTSTRAPS)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(low), float(high)
+
+
+# What it finds.
+
+
+def groups(given: argparse.Namespace) -> None:
+    """Clusters against the groups of taste of the demo's data, whose features are made noise."""
+    users, items = (2000, 400) if given.quick else (20_000, 4000)
+    with tempfile.TemporaryDirectory() as folder:
+        made = demo.make(folder, users=users, items=items, seed=0)
+        R = csr_matrix((np.ones(len(made.seen[0]), np.float32), made.seen), shape=(users, items))
+        taste = made.user_groups
+    noise = {"noise": np.random.default_rng(0).standard_normal((items, 64)).astype(np.float32)}
+    k = int(taste.max()) + 1
+    degrees = np.diff(R.indptr)
+    lines = []
+    for kind in ("users", "interactions"):
+        labels = gpu_init.initialize(R, noise, clusters=k, cluster_on=kind, restarts=4, backend="cpu")["noise"].labels
+        for least in (1, 5, 10):
+            some = degrees >= least
+            found = adjusted_rand_score(taste[some], labels[some])
+            facts = {"items": items, "clusters": k, "least_degree": least, "users": int(some.sum()), "ari": found}
+            row(given.results / "interactions_groups.csv", clusters_on=kind, **facts)
+            lines.append([kind, k, least, int(some.sum()), found])
+    columns = ["clusters on", "K", "interactions at least", "users", "adjusted Rand index"]
+    show("features of noise, groups of taste", columns, lines)
+
+
+# What it costs.
+
+
+def cost(given: argparse.Namespace) -> None:
+    """`initialize` on both kinds of clusters, in turn."""
+    users, items, pairs, width = (2000, 500, 20_000, 32) if given.quick else (300_000, 40_000, 4_000_000, 384)
+    R, F = matrix(users, items, pairs), {"noise": features("noise", items, width)}
+    kinds = ("users", "interactions")
+
+    def make(kind: str) -> Any:
+        return lambda: gpu_init.initialize(R, F, cluster_on=kind, backend="cpu")
+
+    timings = alternate({kind: make(kind) for kind in kinds}, repeats=3)
+    lines = []
+    for kind, timing in timings.items():
+        sizes = {"users": users, "items": items, "pairs": R.nnz, "width": width}
+        costs = {"seconds": timing.median, "times_users": timing.ratio}
+        row(given.results / "interactions_cost.csv", clusters_on=kind, **sizes, **costs)
+        lines.append([kind, timing.median, timing.ratio])
+    title = f"initialize, {users:,} users, {R.nnz:,} pairs, D {width}, K 8"
+    show(title, ["clusters on", "seconds", "times those of users"], lines)
+
+
+if __name__ == "__main__":
+    main()
