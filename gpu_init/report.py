@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from . import charts, storage
-from .artifact import REPORT, SAMPLE_COLUMNS, Artifact, ModalityArrays
+from .artifact import REPORT, SAMPLE_COLUMNS, Artifact, InteractionArrays, ModalityArrays
 from .charts import Section
 from .errors import InputError
 
@@ -84,6 +84,23 @@ def _facts(artifact: Artifact) -> Iterator[Section]:
     cells: list[list[Any]] = [[key, str(value)] for key, value in settings.items() if value is not None]
     cells += [["interactions kept", counts.get("kept", "-")], ["pairs of user and item", counts.get("pairs", "-")]]
     yield "The job", "Settings, and what they were applied to.", charts.rows(cells, ["", ""])
+
+    if isinstance(counts.get("embedding"), dict) and artifact.interactions is not None:
+        yield "Users by what they did", *_embedding(artifact.interactions, counts["embedding"])
+
+
+def _embedding(arrays: InteractionArrays, facts: dict[str, Any]) -> tuple[str, Any]:
+    drawn = charts.figure(height=300)
+    values = arrays.singular_values
+    drawn.add_scatter(x=list(range(1, len(values) + 1)), y=values.tolist(), mode="markers+lines")
+    drawn.update_xaxes(title="direction")
+    drawn.update_yaxes(title="singular value")
+    return (
+        "Users are clustered, for all modalities alike, by where their interactions lie in the leading directions of"
+        " all interactions, normalized by both degrees. Values near 1 part users who share hardly an item;"
+        f" {_count(facts.get('items_outside'))} items lie outside the large components and have no part in them.",
+        drawn,
+    )
 
 
 def _modality(artifact: Artifact, name: str, names: dict[str, str] | None) -> Iterator[Section]:

@@ -13,10 +13,12 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .config import BELONGING
+
 BARS = 16  # up to this many clusters each has its own bar
 _BAR_WIDTH = 24
 _SETTINGS = (
-    *("lambda", "tau", "temperature", "clusters", "cluster_on", "weighting"),
+    *("lambda", "tau", "temperature", "clusters", "cluster_on", "cluster_rank", "weighting"),
     *("dim", "whiten", "scale", "dtype", "seed", "restarts"),
 )
 
@@ -83,6 +85,8 @@ def _run(manifest: dict[str, Any]) -> Facts:
             f" {_number(counts.get('pairs'))} pairs, weight {_number(counts.get('weight'))}"
         ),
     )
+    if "embedding" in counts:
+        yield "users by what they did", Text(_embedding(_mapping(counts["embedding"])))
     settings = _mapping(manifest.get("settings"))
     yield (
         "settings",
@@ -95,8 +99,8 @@ def _run(manifest: dict[str, Any]) -> Facts:
 
 
 def _said(settings: dict[str, Any], key: str) -> bool:
-    """Whether a setting is worth a word: what belongs to another lambda is None."""
-    return key in settings and not (key in ("tau", "temperature") and settings[key] is None)
+    """Whether a setting is worth a word: what goes with another value than the one taken is None."""
+    return key in settings and not (settings[key] is None and any(key == name for name, _, _ in BELONGING))
 
 
 def _modality(facts: dict[str, Any], block: str) -> Facts:
@@ -118,6 +122,17 @@ def _modality(facts: dict[str, Any], block: str) -> Facts:
     yield f"K {_number(facts.get('clusters'))}, users", _sizes(facts.get("cluster_sizes"), block)
     if "item_cluster_sizes" in facts:
         yield "items", _sizes(facts["item_cluster_sizes"], block)
+
+
+def _embedding(facts: dict[str, Any]) -> str:
+    """Dimensions that users are placed in by their interactions."""
+    values = facts.get("singular_values")
+    low = _number(values[-1]) if isinstance(values, list) and values else "-"
+    settled = "settled" if facts.get("settled") is True else "not settled"
+    return (
+        f"{_number(facts.get('rank'))} dimensions, singular values down to {low}, {settled} after"
+        f" {_number(facts.get('products'))} products; {_number(facts.get('items_outside'))} items outside"
+    )
 
 
 def _policy(facts: dict[str, Any]) -> str:

@@ -826,7 +826,13 @@ SETTINGS = {
         "5",
     ),
     "clusters above items": (lambda j: j.flags.update(clusters=str(ITEMS), cluster_on="items"), "image", "25", "24"),
-    "cluster on interactions": (flag("cluster_on", "interactions"), "--cluster-on", "users or items"),
+    "cluster on moods": (flag("cluster_on", "moods"), "--cluster-on", "users, items or interactions"),
+    "cluster rank of users": (flag("cluster_rank", "8"), "cluster_rank", "cluster_on interactions"),
+    "clusters above users that hang together": (
+        lambda j: j.flags.update(clusters="1000", cluster_on="interactions"),
+        "1000 clusters",
+        "lower --clusters",
+    ),
     "weighting": (flag("weighting", "median"), "--weighting", "median", "mean or sym"),
     "scale": (flag("scale", "big"), "--scale", "big"),
     "dtype": (flag("dtype", "float64"), "--dtype", "float64"),
@@ -1254,7 +1260,7 @@ def untimed(job):
     return {key: value for key, value in manifest(job).items() if key not in ("timings", "checksum")}
 
 
-@pytest.mark.parametrize("cluster_on", ["users", "items"])
+@pytest.mark.parametrize("cluster_on", ["users", "items", "interactions"])
 def test_two_runs_differ_in_their_timings_only(cluster_on, job, monkeypatch, capfd):
     two(job, image(8)[:, :4])
     first = artifact(job, monkeypatch, capfd, cluster_on=cluster_on, dtype="float16", scale="items"), untimed(job)

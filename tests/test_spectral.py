@@ -308,3 +308,14 @@ def test_a_missing_array_is_a_problem(job):
     del manifest["files"]["interactions/centroids.npy"]
     problems = list(artifact._problems(str(pathlib.Path("out").resolve()), manifest))
     assert any("interactions/centroids.npy: missing" in problem for problem in problems)
+
+
+def test_inspect_and_the_report_show_it(job, capsys):
+    job("out")
+    assert main(["inspect", "out"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "cluster_on interactions, cluster_rank 12" in said
+    assert "12 dimensions, singular values down to 0." in said
+    assert main(["report", "out"]) == 0
+    with open("out/report.html", encoding="utf-8") as page:
+        assert "Users by what they did" in page.read()
