@@ -141,7 +141,7 @@ def test_every_key_can_stand_in_the_file(tmp_path, monkeypatch):
         "users": 9308,
         "tau": 2.5,
         **dict.fromkeys(("whiten", "resume", "overwrite"), True),
-        **{name: int(EVERYTHING[name]) for name in ("clusters", "dim", "seed", "restarts")},
+        **{name: int(EVERYTHING[name]) for name in ("clusters", "cluster_rank", "dim", "seed", "restarts")},
     }
     for dash in ("_", "-"):
         text = tomli_w.dumps({name.replace("_", dash): value for name, value in typed.items()})

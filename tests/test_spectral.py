@@ -13,7 +13,7 @@ from gpu_init import artifact, kmeans, method, spectral
 from gpu_init.backend import CpuBackend
 from gpu_init.cli import main
 from gpu_init.config import Settings
-from gpu_init.errors import InputError
+from gpu_init.errors import InputError, ResourceError
 from gpu_init.interactions import from_matrix
 
 DEVICE = CpuBackend("test")
@@ -319,3 +319,24 @@ def test_inspect_and_the_report_show_it(job, capsys):
     assert main(["report", "out"]) == 0
     with open("out/report.html", encoding="utf-8") as page:
         assert "Users by what they did" in page.read()
+
+
+def test_a_stopped_run_goes_on_from_what_it_has(job, monkeypatch):
+    """Stopped where a modality's clusters come; what was found of the interactions is not sought again."""
+    whole = job("whole")
+    of_behaviour = method.of_behaviour
+
+    def full(*_):
+        raise ResourceError("no space is left")
+
+    monkeypatch.setattr(method, "of_behaviour", full)
+    flags = ["--interactions=log.parquet", "--weight-column=w", "--cluster-on=interactions", "--cluster-rank=12"]
+    flags += ["--features=a=a.parquet", "--features=b=b.parquet", "--clusters=4", "--out=out"]
+    assert main(["run", *flags]) == 3
+    monkeypatch.setattr(method, "of_behaviour", of_behaviour)
+    monkeypatch.setattr(method, "embed", full)
+    made = job("out", "--resume")
+    assert artifact.verify("out") == []
+    assert {name: one["sha256"] for name, one in made.manifest["files"].items()} == {
+        name: one["sha256"] for name, one in whole.manifest["files"].items()
+    }
