@@ -29,7 +29,7 @@ from gpu_init.backend import select
 from gpu_init.progress import Progress
 
 METRIC = "recall@20"
-DRAWN = 12  # settings that models are trained from
+DRAWN = 24  # settings that models are trained from
 OPTIONS = {"layers": 0, "learning_rate": 0.005, "epochs": 10, "patience": 10}
 
 
