@@ -522,7 +522,7 @@ KEYS: tuple[Key, ...] = (
         read=_read_clusters,
     ),
     _choice_key("cluster_on", CLUSTER_ON, "what is clustered; interactions: users, by what they did"),
-    _number_key("cluster_rank", (1, 4096), "of interactions: dimensions that users are placed in (default: 64)", "R"),
+    _number_key("cluster_rank", (1, 1024), "of interactions: dimensions that users are placed in (default: 64)", "R"),
     _choice_key("weighting", ("mean", "sym"), "mean of the user's items, or normalized by both degrees"),
     _number_key("dim", (1, _MAX_INT), "project features to this width (default: no)", "D"),
     _flag_key("whiten", "unit variance per projected component; needs --dim"),

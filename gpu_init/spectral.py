@@ -25,7 +25,9 @@ from .backend import Backend, ranges
 from .interactions import Interactions
 
 TOLERANCE = 1e-6  # of the residual of each direction, where singular values are at most 1
-MOST_PRODUCTS = 64  # by S^T S, of a block each
+MOST_PRODUCTS = 200  # by S^T S, of a block each
+WORK = 1 << 32  # multiplications that may go into them, but for the first `LEAST_PRODUCTS`
+LEAST_PRODUCTS = 20
 _BLOCK = 16  # vectors
 _RANGE_USERS = 1 << 20
 _GRAPH_USERS = 1 << 16
@@ -52,7 +54,7 @@ class Embedding:
     products : int
         By S^T S.
     settled : bool
-        Whether all residuals fell below `TOLERANCE`; else there were `MOST_PRODUCTS`.
+        Whether all residuals fell below `TOLERANCE`; else it ended at `most_products`.
     """
 
     items: Any
@@ -93,17 +95,22 @@ def fit(backend: Backend, interactions: Interactions, rank: int, seed: int) -> E
             backend.kernels.gram(rows, table, user_factors[part], item_factors, sums)
         return sums
 
+    rng = np.random.default_rng(seed)
     with backend.deterministic():
         if len(inside) <= _most_vectors(rank):
             vectors, squares, products, settled = *_whole(backend, product, interactions.items, inside, rank), 1, True
         else:
-            vectors, squares, products, settled = _lanczos(
-                backend, product, item_factors > 0, rank, np.random.default_rng(seed)
-            )
+            most = most_products(interactions.pairs, rank)
+            vectors, squares, products, settled = _lanczos(backend, product, item_factors > 0, rank, most, rng)
         largest = vectors[abs(vectors).argmax(axis=0), xp.arange(rank)]
         vectors = (vectors * xp.where(largest < 0, -1.0, 1.0)).astype(xp.float32)
     values = np.sqrt(np.maximum(backend.to_host(squares), 0.0))
     return Embedding(vectors, item_factors, values, products, settled)
+
+
+def most_products(pairs: int, rank: int) -> int:
+    """Products by S^T S that interactions of so many pairs are worth: where the spectrum is flat, more add little."""
+    return max(LEAST_PRODUCTS, 2 * -(-rank // _BLOCK), min(MOST_PRODUCTS, WORK // (2 * _BLOCK * pairs)))
 
 
 def needed_bytes(items: int, rank: int) -> int:
@@ -187,7 +194,7 @@ def _whole(backend: Backend, product: Product, items: int, inside: Any, rank: in
 
 
 def _lanczos(
-    backend: Backend, product: Product, inside: Any, rank: int, rng: np.random.Generator
+    backend: Backend, product: Product, inside: Any, rank: int, limit: int, rng: np.random.Generator
 ) -> tuple[Any, Any, int, bool]:
     """Leading eigenvectors (I, r) and values (r,) of a symmetric operator, how many products it took, whether settled.
 
@@ -198,7 +205,8 @@ def _lanczos(
     most, kept = _most_vectors(rank), rank + _BLOCK
     basis = xp.zeros((len(inside), most + _BLOCK))
     projected = xp.zeros((most, most))  # basis^T S^T S basis, its upper triangle
-    fresh = _orthonormal(backend, basis[:, :0], xp.zeros((len(inside), _BLOCK)), inside, rng)
+    noise = backend.asarray(rng.standard_normal((len(inside), _BLOCK)))
+    fresh, _ = xp.linalg.qr(xp.where(inside[:, None], noise, 0.0))
     size = products = 0
     while True:
         block = slice(size, size + _BLOCK)
@@ -207,15 +215,22 @@ def _lanczos(
         rest = product(fresh)
         products += 1
         projected[:size, block] = _rid(backend, basis[:, :size], rest)
-        coupling = xp.linalg.qr(rest, mode="r")
+        projected[:size, block] += _rid(backend, basis[:, :size], rest)  # of what rounding has left
+        fresh, coupling = xp.linalg.qr(rest)
         values, vectors = xp.linalg.eigh(projected[:size, :size], UPLO="U")
         values, vectors = values[::-1], vectors[:, ::-1]
         wanted = vectors[:, : min(rank, size)]
         residuals = xp.sqrt(((coupling @ wanted[-_BLOCK:]) ** 2).sum(axis=0))
         settled = size >= rank and bool((residuals <= TOLERANCE).all())
-        if settled or products == MOST_PRODUCTS:
+        if settled or products == limit:
             return _times(backend, basis[:, :size], wanted), values[:rank], products, settled
-        fresh = _orthonormal(backend, basis[:, :size], rest, inside, rng)
+        spent = abs(xp.diagonal(coupling)) <= _NOTHING
+        if bool(spent.any()):  # the block has no more to say: random vectors stand in
+            noise = backend.asarray(rng.standard_normal(fresh.shape))
+            fresh = xp.where(spent, xp.where(inside[:, None], noise, 0.0), fresh)
+            _rid(backend, basis[:, :size], fresh)
+        _rid(backend, basis[:, :size], fresh)
+        fresh, _ = xp.linalg.qr(fresh)
         if size + _BLOCK > most:
             basis[:, :kept] = _times(backend, basis[:, :size], vectors[:, :kept])
             projected[:] = xp.diag(xp.concatenate([values[:kept], xp.zeros(most - kept)]))
@@ -224,12 +239,9 @@ def _lanczos(
 
 def _rid(backend: Backend, basis: Any, block: Any) -> Any:
     """Take out of a block (I, b) what lies in the space of a basis (I, n), and give that part's coordinates (n, b)."""
-    found = backend.xp.zeros((basis.shape[1], block.shape[1]))
-    for _ in range(2):  # the second time for what rounding has left
-        inner = _inner(backend, basis, block)
-        block -= _times(backend, basis, inner)
-        found += inner
-    return found
+    inner = _inner(backend, basis, block)
+    block -= _times(backend, basis, inner)
+    return inner
 
 
 def _inner(backend: Backend, basis: Any, block: Any) -> Any:
@@ -247,20 +259,3 @@ def _times(backend: Backend, basis: Any, table: Any) -> Any:
     for _ in backend.in_order(work, ranges(len(basis), _ROWS)):
         pass
     return out
-
-
-def _orthonormal(backend: Backend, basis: Any, block: Any, inside: Any, rng: np.random.Generator) -> Any:
-    """Orthonormal vectors (I, b) across from a basis, of the space of a block that is across from it already.
-
-    Where the block has no more to say, random vectors stand in.
-    """
-    xp = backend.xp
-    found, triangle = xp.linalg.qr(block)
-    spent = abs(xp.diagonal(triangle)) <= _NOTHING
-    if bool(spent.any()):
-        noise = backend.asarray(rng.standard_normal(block.shape))
-        found = xp.where(spent, xp.where(inside[:, None], noise, 0.0), found)
-    for _ in range(2):
-        _rid(backend, basis, found)
-        found = xp.linalg.qr(found)[0]
-    return found

@@ -102,6 +102,14 @@ def test_a_product_that_ends_early_is_no_trouble():
     np.testing.assert_allclose(inner, np.eye(8), atol=1e-5)
 
 
+def test_many_directions_of_many_pairs(monkeypatch):
+    """There are as many products as it takes to have so many, whatever the work."""
+    monkeypatch.setattr(spectral, "WORK", 0)
+    monkeypatch.setattr(spectral, "LEAST_PRODUCTS", 1)
+    R, _ = log(users=2000, items=400)
+    assert embedded(R, rank=100).items.shape == (400, 100)
+
+
 def test_rank_is_bounded_by_what_is_there():
     R, _ = log(users=7, items=40)
     assert embedded(R, rank=64).items.shape == (40, 7)
