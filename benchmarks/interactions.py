@@ -5,7 +5,9 @@
 the other way with small components. TikTok, TikTok with half and a quarter of its training rows, and the demo's data;
 all modalities, 64 whitened dimensions, four K-means seeds; intervals by a bootstrap over users, paired with the local
 means alone. ``groups``: the demo's data with features of pure noise, adjusted Rand index of the clusters with the
-groups of taste that it was made of. ``cost``: `gpu_init.initialize` on both kinds of clusters, in turn.
+groups of taste that it was made of. ``cost``: `gpu_init.initialize` on both kinds of clusters, in turn. ``svd``: the
+directions by `gpu_init.spectral` and by scipy's `svds` (ARPACK), in turn, on TikTok and on random interactions, whose
+spectrum is flat; and the share of the sum of squared singular values that ours reach.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from scipy.sparse.linalg import svds
 from sklearn.metrics import adjusted_rand_score
 
 import gpu_init
-from gpu_init import demo, kmeans, method
+from gpu_init import demo, kmeans, method, spectral
 from gpu_init.backend import select
+from gpu_init.features import Modality
 from gpu_init.interactions import from_matrix
 
 SEEDS = range(4)
@@ -37,6 +40,7 @@ CLUSTERS = (8, 64, 256)
 RANK = 64
 DIM = 64
 BOOTSTRAPS = 1000
+PARTS = ("table", "groups", "cost", "svd")
 Features = Mapping[str, NDArray[np.float32]]
 
 
@@ -51,7 +55,7 @@ class Data(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data" / "tiktok")
-    parser.add_argument("--parts", nargs="+", choices=("table", "groups", "cost"), default=("table", "groups", "cost"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true", help="the demo's data alone, small: does it run?")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     given = parser.parse_args()
@@ -63,6 +67,8 @@ def main() -> None:
         groups(given)
     if "cost" in given.parts:
         cost(given)
+    if "svd" in given.parts:
+        svd(given)
 
 
 def _data(given: argparse.Namespace) -> Iterator[tuple[str, Data]]:
@@ -146,7 +152,7 @@ def _global(kind: str, data: Data, clusters: int, seed: int) -> dict[str, NDArra
     levels = {}
     for name, one in projected.items():
         present = one.items_mask
-        modality = method.feature_arrays.Modality(name, one.items, present, int(present.sum()))
+        modality = Modality(name, one.items, present, int(present.sum()))
         operator = method.weighting(device, matrix, present, "mean")
         centroids, own = method.of_behaviour(device, matrix, modality, operator, labels, clusters)
         levels[name] = np.where(operator.warm[:, None], centroids[own], centroids[own[operator.warm]].mean(axis=0))
@@ -155,14 +161,19 @@ def _global(kind: str, data: Data, clusters: int, seed: int) -> dict[str, NDArra
 
 def _regularized(R: csr_matrix) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Rows of E, of length 1, where the mean degree is added to each degree; who has interactions."""
-    degrees = [np.asarray(R.sum(axis=axis), np.float64).ravel() for axis in (1, 0)]
-    roots = [scipy.sparse.diags(1 / np.sqrt(one + one[one > 0].mean())) for one in degrees]
-    S = roots[0] @ R.astype(np.float64) @ roots[1]
+    S = _normalized(R, 1.0)
     _, _, V = svds(S, k=RANK, rng=0)
     rows = S @ V.T
-    return (rows / np.maximum(np.linalg.norm(rows, axis=1), 1e-300)[:, None]).astype(np.float32), np.flatnonzero(
-        degrees[0]
-    )
+    rows /= np.maximum(np.linalg.norm(rows, axis=1), 1e-300)[:, None]
+    return rows.astype(np.float32), np.flatnonzero(np.diff(R.indptr))
+
+
+def _normalized(R: Any, share: float) -> Any:
+    """S of all interactions, a share of the mean degree added to each degree."""
+    degrees = [np.asarray(R.sum(axis=axis), np.float64).ravel() for axis in (1, 0)]
+    added = [one + share * one[one > 0].mean() for one in degrees]
+    roots = [np.divide(1, np.sqrt(one), out=np.zeros(len(one)), where=one > 0) for one in added]
+    return (scipy.sparse.diags(roots[0]) @ R.astype(np.float64) @ scipy.sparse.diags(roots[1])).tocsr()
 
 
 def _blended(lam: float, local: Features, level: Features) -> dict[str, NDArray[np.float32]]:
@@ -173,7 +184,8 @@ def _recall(data: Data, users: Features, items: Features) -> NDArray[np.float64]
     """Recall@20 of each user with held-out items."""
 
     def score(some: NDArray[np.int64]) -> NDArray[np.float32]:
-        return np.add.reduce([users[name][some] @ items[name].T for name in users])
+        scores: NDArray[np.float32] = np.add.reduce([users[name][some] @ items[name].T for name in users])
+        return scores
 
     hits, counts = ranked(score, data.train, data.held_out)
     found: NDArray[np.float64] = hits.sum(axis=1) / counts
@@ -235,6 +247,35 @@ def cost(given: argparse.Namespace) -> None:
         lines.append([kind, timing.median, timing.ratio])
     title = f"initialize, {users:,} users, {R.nnz:,} pairs, D {width}, K 8"
     show(title, ["clusters on", "seconds", "times those of users"], lines)
+
+
+def svd(given: argparse.Namespace) -> None:
+    """`spectral.fit` against `svds`."""
+    device = select("cpu")
+    sources = {"random": matrix(*((2000, 500, 20_000) if given.quick else (300_000, 40_000, 4_000_000)))}
+    if not given.quick and (given.data / "tiktok.inter").is_file():
+        sources = {"tiktok": _tiktok(given.data).train, **sources}
+    lines = []
+    for name, R in sources.items():
+        made = from_matrix(device, R, "interactions")
+        kept = spectral.large_components(device, made, RANK)
+        S = _normalized(R @ scipy.sparse.diags(kept.astype(np.float64)), 0.0)
+        found: dict[str, Any] = {}
+
+        def ours(made: Any = made, found: dict[str, Any] = found) -> None:
+            found["ours"] = spectral.fit(device, made, RANK, 0)
+
+        def theirs(S: Any = S, found: dict[str, Any] = found) -> None:
+            found["svds"] = svds(S, k=RANK, rng=0, return_singular_vectors="vh")[1]
+
+        timings = alternate({"ours": ours, "svds": theirs}, repeats=1, warm_up=name == "tiktok")
+        reached = float((found["ours"].singular_values ** 2).sum() / (found["svds"] ** 2).sum())
+        facts = {"seconds": timings["ours"].median, "times_faster": timings["svds"].ratio, "share_of_squares": reached}
+        facts |= {"products": found["ours"].products, "settled": found["ours"].settled}
+        row(given.results / "interactions_svd.csv", data=name, pairs=R.nnz, rank=RANK, **facts)
+        lines.append([name, R.nnz, *facts.values()])
+    columns = ["data", "pairs", "seconds", "times faster than svds", "share of its squares", "products", "settled"]
+    show(f"{RANK} directions", columns, lines)
 
 
 if __name__ == "__main__":

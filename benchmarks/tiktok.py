@@ -106,7 +106,8 @@ def metrics(result: Mapping[str, Any], train: csr_matrix, held_out: csr_matrix) 
     """Recall@20 and NDCG@20, the mean over the users who have held-out rows."""
 
     def score(users: NDArray[np.int64]) -> NDArray[np.float32]:
-        return np.add.reduce([result[name].users[users] @ result[name].items.T for name in MODALITIES])
+        scores: NDArray[np.float32] = sum(result[name].users[users] @ result[name].items.T for name in MODALITIES)
+        return scores
 
     found = means(*ranked(score, train, held_out))
     return found["recall_20"], found["ndcg_20"]

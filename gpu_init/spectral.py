@@ -26,7 +26,7 @@ from .interactions import Interactions
 
 TOLERANCE = 1e-6  # of the residual of each direction, where singular values are at most 1
 MOST_PRODUCTS = 200  # by S^T S, of a block each
-WORK = 1 << 32  # multiplications that may go into them, but for the first `LEAST_PRODUCTS`
+WORK = 1 << 31  # multiplications that may go into them, but for the first `LEAST_PRODUCTS`
 LEAST_PRODUCTS = 20
 _BLOCK = 16  # vectors
 _RANGE_USERS = 1 << 20

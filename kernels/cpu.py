@@ -391,7 +391,7 @@ def _label_sums(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _gram(indptr, indices, weights, table, row_scale, item_scale, partial):  # type: ignore[no-untyped-def]
+def _gram(indptr, indices, weights, table, row_scale, item_scale, far, partial):  # type: ignore[no-untyped-def]
     width, parts = table.shape[1], partial.shape[0]
     work = indptr[-1] - indptr[0]
     for part in prange(parts):
@@ -400,9 +400,14 @@ def _gram(indptr, indices, weights, table, row_scale, item_scale, partial):  # t
         sums = partial[part]
         first = np.searchsorted(indptr, indptr[0] + part * work // parts) if part > 0 else 0
         last = np.searchsorted(indptr, indptr[0] + (part + 1) * work // parts) if part + 1 < parts else indptr.size - 1
+        stop = indptr[last]
         for row in range(first, last):
             products[:] = 0.0
             share = row_scale[row]
+            if far:
+                for entry in range(indptr[row] + _AHEAD, min(indptr[row + 1] + _AHEAD, stop)):
+                    prefetch_row(table, indices[entry])
+                    prefetch_row(sums, indices[entry])
             for start in range(indptr[row], indptr[row + 1], _LISTED):
                 end = min(start + _LISTED, indptr[row + 1])
                 _add_listed(products, items, factors, share, start, end, indices, weights, item_scale, table)
@@ -552,7 +557,8 @@ class NumbaKernels:
 
     def gram(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
         """See `Kernels.gram`: fixed ranges of the rows, added up in order."""
-        _add_ranges(_gram, _inputs(*csr, table, row_scale, item_scale), sums)
+        arrays = _inputs(*csr, table, row_scale, item_scale)
+        _add_ranges(_gram, [*arrays, sums.nbytes > _NEAR_BYTES], sums)
 
 
 def _inputs(*arrays: Any) -> list[Any]:

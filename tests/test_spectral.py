@@ -14,6 +14,7 @@ from gpu_init.backend import CpuBackend
 from gpu_init.cli import main
 from gpu_init.config import Settings
 from gpu_init.errors import InputError, ResourceError
+from gpu_init.features import from_array
 from gpu_init.interactions import from_matrix
 
 DEVICE = CpuBackend("test")
@@ -210,7 +211,7 @@ def test_centroids_are_means_of_the_members():
 def test_a_cluster_without_a_member_takes_the_mean_of_all():
     R, _ = log()
     made = from_matrix(DEVICE, R, "test")
-    modality = method.feature_arrays.from_array(DEVICE, "a", features(R.shape[1])["a"])
+    modality = from_array(DEVICE, "a", features(R.shape[1])["a"])
     operator = method.weighting(DEVICE, made, modality.present, "mean")
     labels = np.zeros(R.shape[0], np.int32)
     labels[:50] = 2
