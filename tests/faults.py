@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,7 +151,7 @@ def disturbed(jobs, number, signum, event, seconds, again):
     more = ["--resume", "--overwrite"]
     allowed = (None, jobs.wanted)
     if number % 2:  # an artifact stands there already
-        jobs.finished(jobs.start(out, "--seed=9", "--clusters=3"))
+        shutil.copytree(jobs.folder / "old", jobs.folder / out)
         allowed = (jobs.old, jobs.wanted)
     process = jobs.start(out, *more)
     code, took, where = jobs.stopped(process, signum, event, seconds)

@@ -55,7 +55,7 @@ def test_a_job_agrees(cupy, monkeypatch, tmp_path, dtype, flags):
 
 
 @pytest.mark.skipif(not TIKTOK.is_dir(), reason="the TikTok data set is not beside the checkout")
-@pytest.mark.parametrize("flags", [(), ("--dim=64", "--whiten", "--scale=items")])
+@pytest.mark.parametrize("flags", [pytest.param((), marks=pytest.mark.slow), ("--dim=64", "--whiten", "--scale=items")])
 def test_the_tiktok_job_agrees(cupy, monkeypatch, tmp_path, flags):
     jobs.check_tiktok(monkeypatch, tmp_path, TIKTOK, *flags, dtype="float16" if flags else "float32")
 
@@ -191,7 +191,7 @@ def test_the_least_block_that_does_not_fit_ends_it():
         list(in_blocks(CpuBackend("test"), 10, 4, 4, make))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
 def test_a_job_goes_on_with_half_the_rows(cupy, monkeypatch, capsys, tmp_path, dtype):
     jobs.write_job(tmp_path, users=3000)
     flags = ("--backend=cuda", "--clusters=3", "--users=9500", f"--dtype={dtype}")
