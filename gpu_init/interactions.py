@@ -141,6 +141,12 @@ class Interactions:
         return sums
 
 
+def power(xp: Any, degrees: Any, exponent: float) -> Any:
+    """Degrees to a negative power; 0 stays 0."""
+    used = degrees > 0
+    return xp.where(used, xp.where(used, degrees, 1.0) ** exponent, 0.0)
+
+
 def build(backend: Backend, users: Any, items: Any, weights: Any, shape: tuple[int, int]) -> Interactions:
     """R from one row, column and weight per interaction, in any order; duplicates are summed, zeros dropped.
 

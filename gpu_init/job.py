@@ -772,8 +772,9 @@ def _assign_behaviour(source: Artifact, backend: Backend, data: Data, staging: S
     assert old is not None
     with progress.step("assign interactions"):
         items, factors = (_on_axis(source, data.table, array, 0.0) for array in (old.items, old.item_factors))
-        arrays = (backend.asarray(items), backend.asarray(factors), backend.asarray(old.centroids))
-        labels = method.behaviour_labels(backend, data.table.interactions, *arrays)
+        matrix = data.table.interactions
+        points = spectral.points(backend, matrix, backend.asarray(items), backend.asarray(factors))
+        labels = method.behaviour_labels(backend, matrix, points, backend.asarray(old.centroids))
     saved = {
         "items": items,
         "item_factors": factors,

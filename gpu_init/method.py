@@ -17,7 +17,7 @@ from .choose import CANDIDATES, Choice, choose
 from .config import AUTO, POLICIES, Settings
 from .errors import InputError
 from .features import Modality
-from .interactions import Interactions, from_matrix
+from .interactions import Interactions, from_matrix, power
 
 RANK = 64  # dimensions that users are placed in by what they did
 KMEANS_BYTES = 1 << 30  # that K-means may take beside the interactions, the features and what it keeps of each user
@@ -42,18 +42,12 @@ def weighting(
     xp = backend.xp
     present = present.astype(xp.float64)
     degrees = interactions.user_degrees(backend, present)
-    mean_rows = _power(xp, degrees, -1.0)
+    mean_rows = power(xp, degrees, -1.0)
     if kind == "mean":
         return Weighting(mean_rows, present, mean_rows, present)
     if item_factors is None:
-        item_factors = present * _power(xp, interactions.item_sums(backend), -0.5)
-    return Weighting(_power(xp, degrees, -0.5), item_factors, mean_rows, present)
-
-
-def _power(xp: Any, degrees: Any, exponent: float) -> Any:
-    """Degrees to a negative power; 0 stays 0."""
-    used = degrees > 0
-    return xp.where(used, xp.where(used, degrees, 1.0) ** exponent, 0.0)
+        item_factors = present * power(xp, interactions.item_sums(backend), -0.5)
+    return Weighting(power(xp, degrees, -0.5), item_factors, mean_rows, present)
 
 
 def check_clusters(name: str, n_present: int, operator: Weighting, settings: Settings) -> None:
@@ -155,20 +149,18 @@ def behaviour(
     elif form == "dense":
         rows = kmeans.Dense(backend, _matrix(backend, points))
     found = kmeans.fit(backend, rows, settings.clusters, settings.seed, settings.restarts)
-    labels = behaviour_labels(*arrays, found.centroids)
+    labels = behaviour_labels(backend, interactions, points, found.centroids)
     return Behaviour(embedding, found.centroids, labels, found, choice)
 
 
-def behaviour_labels(
-    backend: Backend, interactions: Interactions, items: Any, item_factors: Any, centroids: Any
-) -> Any:
+def behaviour_labels(backend: Backend, interactions: Interactions, points: kmeans.Tiled, centroids: Any) -> Any:
     """Label of each user (U,) int32: the centroid nearest to the user's row of E, -1 without interactions.
 
     Users outside the large components have no row: 0 is nearest to the shortest centroid, that of the cluster whose
-    members have least in common.
+    members have least in common. ``points``: by `spectral.points`, made tile by tile, so that each user's label comes
+    out the same whoever the other users are.
     """
     xp = backend.xp
-    points = spectral.points(backend, interactions, items, item_factors)
     lengths = (centroids.astype(xp.float64) ** 2).sum(axis=1)
     active = interactions.csr.indptr[1:] > interactions.csr.indptr[:-1]
     labels = xp.where(active, int(lengths.argmin()), -1).astype(xp.int32)
@@ -253,6 +245,22 @@ def of_behaviour(
         counts = xp.bincount(own, minlength=clusters)[:, None]
         means = xp.where(counts > 0, sums / xp.maximum(counts, 1), sums.sum(axis=0) / len(points)) + points.middle
     return means.astype(xp.float32), xp.where(operator.warm, labels, -1).astype(xp.int32)
+
+
+def cluster_arrays(
+    backend: Backend,
+    interactions: Interactions,
+    modality: Modality,
+    operator: Weighting,
+    settings: Settings,
+    shared: Behaviour | None,
+) -> tuple[Any, Any, Any]:
+    """Section 2.4: centroids, user labels and item labels (or None), by users' behaviour where that is given."""
+    if shared is not None:
+        k = len(shared.centroids)
+        return (*of_behaviour(backend, interactions, modality, operator, shared.labels, k), None)
+    found = clusters(backend, interactions, modality, operator, settings)
+    return found.centroids, found.user_labels, found.item_labels
 
 
 def most_clusters(settings: Settings) -> int:
@@ -610,12 +618,7 @@ def _initialize_one(
         modality = feature_arrays.project(backend, modality, projection)
     width = modality.values.shape[1]
     step = block_rows(width, 4 * ARRAY_BLOCK_BYTES)
-    if shared is None:
-        found = clusters(backend, interactions, modality, operator, settings)
-        labels = (found.centroids, found.user_labels, found.item_labels)
-    else:
-        k = len(shared.centroids)
-        labels = (*of_behaviour(backend, interactions, modality, operator, shared.labels, k), None)
+    labels = cluster_arrays(backend, interactions, modality, operator, settings, shared)
     plan = fit(backend, interactions, modality, operator, settings, labels, None, step)
     users = backend.empty((interactions.users, width), settings.dtype)
     for _ in blocks(backend, interactions, plan, step, settings.dtype, users.__getitem__):

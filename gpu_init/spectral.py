@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 
 from . import kmeans
 from .backend import Backend, ranges
-from .interactions import Interactions
+from .interactions import Interactions, power
 
 TOLERANCE = 1e-6  # of the residual of each direction, where singular values are at most 1
 MOST_PRODUCTS = 200  # by S^T S, of a block each
@@ -83,8 +83,8 @@ def fit(backend: Backend, interactions: Interactions, rank: int, seed: int) -> E
     """
     xp, csr = backend.xp, interactions.csr
     kept = backend.asarray(large_components(backend, interactions, rank))
-    item_factors = _inverse_root(xp, xp.where(kept, interactions.item_sums(backend), 0.0))
-    user_factors = _inverse_root(xp, interactions.user_degrees(backend, kept.astype(xp.float64)))
+    item_factors = power(xp, xp.where(kept, interactions.item_sums(backend), 0.0), -0.5)
+    user_factors = power(xp, interactions.user_degrees(backend, kept.astype(xp.float64)), -0.5)
     inside = xp.flatnonzero(item_factors)
     rank = min(rank, len(inside), int((user_factors > 0).sum()))
 
@@ -134,7 +134,7 @@ def points(
     nowhere = xp.zeros(items.shape[1])
     ones = xp.ones(interactions.users)
     squares = backend.kernels.squared_norms(interactions.csr, items, ones, item_factors, nowhere)
-    return kind(backend, interactions.csr, items, _inverse_root(xp, squares), item_factors, nowhere)
+    return kind(backend, interactions.csr, items, power(xp, squares, -0.5), item_factors, nowhere)
 
 
 def large_components(backend: Backend, interactions: Interactions, most: int) -> NDArray[np.bool_]:
@@ -169,12 +169,6 @@ def _host_rows(backend: Backend, interactions: Interactions) -> Any:
         lengths = np.diff(bounds)
         starts = (bounds[:-1] - bounds[0])[lengths > 0]
         yield starts, np.repeat(items[starts], lengths[lengths > 0]), items
-
-
-def _inverse_root(xp: Any, values: Any) -> Any:
-    """Values to the power of -1/2; 0 stays 0."""
-    used = values > 0
-    return xp.where(used, xp.where(used, values, 1.0) ** -0.5, 0.0)
 
 
 def _most_vectors(rank: int) -> int:

@@ -298,14 +298,8 @@ class _Task:
 
     def _plan(self, modality: Modality, operator: Weighting, settings: Settings) -> Blend:
         """All but lambda of a clustering, of all users."""
-        labels: tuple[Any, Any, Any]
-        if settings.cluster_on == "interactions":
-            shared = self._behaviour(settings)
-            k = len(shared.centroids)
-            labels = (*method.of_behaviour(self.backend, self.train, modality, operator, shared.labels, k), None)
-        else:
-            found = method.clusters(self.backend, self.train, modality, operator, settings)
-            labels = (found.centroids, found.user_labels, found.item_labels)
+        shared = self._behaviour(settings) if settings.cluster_on == "interactions" else None
+        labels = method.cluster_arrays(self.backend, self.train, modality, operator, settings, shared)
         cold = method.cold_vector(self.backend, self.train, operator, *labels)
         centroids, user_labels, item_labels = labels
         by_user = user_labels if item_labels is None else None
