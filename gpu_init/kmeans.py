@@ -66,7 +66,9 @@ class Clusters:
     library: bool
 
 
-def fit(backend: Backend, points: Points, clusters: int, seed: int, restarts: int = 1) -> Clusters:
+def fit(
+    backend: Backend, points: Points, clusters: int, seed: int, restarts: int = 1, inertia_tolerance: float = 0.0
+) -> Clusters:
     """K-means on some points.
 
     A sample is clustered first; few of all rows disagree with what is found there, and the steps on all rows are few.
@@ -84,6 +86,8 @@ def fit(backend: Backend, points: Points, clusters: int, seed: int, restarts: in
         Of the sample and of the k-means++ seeding.
     restarts : int, default=1
         Starts on the sample, of which the best is taken.
+    inertia_tolerance : float, default=0
+        As `descend` has it.
 
     Returns
     -------
@@ -94,23 +98,26 @@ def fit(backend: Backend, points: Points, clusters: int, seed: int, restarts: in
         centroids = points.by_library(clusters, seed, restarts)
         library = centroids is not None
         if not library:
-            centroids = _from_sample(backend, points, clusters, seed, restarts)
-        centroids, history, settled = descend(backend, points, centroids, more)
+            centroids = _from_sample(backend, points, clusters, seed, restarts, inertia_tolerance)
+        centroids, history, settled = descend(backend, points, centroids, more, inertia_tolerance)
         centroids, labels, inertia, settled = settle(backend, points, centroids, STEPS if settled else 1)
     return Clusters(centroids, labels, history + inertia, len(history) + len(inertia), settled, points.form, library)
 
 
-def _from_sample(backend: Backend, points: Points, clusters: int, seed: int, restarts: int) -> Any:
+def _from_sample(
+    backend: Backend, points: Points, clusters: int, seed: int, restarts: int, inertia_tolerance: float
+) -> Any:
     """Centroids to start from, (K, D) float32: the best found on a sample, taken further on a larger one."""
     xp = backend.xp
     rng = np.random.default_rng(seed)
     sizes = sample_sizes(len(points), clusters, len(points.middle))
     rows = points.rows(_drawn(backend, rng, len(points), sizes[-1]), xp.float32)
     sample = Dense(backend, rows[_drawn(backend, rng, len(rows), sizes[0])])
-    found = (descend(backend, sample, seeds(backend, sample, clusters, rng), 0) for _ in range(restarts))
+    starts = (seeds(backend, sample, clusters, rng) for _ in range(restarts))
+    found = (descend(backend, sample, start, 0, inertia_tolerance) for start in starts)
     centroids, _, _ = min(found, key=lambda one: one[1][-1])
     if len(sizes) > 1:
-        centroids, _, _ = descend(backend, Dense(backend, rows), centroids, 0)
+        centroids, _, _ = descend(backend, Dense(backend, rows), centroids, 0, inertia_tolerance)
     return (centroids.astype(xp.float64) + points.middle).astype(xp.float32)
 
 
@@ -175,7 +182,12 @@ def settle(backend: Backend, points: Points, centroids: Any, steps: int = STEPS)
 
 
 def descend(
-    backend: Backend, points: Points, centroids: Any, more: int = STEPS, growth: float = GROWTH
+    backend: Backend,
+    points: Points,
+    centroids: Any,
+    more: int = STEPS,
+    inertia_tolerance: float = 0.0,
+    growth: float = GROWTH,
 ) -> tuple[Any, list[float], bool]:
     """Lloyd's steps in float32, looking only at rows whose label may change, until none does.
 
@@ -184,7 +196,8 @@ def descend(
     looked at one by one; many go the way of the form. Centroids go ``stride`` times as far as Lloyd's step takes
     them: each step that lowers the inertia lengthens the stride by ``growth``, one that does not ends it (Salakhutdinov
     and Roweis, ICML 2003, adaptive overrelaxed); 1 gives plain steps. Once Lloyd's step moves centroids less than
-    `TOLERANCE`, or after `STEPS`, at most ``more`` plain steps follow.
+    `TOLERANCE`, or changes the inertia by less than a share of ``inertia_tolerance``, or after `STEPS`, at most
+    ``more`` plain steps follow.
 
     Returns
     -------
@@ -237,7 +250,10 @@ def descend(
         step = means.astype(xp.float64) - centroids
         mean = sums.sum(axis=0) / len(points)
         variance = (spread / len(points) - float(mean @ mean)) / len(middle)
-        if limit > len(history) + more and float((step * step).sum()) <= TOLERANCE * variance:
+        near = float((step * step).sum()) <= TOLERANCE * variance
+        if len(history) > 1:
+            near |= abs(history[-1] - history[-2]) < inertia_tolerance * history[-1]
+        if limit > len(history) + more and near:
             limit = len(history) + more
         lowered = len(history) == 1 or history[-1] < history[-2]
         longer = lowered and filled and limit == STEPS + more

@@ -20,6 +20,7 @@ from .features import Modality
 from .interactions import Interactions, from_matrix, power
 
 RANK = 64  # dimensions that users are placed in by what they did
+INERTIA_TOLERANCE = 1e-4  # of K-means there: interactions without groups keep it creeping for hundreds of steps
 KMEANS_BYTES = 1 << 30  # that K-means may take beside the interactions, the features and what it keeps of each user
 ARRAY_BLOCK_BYTES = 64 << 20  # of the result, per kernel call, where nobody says how much memory there is
 MATRIX_ROWS = 16 * kmeans.TILE_ROWS  # of the users' means made at a time, where they are made
@@ -148,7 +149,7 @@ def behaviour(
         rows = spectral.points(*arrays, kmeans.Factored)
     elif form == "dense":
         rows = kmeans.Dense(backend, _matrix(backend, points))
-    found = kmeans.fit(backend, rows, settings.clusters, settings.seed, settings.restarts)
+    found = kmeans.fit(backend, rows, settings.clusters, settings.seed, settings.restarts, INERTIA_TOLERANCE)
     labels = behaviour_labels(backend, interactions, points, found.centroids)
     return Behaviour(embedding, found.centroids, labels, found, choice)
 

@@ -27,12 +27,13 @@ from .interactions import Interactions, power
 TOLERANCE = 1e-6  # of the residual of each direction, where singular values are at most 1
 MOST_PRODUCTS = 200  # by S^T S, of a block each
 WORK = 1 << 31  # multiplications that may go into them, but for the first `LEAST_PRODUCTS`
-LEAST_PRODUCTS = 20
+LEAST_PRODUCTS = 12
 _BLOCK = 16  # vectors
 _RANGE_USERS = 1 << 20
 _GRAPH_USERS = 1 << 16
-_ROWS = 1 << 14  # of dense products at a time
-_NOTHING = 1e-10  # length of what is left of a vector of length 1 in the space of others
+_ROWS = 1 << 11  # of dense products at a time
+_LITTLE = 1e-5  # length of what is left of a vector of length 1, of which rounding is a part that matters
+_NOTHING = 1e-10  # that is nothing but rounding
 
 Product = Callable[[Any], Any]
 """From a table (I, b) float64 to ``S^T S`` times it."""
@@ -84,16 +85,16 @@ def fit(backend: Backend, interactions: Interactions, rank: int, seed: int) -> E
     xp, csr = backend.xp, interactions.csr
     kept = backend.asarray(large_components(backend, interactions, rank))
     item_factors = power(xp, xp.where(kept, interactions.item_sums(backend), 0.0), -0.5)
-    user_factors = power(xp, interactions.user_degrees(backend, kept.astype(xp.float64)), -0.5)
+    user_factors = power(xp, interactions.user_degrees(backend, kept.astype(xp.float64)), -1.0)
     inside = xp.flatnonzero(item_factors)
     rank = min(rank, len(inside), int((user_factors > 0).sum()))
 
     def product(table: Any) -> Any:
-        sums = xp.zeros(table.shape)
+        sums, scaled = xp.zeros(table.shape), item_factors[:, None] * table
         for part in ranges(interactions.users, _RANGE_USERS):
             rows = csr.rows(part.start, part.stop)
-            backend.kernels.gram(rows, table, user_factors[part], item_factors, sums)
-        return sums
+            backend.kernels.gram(rows, scaled, user_factors[part], sums)
+        return item_factors[:, None] * sums
 
     rng = np.random.default_rng(seed)
     with backend.deterministic():
@@ -134,7 +135,9 @@ def points(
     nowhere = xp.zeros(items.shape[1])
     ones = xp.ones(interactions.users)
     squares = backend.kernels.squared_norms(interactions.csr, items, ones, item_factors, nowhere)
-    return kind(backend, interactions.csr, items, power(xp, squares, -0.5), item_factors, nowhere)
+    made = kind(backend, interactions.csr, items, power(xp, squares, -0.5), item_factors, nowhere)
+    made.squared_norms = xp.ones(len(made))
+    return made
 
 
 def large_components(backend: Backend, interactions: Interactions, most: int) -> NDArray[np.bool_]:
@@ -201,15 +204,16 @@ def _lanczos(
     projected = xp.zeros((most, most))  # basis^T S^T S basis, its upper triangle
     noise = backend.asarray(rng.standard_normal((len(inside), _BLOCK)))
     fresh, _ = xp.linalg.qr(xp.where(inside[:, None], noise, 0.0))
-    size = products = 0
+    size = products = begun = 0  # where the blocks since the last start begin
     while True:
         block = slice(size, size + _BLOCK)
         basis[:, block] = fresh
         size += _BLOCK
         rest = product(fresh)
         products += 1
-        projected[:size, block] = _rid(backend, basis[:, :size], rest)
-        projected[:size, block] += _rid(backend, basis[:, :size], rest)  # of what rounding has left
+        first = size - 2 * _BLOCK if size > begun + _BLOCK else 0  # but for rounding, it is orthogonal to those before
+        projected[first:size, block] = _rid(backend, basis[:, first:size], rest)
+        projected[:size, block] += _rid(backend, basis[:, :size], rest)
         fresh, coupling = xp.linalg.qr(rest)
         values, vectors = xp.linalg.eigh(projected[:size, :size], UPLO="U")
         values, vectors = values[::-1], vectors[:, ::-1]
@@ -218,17 +222,18 @@ def _lanczos(
         settled = size >= rank and bool((residuals <= TOLERANCE).all())
         if settled or products == limit:
             return _times(backend, basis[:, :size], wanted), values[:rank], products, settled
-        spent = abs(xp.diagonal(coupling)) <= _NOTHING
-        if bool(spent.any()):  # the block has no more to say: random vectors stand in
+        left = abs(xp.diagonal(coupling))
+        if bool((left <= _LITTLE).any()):
             noise = backend.asarray(rng.standard_normal(fresh.shape))
-            fresh = xp.where(spent, xp.where(inside[:, None], noise, 0.0), fresh)
-            _rid(backend, basis[:, :size], fresh)
-        _rid(backend, basis[:, :size], fresh)
-        fresh, _ = xp.linalg.qr(fresh)
+            noise = xp.where(inside[:, None], noise, 0.0)
+            fresh = xp.where(left <= _NOTHING, noise, fresh)  # it has no more to say: random vectors stand in
+            for _ in range(2):
+                _rid(backend, basis[:, :size], fresh)
+            fresh, _ = xp.linalg.qr(fresh)
         if size + _BLOCK > most:
             basis[:, :kept] = _times(backend, basis[:, :size], vectors[:, :kept])
             projected[:] = xp.diag(xp.concatenate([values[:kept], xp.zeros(most - kept)]))
-            size = kept
+            size = begun = kept
 
 
 def _rid(backend: Backend, basis: Any, block: Any) -> Any:

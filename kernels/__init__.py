@@ -129,8 +129,8 @@ class Kernels(Protocol):
     def label_sums(self, csr: Csr, rows: Any, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
         """Add ``A^T Z`` of the given rows (m,), Z their labels (m,) one-hot, to ``sums`` (I, K) float64."""
 
-    def gram(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
-        """Add ``A^T A T`` to ``sums`` (I, b) float64, for a table T (I, b) float64, C order."""
+    def gram(self, csr: Csr, table: Any, row_factors: Any, sums: Any) -> None:
+        """Add ``R^T diag(row_factors) R T`` to ``sums`` (I, b) float64, for a table T (I, b) float64, C order."""
 
     def builder(self) -> Builder | None:
         """What makes R from batches of interactions, or None: then the caller holds them all and sorts."""

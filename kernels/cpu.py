@@ -391,29 +391,29 @@ def _label_sums(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _gram(indptr, indices, weights, table, row_scale, item_scale, far, partial):  # type: ignore[no-untyped-def]
+def _gram(indptr, indices, weights, table, row_factors, far, partial):  # type: ignore[no-untyped-def]
     width, parts = table.shape[1], partial.shape[0]
     work = indptr[-1] - indptr[0]
     for part in prange(parts):
-        products = np.empty(width, np.float64)
-        items, factors = np.empty(_LISTED, indices.dtype), np.empty(_LISTED, np.float64)
+        products, factors = np.empty(width, np.float64), np.ones(_LISTED, np.float64)
         sums = partial[part]
         first = np.searchsorted(indptr, indptr[0] + part * work // parts) if part > 0 else 0
         last = np.searchsorted(indptr, indptr[0] + (part + 1) * work // parts) if part + 1 < parts else indptr.size - 1
         stop = indptr[last]
         for row in range(first, last):
             products[:] = 0.0
-            share = row_scale[row]
             if far:
                 for entry in range(indptr[row] + _AHEAD, min(indptr[row + 1] + _AHEAD, stop)):
                     prefetch_row(table, indices[entry])
                     prefetch_row(sums, indices[entry])
             for start in range(indptr[row], indptr[row + 1], _LISTED):
                 end = min(start + _LISTED, indptr[row + 1])
-                _add_listed(products, items, factors, share, start, end, indices, weights, item_scale, table)
+                if weights is not None:
+                    factors[: end - start] = weights[start:end]
+                _add_columns(products, table, indices[start:end], factors, end - start)
+            products *= row_factors[row]
             for entry in range(indptr[row], indptr[row + 1]):
-                item = indices[entry]
-                factor = _factor(np.float64, share, weights, entry, item_scale, item)
+                item, factor = indices[entry], _factor(np.float64, 1.0, weights, entry, None, 0)
                 for column in range(width):
                     sums[item, column] += factor * products[column]
 
@@ -555,9 +555,9 @@ class NumbaKernels:
         arrays = _inputs(*csr, rows, labels, row_scale, _scale(item_scale))
         _add_ranges(_label_sums, [*arrays, sums.nbytes > _NEAR_BYTES], sums)
 
-    def gram(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
+    def gram(self, csr: Csr, table: Any, row_factors: Any, sums: Any) -> None:
         """See `Kernels.gram`: fixed ranges of the rows, added up in order."""
-        arrays = _inputs(*csr, table, row_scale, item_scale)
+        arrays = _inputs(*csr, table, row_factors)
         _add_ranges(_gram, [*arrays, sums.nbytes > _NEAR_BYTES], sums)
 
 

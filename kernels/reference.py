@@ -139,10 +139,11 @@ class ReferenceKernels:
         one_hot = self._xp.eye(sums.shape[1])[labels]
         sums += self._operator(csr, row_scale, item_scale)[rows].T.tocsr() @ one_hot
 
-    def gram(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
+    def gram(self, csr: Csr, table: Any, row_factors: Any, sums: Any) -> None:
         """See `Kernels.gram`."""
-        operator = self._operator(csr, row_scale, item_scale)
-        sums += operator.T.tocsr() @ (operator @ table)
+        ones = self._xp.ones
+        operator = self._operator(csr, ones(len(row_factors)), ones(len(table)))
+        sums += operator.T.tocsr() @ (row_factors[:, None] * (operator @ table))
 
     def _product(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any) -> Any:
         operator = self._operator(csr, row_scale, item_scale)

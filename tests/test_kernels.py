@@ -298,9 +298,10 @@ def test_gram(kernels, rng, weighted):
     p = problem(13, 2000, 30, 2, 70, weighted)
     table = rng.standard_normal((30, 5))
     sums = np.ones((30, 5))
-    kernels.gram(p["csr"], table, p["row_scale"], p["item_scale"], sums)
-    operator = dense_operator(p)
-    np.testing.assert_allclose(sums - 1, operator.T @ (operator @ table), rtol=1e-9, atol=1e-12)
+    kernels.gram(p["csr"], table, p["row_scale"], sums)
+    matrix = dense_operator({**p, "row_scale": np.ones(2000), "item_scale": np.ones(30)})
+    expected = matrix.T @ (p["row_scale"][:, None] * (matrix @ table))
+    np.testing.assert_allclose(sums - 1, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
