@@ -7,8 +7,8 @@ all modalities, 64 whitened dimensions, four K-means seeds; intervals by a boots
 means alone. ``groups``: the demo's data with features of pure noise, adjusted Rand index of the clusters with the
 groups of taste that it was made of; likewise what naive Bayes says of either half of the users when told the groups of
 the other, since few interactions don't tell more. ``cost``: the whole job on both kinds of clusters, in turn.
-``svd``: the directions by `gpu_init.spectral` and by scipy's `svds` (ARPACK), in turn, on TikTok and on random interactions, whose
-spectrum is flat; and the share of the sum of squared singular values that ours reach.
+``svd``: the directions by `gpu_init.spectral` and by scipy's `svds` (ARPACK), in turn, on TikTok and on random
+interactions, whose spectrum is flat; and the share of the sum of squared singular values that ours reach.
 """
 
 from __future__ import annotations
