@@ -13,6 +13,7 @@ shape and dtype are found to be what the manifest says; pickles are never loaded
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -34,7 +35,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import DTypeLike, NDArray
 
-from . import storage
+from . import remote, storage
 from .errors import InputError, ResourceError
 
 FORMAT = "gpu-init artifact"
@@ -44,11 +45,11 @@ MANIFEST_BYTES = 64 << 20
 SYNC_BYTES = 64 << 20  # rows are made durable after this many bytes
 SYNC_SECONDS = 2.0  # or this many seconds
 
-_JOURNAL_FORMAT = "gpu-init journal"
-_JOURNAL = "journal.json"
-_REPLACED = "replaced.json"
+JOURNAL_FORMAT = "gpu-init journal"
+JOURNAL = "journal.json"
+REPLACED = "replaced.json"
 _SCRATCH = "scratch"
-_PARTIAL = ".partial"
+PARTIAL = ".partial"
 _LOCK = ".partial.lock"
 _CHUNK = 8 << 20
 _HEADER = re.compile(rb"\{'descr': '([<|][biuf][1248])', 'fortran_order': False, 'shape': \(([0-9, ]{0,100})\), \} *\n")
@@ -59,7 +60,7 @@ SAMPLE_COLUMNS = (
     *("cosine_own", "cosine_others", "norm"),
 )
 INTERACTIONS = "interactions"  # folder of what users were clustered by, where that is what they did
-_RESERVED = {_SCRATCH, MANIFEST, _JOURNAL, _REPLACED, REPORT, *_TABLES}
+_RESERVED = {_SCRATCH, MANIFEST, JOURNAL, REPLACED, REPORT, *_TABLES}
 _STAGED_ENDINGS = (".npy", ".parquet", ".json", ".tmp")
 _ABORT_SECONDS = 5.0
 
@@ -140,7 +141,7 @@ class Artifact(Mapping[str, ModalityArrays]):
     Attributes
     ----------
     path : str
-        Its folder.
+        Its folder, or its URL.
     manifest : dict
         Settings, inputs, statistics, files and timings of the run.
     interactions : InteractionArrays or None
@@ -153,8 +154,10 @@ class Artifact(Mapping[str, ModalityArrays]):
         manifest: Json,
         arrays: dict[str, ModalityArrays],
         interactions: InteractionArrays | None = None,
+        root: str | None = None,
     ) -> None:
         self.path = path
+        self._root = root or path  # on this machine
         self.manifest = manifest
         self.interactions = interactions
         self._arrays = arrays
@@ -183,7 +186,7 @@ class Artifact(Mapping[str, ModalityArrays]):
             return None
         import pyarrow.parquet as pq
 
-        path = os.path.join(self.path, table)
+        path = os.path.join(self._root, table)
         try:
             with pq.ParquetFile(path) as file:
                 frame = file.read(columns=["row", _TABLES[table]]).to_pandas()
@@ -202,7 +205,7 @@ def load(path: str | os.PathLike[str]) -> Artifact:
     Parameters
     ----------
     path : path-like
-        Its folder.
+        Its folder, or a URL, of which all files are copied to `TMPDIR` until the process ends.
 
     Returns
     -------
@@ -215,10 +218,11 @@ def load(path: str | os.PathLike[str]) -> Artifact:
         Contents are not hashed: `verify` does that.
     """
     root = _root(path)
+    place = storage.real_path(os.fspath(path))
     manifest = _read_manifest(root)
     problem = next(_problems(root, manifest), None)
     if problem:
-        raise InputError(f"{root}: {problem}.")
+        raise InputError(f"{place}: {problem}.")
     files = manifest["files"]
 
     def arrays(folder: str, kind: type[Any]) -> Any:
@@ -228,7 +232,8 @@ def load(path: str | os.PathLike[str]) -> Artifact:
 
     modalities = {name: arrays(name, ModalityArrays) for name in manifest["modalities"]}
     clustered = f"{INTERACTIONS}/items.npy" in files
-    return Artifact(root, manifest, modalities, arrays(INTERACTIONS, InteractionArrays) if clustered else None)
+    placed = arrays(INTERACTIONS, InteractionArrays) if clustered else None
+    return Artifact(place, manifest, modalities, placed, root)
 
 
 def verify(path: str | os.PathLike[str]) -> list[str]:
@@ -254,7 +259,7 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
     found = list(_problems(root, manifest))
     files = manifest["files"] if isinstance(manifest.get("files"), dict) else {}
     for name, entry in files.items():
-        if _file_problem(root, name, entry) is None and _hash(os.path.join(root, name)) != entry["sha256"]:
+        if file_problem(root, name, entry) is None and _hash(os.path.join(root, name)) != entry["sha256"]:
             found.append(f"{_shown(name)}: its content is not what was written (sha256)")
     return found + [f"{_shown(name)}: not in the manifest" for name in _unlisted(root, files)]
 
@@ -277,12 +282,22 @@ def check_modality(name: str) -> None:
 
 
 def _read_manifest(root: str) -> Json:
-    """Give the manifest, its form and checksum checked, its content not yet."""
+    """Give the manifest, as `parse_manifest` does."""
     path = os.path.join(root, MANIFEST)
     if not os.path.isfile(path) or os.path.islink(path):
         raise _not_an_artifact(root)
     with storage.reading(path) as file:
-        data = file.read(MANIFEST_BYTES + 1)
+        return parse_manifest(path, file.read(MANIFEST_BYTES + 1))
+
+
+def parse_manifest(path: str, data: bytes) -> Json:
+    """Content of a manifest, its form and checksum checked, its content not yet.
+
+    Raises
+    ------
+    InputError
+        It is none, is damaged, or is of a version that is not read here.
+    """
     if len(data) > MANIFEST_BYTES:
         raise InputError(f"{path}: larger than {MANIFEST_BYTES:,} bytes; not a manifest of gpu-init.")
     body = _parse(data)
@@ -294,18 +309,35 @@ def _read_manifest(root: str) -> Json:
             f"{path}: format version {_shown(version)}; this gpu-init reads version {FORMAT_VERSION}."
             " Use the gpu-init that wrote it."
         )
-    if _unseal(data) is None:
+    if unseal(data) is None:
         raise InputError(f"{path}: damaged or edited: its checksum does not fit.")
     return body
 
 
 def _root(path: str | os.PathLike[str]) -> str:
+    """Folder of an artifact on this machine, of links free; of one in object storage, a copy."""
     if "\0" in os.fspath(path):
         raise InputError(f"{os.fspath(path)!r} is not a path.")
-    return os.path.realpath(path)
+    path = storage.real_path(os.fspath(path))
+    return _copied(path) if remote.is_url(path) else path
+
+
+@functools.cache
+def _copied(url: str) -> str:
+    names = [name for name in remote.sizes(url) if is_inside(name) and not name.startswith(f"{PARTIAL}/")]
+    if MANIFEST not in names:
+        raise _not_an_artifact(url)
+    folder = os.path.realpath(remote.new_folder())
+    for name in names:
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        remote.download(f"{url}/{name}", path)
+    return folder
 
 
 def _not_an_artifact(root: str) -> InputError:
+    if remote.is_url(root):
+        return InputError(f"{root} is not an artifact of gpu-init: there is no {MANIFEST}.")
     if os.path.isdir(root):
         return InputError(f"{root} is not an artifact of gpu-init: it has no {MANIFEST}.")
     if os.path.lexists(root):
@@ -320,7 +352,7 @@ def _problems(root: str, manifest: Json) -> Iterator[str]:
         yield f"{MANIFEST} lists no files or no modalities"
         return
     for name, entry in files.items():
-        problem = _file_problem(root, name, entry)
+        problem = file_problem(root, name, entry)
         if problem:
             yield f"{_shown(name)}: {problem}"
     users, items = (_lookup(manifest, axis, "rows") for axis in ("users", "items"))
@@ -402,9 +434,9 @@ def _lookup(table: Json, key: str, fact: str) -> Any:
     return entry.get(fact) if isinstance(entry, dict) else None
 
 
-def _file_problem(root: str, name: str, entry: Any) -> str | None:
+def file_problem(root: str, name: str, entry: Any) -> str | None:
     """Tell what is wrong with a file's entry, path, size or header; None when nothing is."""
-    if not _is_inside(name):
+    if not is_inside(name):
         return "leads out of the artifact"
     if not isinstance(entry, dict) or not _is_count(entry.get("bytes")) or not isinstance(entry.get("sha256"), str):
         return f"its entry in {MANIFEST} is not understood"
@@ -432,7 +464,8 @@ def _file_problem(root: str, name: str, entry: Any) -> str | None:
     return None
 
 
-def _is_inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
+    """Whether a name of a file leads nowhere out of its artifact."""
     parts = name.split("/")
     return "\0" not in name and len(name) < 4096 and not any(part in ("", ".", "..") for part in parts)
 
@@ -447,7 +480,7 @@ def _unlisted(root: str, files: Json) -> Iterator[str]:
     for folder, folders, names in os.walk(root):
         prefix = "" if folder == root else os.path.relpath(folder, root) + "/"
         if not prefix:
-            folders[:] = [name for name in folders if name not in (_PARTIAL, "lost+found")]
+            folders[:] = [name for name in folders if name not in (PARTIAL, "lost+found")]
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in sorted(names + links):
             if prefix + name not in files and not (not prefix and name in ours):
@@ -548,17 +581,17 @@ def _plain(body: Any) -> Any:
     return json.loads(_text(body))
 
 
-def _seal(body: Json) -> bytes:
+def seal(body: Json) -> bytes:
     """JSON with the SHA-256 of the same JSON without it as its last key."""
     body = _plain({key: value for key, value in body.items() if key != "checksum"})
     return _text({**body, "checksum": f"sha256:{hashlib.sha256(_text(body)).hexdigest()}"})
 
 
-def _unseal(data: bytes) -> Json | None:
-    """Content of sealed JSON; None where so much as one bit differs from what `_seal` wrote."""
+def unseal(data: bytes) -> Json | None:
+    """Content of sealed JSON; None where so much as one bit differs from what `seal` wrote."""
     body = _parse(data)
     try:
-        return body if body is not None and _seal(body) == data else None
+        return body if body is not None and seal(body) == data else None
     except (ValueError, RecursionError):
         return None
 
@@ -575,7 +608,7 @@ def _parse(data: bytes) -> Json | None:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Paths of a run: its output, staging folder, lock, and the old output while it is replaced in two steps."""
 
     out: str
@@ -585,11 +618,12 @@ class _Place:
     inside: bool
 
     @classmethod
-    def of(cls, out: str) -> _Place:
+    def of(cls, out: str) -> Place:
+        """Give the paths that go with an output."""
         parent, name = os.path.split(out)
         aside = os.path.join(parent, f".{name}.replaced")
         if _stays(out):
-            return cls(out, os.path.join(out, _PARTIAL), os.path.join(out, _LOCK), aside, True)
+            return cls(out, os.path.join(out, PARTIAL), os.path.join(out, _LOCK), aside, True)
         return cls(out, f"{out}.partial", os.path.join(parent, f".{name}.lock"), aside, False)
 
 
@@ -632,7 +666,7 @@ class Staging:
         An unfinished run was removed.
     """
 
-    def __init__(self, place: _Place) -> None:
+    def __init__(self, place: Place) -> None:
         self.path = place.staging
         self.complete = self.resumed = self.discarded = False
         self._place = place
@@ -669,9 +703,7 @@ class Staging:
         """
         if "\0" in os.fspath(out):
             raise InputError(f"{os.fspath(out)!r} is not a path.")
-        place = _Place.of(os.path.realpath(out))
-        if os.path.lexists(place.out) and not os.path.isdir(place.out):
-            raise InputError(f"{place.out} is not a folder; choose another output.")
+        place = cls._placed(os.fspath(out))
         staging = cls(place)
         folder = os.path.dirname(place.lock)
         with storage.writing(folder):
@@ -683,6 +715,13 @@ class Staging:
                 staging._leave(remove=True)
                 raise
         return staging
+
+    @classmethod
+    def _placed(cls, out: str) -> Place:
+        place = Place.of(os.path.realpath(out))
+        if os.path.lexists(place.out) and not os.path.isdir(place.out):
+            raise InputError(f"{place.out} is not a folder; choose another output.")
+        return place
 
     def __enter__(self) -> Self:
         return self
@@ -700,7 +739,7 @@ class Staging:
                 writer.abort()
             if remove and self._created:
                 with suppress(OSError):  # the reason to leave says more
-                    _remove(self.path)
+                    remove_folder(self.path)
         finally:
             if self._lock is not None:
                 self._lock.release()
@@ -725,7 +764,7 @@ class Staging:
         found = self._unfinished()
         there = self._artifact_there()
         if there is not None and resume and self._accepts(there, identity):
-            _remove(self.path)
+            self._clear()
             self.complete = True
             return
         if there is not None:
@@ -737,7 +776,7 @@ class Staging:
                 found = None  # an old artifact, killed while it was removed after it was replaced
             elif changed:
                 raise InputError(
-                    f"the unfinished run in {self.path} cannot be resumed: {changed}.\n"
+                    f"the unfinished run of {self._place.out} cannot be resumed: {changed}.\n"
                     "Run without --resume to discard it, or with what it was begun with."
                 )
         if resume and found:
@@ -751,9 +790,13 @@ class Staging:
         self.discarded = self._discard()
         os.mkdir(self.path)
         self._created = True
-        self._journal = {"format": _JOURNAL_FORMAT, "identity": identity, "finished": {}, "rows": {}, "files": {}}
+        self._journal = {"format": JOURNAL_FORMAT, "identity": identity, "finished": {}, "rows": {}, "files": {}}
         self._write_journal()
         storage.sync_dir(os.path.dirname(self.path))
+
+    def _clear(self) -> None:
+        """Remove the staging folder of a run that has nothing to do."""
+        remove_folder(self.path)
 
     def _put_back(self) -> None:
         """Undo, or end, the replacing of an artifact in two steps that was cut in half."""
@@ -762,7 +805,7 @@ class Staging:
             return
         _check_ours(aside)
         if os.path.lexists(out):
-            _remove(aside)
+            remove_folder(aside)
         else:
             os.rename(aside, out)
             storage.sync_dir(os.path.dirname(out))
@@ -776,16 +819,16 @@ class Staging:
             manifest = _read_manifest(self.path)
             if isinstance(manifest.get("files"), dict) and self._all_there(manifest["files"]):
                 return manifest
-        with suppress(InputError), storage.reading(os.path.join(self.path, _JOURNAL)) as file:
-            journal = _unseal(file.read(MANIFEST_BYTES))
-            if journal and _is_journal(journal) and self._all_there(journal["files"]):
+        with suppress(InputError), storage.reading(os.path.join(self.path, JOURNAL)) as file:
+            journal = unseal(file.read(MANIFEST_BYTES))
+            if journal and is_journal(journal) and self._all_there(journal["files"]):
                 return journal
         return None
 
     def _all_there(self, files: Json) -> bool:
         """Tell whether every file is in the staging folder, or was moved up from it, as it was written."""
         roots = [self.path, self._place.out] if self._place.inside else [self.path]
-        return all(any(_file_problem(root, name, entry) is None for root in roots) for name, entry in files.items())
+        return all(any(file_problem(root, name, entry) is None for root in roots) for name, entry in files.items())
 
     def _artifact_there(self) -> Json | None:
         """Manifest of the artifact at the output's place; None when the place is free.
@@ -799,7 +842,7 @@ class Staging:
         if not os.path.isdir(out):
             return None
         if not os.path.lexists(os.path.join(out, MANIFEST)):
-            held = _unlisted(out, self._half_published()) if self._place.inside else iter(os.listdir(out))
+            held = self._foreign(self._half_published()) if self._place.inside else iter(os.listdir(out))
             foreign = next(held, None)
             if foreign is None:
                 return None
@@ -820,24 +863,28 @@ class Staging:
             changed = "; ".join(_changes(there.get("identity"), identity)) if identity is not None else ""
             other = f", made from other settings or inputs ({changed})" if changed else ""
             raise InputError(f"{out} already holds an artifact{other}; --overwrite replaces it.")
-        foreign = next(_unlisted(out, files if isinstance(files, dict) else {}), None)
+        foreign = next(self._foreign(files if isinstance(files, dict) else {}), None)
         if foreign is not None:
             raise InputError(f"{out} holds {_shown(foreign)}, which is not of its artifact; move that away first.")
+
+    def _foreign(self, files: Json) -> Iterator[str]:
+        """Files in the output that are none of these, and no run's."""
+        return _unlisted(self._place.out, files)
 
     def _half_published(self) -> Json:
         """Files of a run that was killed while they were moved up into an output that cannot be renamed."""
         listed: Json = {}
         if self._place.inside and not os.path.lexists(os.path.join(self._place.out, MANIFEST)):
-            for name in (MANIFEST, _REPLACED):
+            for name in (MANIFEST, REPLACED):
                 with suppress(InputError), storage.reading(os.path.join(self.path, name)) as file:
-                    files = (_unseal(file.read(MANIFEST_BYTES)) or {}).get("files")
+                    files = (unseal(file.read(MANIFEST_BYTES)) or {}).get("files")
                     listed |= files if isinstance(files, dict) else {}
         return listed
 
     def _discard(self) -> bool:
         """Remove an unfinished run; tell whether there was one."""
         _unlink_listed(self._place.out, self._half_published())
-        return _remove(self.path)
+        return remove_folder(self.path)
 
     # The work in between.
 
@@ -936,7 +983,7 @@ class Staging:
         name, *inner = relpath.split("/")
         if inner and name != _SCRATCH:
             check_modality(name)
-        if not _is_inside(relpath):
+        if not is_inside(relpath):
             raise InputError(f"{_shown(relpath)}: leads out of the artifact.")
         path = os.path.join(self.path, relpath)
         with storage.writing(self.path):
@@ -975,7 +1022,7 @@ class Staging:
         return 0, False
 
     def _write_journal(self) -> None:
-        storage.write_file(os.path.join(self.path, _JOURNAL), _seal(self._journal))
+        storage.write_file(os.path.join(self.path, JOURNAL), seal(self._journal))
 
     # The end.
 
@@ -1007,7 +1054,7 @@ class Staging:
             "files": files,
             "identity": self._journal["identity"],
         }
-        sealed = _seal(whole)
+        sealed = seal(whole)
         self._created = False  # from here on nothing takes the finished work away
         storage.write_file(os.path.join(self.path, MANIFEST), sealed)
         with storage.writing(self._place.out):
@@ -1018,8 +1065,8 @@ class Staging:
     def _publish(self, manifest: Json) -> None:
         """Put a staging folder that has its manifest in the output's place; every step may be taken again."""
         with suppress(FileNotFoundError):
-            os.unlink(os.path.join(self.path, _JOURNAL))
-        _prune(self.path, {MANIFEST, _REPLACED, *manifest["files"]})
+            os.unlink(os.path.join(self.path, JOURNAL))
+        _prune(self.path, {MANIFEST, REPLACED, *manifest["files"]})
         for folder, _, _ in os.walk(self.path):
             storage.sync_dir(folder)
         if self._place.inside:
@@ -1039,13 +1086,13 @@ class Staging:
             os.rename(place.out, old)
             os.rename(place.staging, place.out)
         storage.sync_dir(parent)
-        _remove(old)
+        remove_folder(old)
 
     def _move_up(self, manifest: Json) -> None:
         """Move the files into an output that cannot be renamed, the manifest last."""
         out = self._place.out
         if os.path.lexists(os.path.join(out, MANIFEST)):
-            os.replace(os.path.join(out, MANIFEST), os.path.join(self.path, _REPLACED))
+            os.replace(os.path.join(out, MANIFEST), os.path.join(self.path, REPLACED))
             storage.sync_dir(self.path)
             storage.sync_dir(out)
         with suppress(FileNotFoundError):
@@ -1060,7 +1107,7 @@ class Staging:
             storage.sync_dir(folder)
         os.replace(os.path.join(self.path, MANIFEST), os.path.join(out, MANIFEST))
         storage.sync_dir(out)
-        _remove(self.path)
+        remove_folder(self.path)
 
 
 def _misread(path: str) -> ResourceError:
@@ -1097,8 +1144,9 @@ def _flat(section: str, part: Any) -> Iterator[tuple[str | tuple[str, str], Any]
             yield from _flat(f"{section}.{name}", value)
 
 
-def _is_journal(journal: Json) -> bool:
-    if journal.get("format") != _JOURNAL_FORMAT or not isinstance(journal.get("identity"), dict):
+def is_journal(journal: Json) -> bool:
+    """Whether JSON has the form of a journal."""
+    if journal.get("format") != JOURNAL_FORMAT or not isinstance(journal.get("identity"), dict):
         return False
     parts = [journal.get(key) for key in ("finished", "rows", "files")]
     return all(isinstance(part, dict) and all(isinstance(one, dict) for one in part.values()) for part in parts)
@@ -1110,14 +1158,14 @@ def _check_ours(folder: str) -> None:
     A folder is a run's when a journal is in it, or when all its files are such as a run writes.
     """
     if os.path.isdir(folder) and not os.path.islink(folder):
-        if os.path.lexists(os.path.join(folder, _JOURNAL)):
+        if os.path.lexists(os.path.join(folder, JOURNAL)):
             return
         if all(name.endswith(_STAGED_ENDINGS) for _, _, names in os.walk(folder) for name in names):
             return
     raise InputError(f"{folder} is in the way and was not left by gpu-init; move it away.")
 
 
-def _remove(folder: str) -> bool:
+def remove_folder(folder: str) -> bool:
     """Remove a run's folder; tell whether there was one.
 
     Before anything else its manifest or journal is spoilt, so that what a kill leaves is never taken for whole, and
@@ -1125,12 +1173,12 @@ def _remove(folder: str) -> bool:
     """
     if not os.path.isdir(folder):
         return False
-    journal = os.path.join(folder, _JOURNAL)
+    journal = os.path.join(folder, JOURNAL)
     with suppress(FileNotFoundError):
         os.replace(os.path.join(folder, MANIFEST), journal)
     if os.path.lexists(journal):
         os.truncate(journal, 0)
-    _prune(folder, {_JOURNAL})
+    _prune(folder, {JOURNAL})
     shutil.rmtree(folder)
     return True
 
@@ -1152,7 +1200,7 @@ def _prune(folder: str, kept: set[str]) -> None:
 
 def _unlink_listed(root: str, files: Json) -> None:
     """Remove those listed files that are in a folder, and their own folders when empty."""
-    for name in filter(_is_inside, files):
+    for name in filter(is_inside, files):
         path = os.path.join(root, name)
         folder = os.path.dirname(path)
         if os.path.lexists(path) and not os.path.isdir(path) and os.path.realpath(folder) == folder:

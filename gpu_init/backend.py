@@ -36,11 +36,13 @@ from .errors import InputError, ResourceError
 from .kernels import Kernels, arrays, cpu_kernels
 from .kernels.cuda import OLDEST, CudaKernels, choose_cache_folder
 from .lines import trouble
+from .storage import source, stream
 
 TEXT_BLOCK_BYTES = 16 << 20  # of a text file read at a time; no line may be longer
 PARQUET_BATCH_ROWS = 1 << 18
 LONG_TEXT_BYTES = 256  # a batch of longer texts may take much more than its file
 PARQUET_BUFFER_BYTES = 1 << 20  # of a column read at a time, however large its row groups are
+REMOTE_BUFFER_BYTES = 8 << 20  # the same from object storage, where each time takes a while
 KMEANS_ITERATIONS = 300  # as scikit-learn's default
 DEVICE_TEXT_BYTES = 256 << 20  # of a text file that a device reads at a time
 DEVICE_ROWS = 1 << 24  # of a Parquet file, likewise, or one row group that has more
@@ -272,18 +274,19 @@ class CpuBackend:
             if separator is None:
                 import pyarrow.parquet as pq
 
-                options = {"pre_buffer": False, "buffer_size": PARQUET_BUFFER_BYTES}
+                buffer = PARQUET_BUFFER_BYTES if source(path) is path else REMOTE_BUFFER_BYTES
+                options = {"pre_buffer": False, "buffer_size": buffer}
                 texts = _long_texts(path, columns, options)
-                with pq.ParquetFile(path, read_dictionary=texts, **options) as file:
+                with pq.ParquetFile(source(path), read_dictionary=texts, **options) as file:
                     for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=columns):
                         for part in _decoded(batch.select(columns)):
                             yield frame(part)
                 return
             import pyarrow.csv as pc
 
-            with pa.input_stream(path, compression="detect") as stream:
+            with stream(path) as file:
                 reader = pc.open_csv(
-                    stream,
+                    file,
                     read_options=pc.ReadOptions(block_size=TEXT_BLOCK_BYTES),
                     parse_options=pc.ParseOptions(delimiter=separator, newlines_in_values=True),
                     convert_options=pc.ConvertOptions(
@@ -449,17 +452,15 @@ class CudaBackend:
     def _parquet(self, path: str, columns: list[str]) -> Iterator[Any]:
         import pyarrow.parquet as pq
 
-        metadata = pq.read_metadata(path)
+        metadata = pq.read_metadata(source(path))
         rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         for groups in row_groups(rows, DEVICE_ROWS):
             # an index that pandas wrote would take its column away
             yield self.tables.read_parquet(path, columns=columns, row_groups=groups, use_pandas_metadata=False)
 
     def _text(self, path: str, separator: str, columns: list[str]) -> Iterator[Any]:
-        import pyarrow as pa
-
-        with pa.input_stream(path, compression="detect") as stream:
-            for part in text_parts(stream, DEVICE_TEXT_BYTES):
+        with stream(path) as file:
+            for part in text_parts(file, DEVICE_TEXT_BYTES):
                 yield self.tables.read_csv(
                     io.BytesIO(part),
                     sep=separator,
@@ -595,11 +596,11 @@ def _long_texts(path: str, columns: Iterable[str], options: dict[str, Any]) -> l
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    schema = pq.read_schema(path)
+    schema = pq.read_schema(source(path))
     kinds = {name: schema.field(name).type for name in columns}
     texts = [name for name, kind in kinds.items() if pa.types.is_string(kind) or pa.types.is_large_string(kind)]
     found: set[str] = set()
-    with pq.ParquetFile(path, read_dictionary=texts, **options) as file:
+    with pq.ParquetFile(source(path), read_dictionary=texts, **options) as file:
         for group in range(file.num_row_groups) if texts else ():
             for row in file.iter_batches(1, row_groups=[group], columns=texts):
                 lengths = {name: pc.max(pc.binary_length(row.column(name).dictionary)).as_py() for name in texts}

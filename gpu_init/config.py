@@ -642,7 +642,7 @@ def assigned(
     """
     try:
         job, settings = dict(manifest["job"]), dict(manifest["settings"])
-        features = {str(name): os.path.join(job["folder"], path) for name, path in job["features"].items()}
+        features = {str(name): _relative_to(str(job["folder"]), path) for name, path in job["features"].items()}
         columns = {name: job[name] for name in (*COLUMNS, "half_life")}
     except (KeyError, TypeError, AttributeError):
         raise InputError(

@@ -26,7 +26,7 @@ from .backend import Backend, one_line
 from .errors import GpuInitError, InputError, ResourceError
 from .kernels.arrays import empty
 from .memory import require as require_memory
-from .storage import expand, reading
+from .storage import expand, local, reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -449,7 +449,7 @@ def _parquet(path: str) -> Iterator[pq.ParquetFile]:
     with (
         reading(path),
         _decoding(path, "Parquet"),
-        pa.memory_map(path) as file,
+        pa.memory_map(local(path)) as file,
         pq.ParquetFile(file, page_checksum_verification=True) as parquet,
     ):
         yield parquet

@@ -20,7 +20,7 @@ from .errors import GpuInitError, InputError
 from .kernels import Builder, Csr
 from .memory import require as require_memory
 from .recency import Recency, newest
-from .storage import expand, reading
+from .storage import expand, file_state, reading
 from .tables import (
     EXTENSIONS,
     TEXT_EXTENSIONS,
@@ -28,7 +28,6 @@ from .tables import (
     Columns,
     Table,
     batches,
-    file_state,
     find_column,
     joined,
     open_table,
@@ -46,7 +45,6 @@ __all__ = [
     "ItemAxis",
     "build",
     "check_weights",
-    "file_state",
     "find_column",
     "from_matrix",
     "positions",

@@ -33,7 +33,6 @@ from .interactions import (
     Columns,
     InteractionTable,
     ItemAxis,
-    file_state,
     positions,
     read,
     read_user_ids,
@@ -41,8 +40,10 @@ from .interactions import (
 )
 from .kmeans import needed_bytes, sample_sizes
 from .memory import require as require_memory
+from .objects import open_staging
 from .progress import Progress
-from .storage import expand, fingerprint, require_utf8
+from .remote import is_url
+from .storage import expand, file_state, fingerprint, real_path, require_utf8
 from .version import __version__
 from .where import parse
 
@@ -75,7 +76,7 @@ def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
         inputs = _inputs(config)
     _check_inputs(config, inputs.files)
     identity = _identity(config, inputs.files, backend)
-    with Staging.open(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
+    with open_staging(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
         if staging.complete:
             progress.say(f"{config.out} is already there, made from the same inputs and settings")
             return config.out
@@ -165,12 +166,12 @@ def _check_places(config: JobConfig) -> None:
     """Refuse names of modalities that the artifact needs itself, and an output inside a folder of inputs."""
     for name in config.features:
         check_modality(name)
-    out = os.path.realpath(config.out)
+    out = real_path(config.out)
     require_utf8(out)
     users = [config.users] if isinstance(config.users, str) else []
     for pattern in (config.interactions, *config.features.values(), *users):
-        root = os.path.realpath(pattern)
-        if os.path.isdir(pattern) and out != root and out.startswith(f"{root}{os.sep}"):
+        root = real_path(pattern)
+        if out != root and out.startswith(f"{root}/") and (is_url(out) or os.path.isdir(pattern)):
             raise InputError(
                 f"{config.out} is inside {pattern}, whose files are input, and would be read as such later;"
                 " choose another output."
@@ -179,10 +180,10 @@ def _check_places(config: JobConfig) -> None:
 
 def _check_inputs(config: JobConfig, inputs: list[dict[str, Any]]) -> None:
     """Refuse an output whose files are inputs too."""
-    out = os.path.realpath(config.out)
+    out = real_path(config.out)
     for one in inputs:
-        path = os.path.realpath(one["path"])
-        if path == out or path.startswith(f"{out}{os.sep}"):
+        path = real_path(one["path"])
+        if path == out or path.startswith(f"{out}/"):
             raise InputError(f"{config.out} is the output, but {one['path']} is an input; choose another output.")
 
 
@@ -661,7 +662,7 @@ def assign(source: Artifact, config: JobConfig, given: Collection[str], progress
 
 
 def _check_source(source: Artifact, config: JobConfig, given: Collection[str]) -> None:
-    if os.path.realpath(config.out) == source.path:
+    if real_path(config.out) == source.path:
         raise InputError(f"{config.out} is the artifact itself; choose another output.")
     for name in config.features:
         if name not in source:
@@ -686,7 +687,7 @@ def _assign(source: Artifact, config: JobConfig, given: Collection[str], backend
         _recognise(source, before, inputs, given, progress)
     _check_inputs(config, inputs)
     identity = {**_identity(config, inputs, backend), "artifact": source.manifest["checksum"]}
-    with Staging.open(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
+    with open_staging(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
         if staging.complete:
             progress.say(f"{config.out} is already there, made from the same inputs and artifact")
             return config.out

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import IO
 
 from .errors import InputError
+from .storage import local
 
 
 def line_of(path: str, row: int) -> int:
@@ -46,6 +47,7 @@ def trouble(path: str, separator: str, said: str, most: int) -> str:
 
 def _opened(path: str) -> IO[str]:
     """Text whose letters are bytes, whatever they mean; lines end in any way."""
+    path = local(path)
     return gzip.open(path, "rt", encoding="latin-1") if path.endswith(".gz") else open(path, encoding="latin-1")
 
 

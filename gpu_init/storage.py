@@ -1,4 +1,4 @@
-"""Files on local disks: found, recognised again, written so that they last.
+"""Files: found, recognised again, read; on local disks written so that they last. Inputs may be URLs (`remote`).
 
 What is written goes to a temporary file beside its place, is synced, and is then renamed; the folder is synced too.
 One writer at a time is assumed for each folder; `Lock` sees to that for the output.
@@ -16,8 +16,9 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from . import remote
 from .errors import InputError, ResourceError
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def fingerprint(path: str) -> dict[str, int | str]:
     InputError
         It is not a file, or cannot be read.
     """
+    if remote.is_url(path):
+        return remote.fingerprint(path)
     with reading(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size <= WHOLE_BYTES:
@@ -70,6 +73,7 @@ def reading(path: str) -> Iterator[io.BufferedReader]:
     """Open a regular file; what the system says while it is read becomes an InputError that names it."""
     if "\0" in path:
         raise InputError(f"{path!r} is not a path.")
+    path = local(path)
     try:
         # Without O_NONBLOCK, opening a pipe would wait for its other end for ever.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -78,6 +82,47 @@ def reading(path: str) -> Iterator[io.BufferedReader]:
             yield file
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({_why(error)}).") from None
+
+
+def file_state(path: str) -> tuple[int, int]:
+    """Size of a file, and a number that another content would have changed: for a local one, when it last changed.
+
+    Raises
+    ------
+    InputError
+        It cannot be reached.
+    """
+    if remote.is_url(path):
+        return remote.state(path)
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise InputError(f"{path}: {_why(error)}") from None
+    return found.st_size, found.st_mtime_ns
+
+
+def real_path(path: str) -> str:
+    """Path without links, `.` and `..`; a URL without a slash at its end."""
+    return path.rstrip("/") if remote.is_url(path) else os.path.realpath(path)
+
+
+def local(path: str) -> str:
+    """Path on this machine of a file, of which a copy is made where it is a URL."""
+    return remote.local(path) if remote.is_url(path) else path
+
+
+def source(path: str) -> Any:
+    """Give what a library takes as a file of which it reads parts: the path, or an open object."""
+    return remote.Object(path) if remote.is_url(path) else path
+
+
+def stream(path: str) -> Any:
+    """Open a text file for pyarrow, from start to end; unpacked where its name says that it is packed."""
+    import pyarrow as pa
+
+    if remote.is_url(path):
+        return pa.input_stream(remote.stream(path), compression="gzip" if path.endswith(".gz") else None)
+    return pa.input_stream(path, compression="detect")
 
 
 def expand(pattern: str, extensions: tuple[str, ...]) -> list[str]:
@@ -99,11 +144,11 @@ def expand(pattern: str, extensions: tuple[str, ...]) -> list[str]:
     Raises
     ------
     InputError
-        A URL, a folder that cannot be read, or nothing found.
+        A folder that cannot be read, or nothing found.
     """
-    if "://" in pattern:
-        raise InputError(f"{pattern}: this version reads local paths only; copy the files to a disk, or mount them.")
     require_utf8(pattern)
+    if remote.is_url(pattern):
+        return remote.find(pattern, extensions)
     if os.path.isfile(pattern):
         return [pattern]
     is_glob = not os.path.lexists(pattern) and not _GLOB.isdisjoint(pattern)
@@ -240,7 +285,10 @@ def create(path: str, needed: int = 0) -> Iterator[Sink]:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Write a small file as `create` does."""
+    """Write a small file as `create` does, or an object."""
+    if remote.is_url(path):
+        remote.write(path, data)
+        return
     with create(path, len(data)) as sink:
         sink.write(data)
 

@@ -5,7 +5,6 @@ Section 4 (inputs) of the design.
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from . import ids
 from .backend import TEXT_BLOCK_BYTES, Backend, one_line
 from .errors import InputError
 from .lines import line_of, trouble
-from .storage import expand
+from .storage import expand, file_state, source, stream
 from .where import Where
 
 TEXT_EXTENSIONS = (".csv", ".tsv", ".inter", ".csv.gz", ".tsv.gz", ".inter.gz")
@@ -113,21 +112,6 @@ def open_table(path: str, columns: Columns, warnings: list[str]) -> Table:
     return Table(path, separator, user, item, weight, time, where, whole, state)
 
 
-def file_state(path: str) -> tuple[int, int]:
-    """Size and time of the last change of a file.
-
-    Raises
-    ------
-    InputError
-        It cannot be reached.
-    """
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        raise InputError(f"{path}: {one_line(error)}") from None
-    return found.st_size, found.st_mtime_ns
-
-
 def batches(backend: Backend, table: Table, where: Where | None, wanted: Sequence[str]) -> Iterator[Batch]:
     """Rows of a table, in order, with the columns ``wanted``, as `Backend.batches` types them.
 
@@ -156,7 +140,7 @@ def _whole_numbers(path: str, names: Sequence[str]) -> int | None:
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_metadata(path)
+        metadata = pq.read_metadata(source(path))
         schema = metadata.schema.to_arrow_schema()
         whole = all(pa.types.is_integer(schema.field(name).type) for name in names)
     except (pa.ArrowException, OSError) as error:
@@ -179,7 +163,7 @@ def stated_rows(pattern: str) -> int:
     for path in expand(pattern, EXTENSIONS):
         if path.endswith((".parquet", ".pq")):
             try:
-                rows += pq.read_metadata(path).num_rows
+                rows += pq.read_metadata(source(path)).num_rows
             except (pa.ArrowException, OSError) as error:
                 raise InputError(f"{path}: {one_line(error)}") from None
     return rows
@@ -209,9 +193,9 @@ def header(path: str) -> tuple[str | None, list[str]]:
 
     try:
         if path.endswith((".parquet", ".pq")):
-            return None, list(pq.read_schema(path).names)
-        with pa.input_stream(path, compression="detect") as stream:
-            start = stream.read(HEADER_BYTES)
+            return None, list(pq.read_schema(source(path)).names)
+        with stream(path) as file:
+            start = file.read(HEADER_BYTES)
         if len(start) == HEADER_BYTES and b"\n" not in start:
             raise InputError(f"{path}: its first line, which names the columns, is longer than {HEADER_BYTES:,} bytes.")
         first = start.split(b"\n", 1)[0].decode("utf-8-sig").rstrip("\r")
@@ -342,9 +326,9 @@ def _lines(path: str) -> Iterator[list[str | None]]:
     if file_state(path)[0] == 0:
         return
     try:
-        with pa.input_stream(path, compression=None) as stream:
+        with stream(path) as file:
             for batch in pc.open_csv(
-                stream,
+                file,
                 pc.ReadOptions(block_size=TEXT_BLOCK_BYTES, column_names=["id"]),
                 pc.ParseOptions(delimiter="\x1f", quote_char=False, ignore_empty_lines=False),
                 pc.ConvertOptions(column_types={"id": pa.string()}, null_values=[""], strings_can_be_null=True),

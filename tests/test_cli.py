@@ -237,7 +237,7 @@ INTERACTIONS = {
         "no files",
     ),
     "glob without match": (lambda j: j.flags.update(interactions=j.path("x*.parquet")), "x*.parquet", "no files"),
-    "url": (flag("interactions", "s3://bucket/log.parquet"), "s3://bucket/log.parquet", "local"),
+    "url": (flag("interactions", "no://bucket/log.parquet"), "no://bucket/log.parquet"),
     "nul": (flag("interactions", "a\0b"), "--interactions"),
     "unreadable": (nothing_readable, "log.parquet", "cannot be read"),
     "name not UTF-8": (

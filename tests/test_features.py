@@ -506,7 +506,7 @@ def test_places_that_are_no_files(tmp_path, monkeypatch):
     refused(tmp_path / "*.npy", "no files")
     (tmp_path / "folder.npy").mkdir()
     refused(tmp_path / "folder.npy", "no files")
-    refused("s3://bucket/f.npy", "local paths only")
+    refused("no://bucket/f.npy", "not known|fsspec")
     (tmp_path / "f.csv").write_text("1,2")
     refused(tmp_path / "f.csv", r"features end in \.npy")
     os.mkfifo(tmp_path / "pipe.npy")

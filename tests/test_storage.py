@@ -61,11 +61,11 @@ def test_expand_file_folder_glob(tmp_path):
     assert storage.expand(odd, (".csv",)) == storage.expand(str(tmp_path / "odd[1]"), (".csv",)) == [odd]
 
 
-@pytest.mark.parametrize("pattern", ["missing.csv", "missing/*.csv", "empty", "", "s3://bucket/x.csv", "a\0b", "e/*\0"])
+@pytest.mark.parametrize("pattern", ["missing.csv", "missing/*.csv", "empty", "", "no://bucket/x.csv", "a\0b", "e/*\0"])
 def test_expand_finds_nothing(tmp_path, monkeypatch, pattern):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="local paths only" if "://" in pattern else "no "):
+    with pytest.raises(InputError, match="not known|fsspec" if "://" in pattern else "no "):
         storage.expand(pattern, (".csv",))
 
 
