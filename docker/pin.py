@@ -1,0 +1,34 @@
+"""Write docker/requirements-TARGET.txt: the version of every package in an image, as pip resolves them today.
+
+Run it (`make pins`) by the Python of the base image, since versions depend on that; without arguments, for each target.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECTS = {"cpu": ".", "cuda": ".[cuda12]"}
+
+
+def resolved(project: str) -> list[str]:
+    """Exact requirements of the project with its extras, itself left out."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
+    report = subprocess.run([*command, project], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = {one["metadata"]["name"].lower(): one["metadata"]["version"] for one in json.loads(report)["install"]}
+    del found["gpu-init"]
+    return [f"{name}=={version}" for name, version in sorted(found.items())]
+
+
+def main() -> None:
+    """Write the files of the targets that are named."""
+    for target in sys.argv[1:] or PROJECTS:
+        lines = [f"# What {PROJECTS[target]} needs on Python 3.11, made by `make pins`.", *resolved(PROJECTS[target])]
+        (ROOT / "docker" / f"requirements-{target}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+#!/bin/sh
+# Removes from the libraries what no job runs: tests, what only compilers and editors read, Arrow's RPC. The headers of
+# CuPy and CUDA stay, which kernels are compiled with.
+set -eu
+cd /opt/gpu-init/lib/python3*/site-packages
+find . -type d -name tests -prune -exec rm -rf {} +
+find . -type f \( -name '*.pyi' -o -name '*.pyx' -o -name '*.pxd' \) -delete
+rm -rf pyarrow/include pyarrow/*_flight*.so*
+# A wheel has no links, so one library lies there under each of its names.
+for library in pyarrow/*.so.*.*.*; do
+    for name in "${library%.*.*.*}" "${library%.*.*}"; do
+        if cmp -s "$name" "$library"; then ln -sf "$(basename "$library")" "$name"; fi
+    done
+done
