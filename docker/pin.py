@@ -1,6 +1,6 @@
 """Write docker/requirements-TARGET.txt: the version of every package in an image, as pip resolves them today.
 
-Run it (`make pins`) by the Python of the base image, since versions depend on that; without arguments, for each target.
+`make pins` runs it, by the Python of the base image, since versions depend on that; arguments name some targets alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PYTHON = (3, 11)
 PROJECTS = {"cpu": ".", "cuda": ".[cuda12]"}
 
 
@@ -25,8 +26,12 @@ def resolved(project: str) -> list[str]:
 
 def main() -> None:
     """Write the files of the targets that are named."""
+    version = ".".join(map(str, PYTHON))
+    if sys.version_info[:2] != PYTHON:
+        sys.exit(f"the images have Python {version}: make PYTHON=python{version} VENV=build/pins pins")
     for target in sys.argv[1:] or PROJECTS:
-        lines = [f"# What {PROJECTS[target]} needs on Python 3.11, made by `make pins`.", *resolved(PROJECTS[target])]
+        lines = [f"# What {PROJECTS[target]} needs on Python {version}; `make pins` writes it anew."]
+        lines += resolved(PROJECTS[target])
         (ROOT / "docker" / f"requirements-{target}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

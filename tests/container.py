@@ -143,7 +143,8 @@ class Engine:
 
 def pip_configuration():
     """What pip is told on this machine, but its folders, which a build does not see; None, or the CA file it trusts."""
-    listed = run([sys.executable, "-m", "pip", "config", "list"])
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    listed = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True).stdout  # none without pip
     found = dict(re.findall(r"(?m)^[\w:]+\.([a-z-]+)='(.*)'$", listed))
     kept = {key: found[key] for key in ("index-url", "trusted-host", "proxy", "timeout") if key in found}
     remote = [url for url in found.get("extra-index-url", "").split() if not url.startswith("file:")]
