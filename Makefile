@@ -4,6 +4,7 @@
 #   make test        the tests that take minutes          make test-slow   the long proofs
 #   make lint        ruff and mypy                        make bench       the benchmarks of speed and memory, rows to benchmarks/results
 #   make test-gpu    the tests that need a CUDA device    make bench-gpu   the benchmarks that need one
+#   make pins        the versions in the images, resolved anew
 #   make clean       removes what the others made
 
 SHELL := bash
@@ -17,7 +18,7 @@ BENCHMARKS = $(filter-out $(addprefix benchmarks/,common.py baselines.py gpu.py 
 # cuda12 or cuda13, by what the driver serves; make CUDA=cuda12 ... chooses
 CUDA ?= $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *1\([0-9]\).*/1\1/p' | sed 's/1[3-9]/13/; s/^/cuda/')
 
-.PHONY: demo test test-slow test-gpu lint bench bench-gpu clean
+.PHONY: demo test test-slow test-gpu lint bench bench-gpu pins clean
 .SECONDARY:
 
 demo: $(VENV)/core.stamp
@@ -46,6 +47,9 @@ bench: $(VENV)/bench.stamp
 
 bench-gpu: $(VENV)/gpu.stamp
 	$(VENV)/bin/python benchmarks/gpu.py
+
+pins: $(VENV)/python.stamp
+	$(VENV)/bin/python docker/pin.py
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -22,6 +22,12 @@ from .version import __version__
 GRACE_SECONDS = 3.0  # that a signal leaves a native call, or whatever else is under way, to end by itself
 
 
+class _Errors:
+    """How errors are told: as the settings say, as far as they are known yet."""
+
+    log_format = "auto"
+
+
 def program() -> NoReturn:
     """The process: a command, and its exit code."""
     for one in (signal.SIGTERM, signal.SIGINT):  # before the job's own handlers are there, and after
@@ -64,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         What follows the program's name; by default the process's own.
     """
     try:
+        _Errors.log_format = config.log_format(None, os.environ, {})
         given = _parser().parse_args(arguments)
+        _Errors.log_format = config.log_format(None, os.environ, _flags(given))
         with _Signals() as given.signals:
             code: int = given.command(given)
             if sys.stdout is not None:  # as it is where the process has none
@@ -89,9 +97,11 @@ def _mute() -> None:
 
 
 def _complain(error: MemoryError | GpuInitError | Stopped, progress: Progress | None = None) -> int:
-    """Tell why the program ends, as a line of the job's own log where there is one, and give the exit code."""
+    """Tell why the program ends, as a line of the log where that is JSON or given, and give the exit code."""
     if isinstance(error, MemoryError):
         error = ResourceError(f"not enough memory: {error or 'an allocation failed'}.")
+    if _Errors.log_format == "json":
+        progress = Progress("json")
     if progress is not None:
         progress.error(str(error))
     else:
@@ -202,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(given: argparse.Namespace) -> int:
-    job = config.load(given.job, os.environ, _flags(given))
+    job = _load(given)
     return _make(given, job, lambda progress: _run_job(job, progress))
 
 
@@ -226,7 +236,7 @@ def _tune(given: argparse.Namespace) -> int:
 
     if given.metric not in METRICS:
         raise InputError(f"--metric: found {given.metric!r}; wanted is {', '.join(METRICS)}.")
-    asked = config.load(given.job, os.environ, _flags(given))
+    asked = _load(given)
     with Progress(asked.log_format) as progress:
         given.signals.progress = progress
         frame, paths = tune(asked, given.metric, given.folder, progress)
@@ -239,6 +249,17 @@ def _tune(given: argparse.Namespace) -> int:
     return 0
 
 
+def _load(given: argparse.Namespace) -> config.JobConfig:
+    """Read the job that a command names; what is wrong with it is told as the job's own file asks."""
+    try:
+        job = config.load(given.job, os.environ, _flags(given))
+    except InputError:
+        _Errors.log_format = config.log_format(given.job, os.environ, _flags(given))
+        raise
+    _Errors.log_format = job.log_format
+    return job
+
+
 def _flags(given: argparse.Namespace) -> dict[str, Any]:
     """Keys that stand on the command line."""
     return {key: value for key, value in vars(given).items() if key in config.NAMES}
@@ -248,12 +269,7 @@ def _make(given: argparse.Namespace, job: config.JobConfig, make: Callable[[Prog
     """Make an artifact, told as the job has it, and show its summary."""
     with Progress(job.log_format) as progress:
         given.signals.progress = progress
-        try:
-            path = make(progress)
-        except (MemoryError, GpuInitError, Stopped) as error:
-            if job.log_format != "json":
-                raise
-            return _complain(error, progress)
+        path = make(progress)
     _print_summary(path)
     return 0
 

@@ -12,6 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from numbers import Integral, Real
@@ -658,6 +659,20 @@ def assigned(
     base = {key: value for key, value in {**columns, **settings}.items() if value is not None}
     given = asked.get("features", {})
     return load(None, {}, {**asked, "features": {**features, **given}}, base), set(given)
+
+
+def log_format(path: str | None, environ: Mapping[str, str], flags: Mapping[str, Any]) -> str:
+    """Give ``log_format`` alone, to tell what is wrong with other settings; ``auto`` where it is wrong itself."""
+    key = _BY_NAME["log_format"]
+    with suppress(InputError):
+        if key.name in flags:
+            return str(key.checked(flags[key.name], key.flag))
+        if environ.get(key.variable, "").strip():
+            return str(key.checked(environ[key.variable].strip(), key.variable))
+        if path is not None and os.path.isfile(path):  # a pipe is read once
+            in_file = {name.replace("-", "_"): value for name, value in _toml(path).items()}
+            return str(key.checked(in_file.get(key.name, AUTO), path))
+    return AUTO
 
 
 def variable(name: str) -> str:

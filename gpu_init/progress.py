@@ -205,6 +205,9 @@ class _Text(_Quiet):
             self.stream.flush()
 
 
+_LEVELS = {"warning": "warning", "step_stopped": "warning", "step_failed": "error", "error": "error"}  # else info
+
+
 class _Json(_Quiet):
     """One JSON object per line."""
 
@@ -223,9 +226,10 @@ class _Json(_Quiet):
 
     def event(self, event: str, **content: Any) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        level = _LEVELS.get(event, "info")
         kept = {key: value for key, value in content.items() if value is not None}
         with suppress(OSError, ValueError):
-            self.stream.write(json.dumps({"time": now, "event": event, **kept}) + "\n")
+            self.stream.write(json.dumps({"time": now, "level": level, "event": event, **kept}) + "\n")
             self.stream.flush()
 
 

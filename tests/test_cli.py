@@ -1437,6 +1437,49 @@ def test_a_terminal_sees_a_bar_and_is_left_clean(job):
     assert "Traceback" not in text
 
 
+def ask_for_json(job, place):
+    if place == "flag":
+        job.rest += ["--log-format=json"]
+    elif place == "variable":
+        job.environ["GPU_INIT_LOG_FORMAT"] = "json"
+    else:
+        job.rest += [job.write("json.toml", 'log-format = "json"')]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "places"),
+    [
+        (lambda job: job.flags.update(clusters="0"), ("flag", "variable", "file")),
+        (lambda job: job.flags.pop("interactions"), ("flag", "variable", "file")),
+        (lambda job: job.flags.update(nonsense="1"), ("variable",)),  # no flag has been understood
+        (lambda job: vars(job).update(command="inspect", rest=["missing"], flags={}), ("variable",)),
+    ],
+)
+def test_what_is_wrong_with_the_settings_is_json_where_they_ask_for_it(spoil, places, tmp_path, monkeypatch, capfd):
+    for place in places:
+        (tmp_path / place).mkdir()
+        job = Job(tmp_path / place)
+        spoil(job)
+        ask_for_json(job, place)
+        with monkeypatch.context() as patch:
+            code, _, err = run(job, patch, capfd)
+        said = json.loads(err)
+        assert (code, said["event"], said["level"]) == (2, "error", "error")
+        assert said["message"]
+
+
+@pytest.mark.parametrize("place", ["--log-format=bar", "GPU_INIT_LOG_FORMAT", "file"])
+def test_a_wrong_log_format_is_told_as_text(place, job, monkeypatch, capfd):
+    if place == "file":
+        job.rest.append(job.write("job.toml", 'log_format = "bar"'))
+    elif place.startswith("--"):
+        job.rest.append(place)
+    else:
+        job.environ[place] = "bar"
+    code, _, err = run(job, monkeypatch, capfd)
+    check_refusal(code, err, ["found 'bar'"])
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A job long enough to be stopped, in two groups that K-means finds at once, and its undisturbed artifact."""

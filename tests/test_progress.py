@@ -78,6 +78,7 @@ def test_json_is_one_object_per_line():
         "step_started",
         "step_finished",
     ]
+    assert [event["level"] for event in events] == ["info", "info", "info", "warning", "info", "info"]
     assert all(datetime.fromisoformat(event["time"]).utcoffset() == timedelta(0) for event in events)
     assert events[0]["message"] == "backend cpu: [asked] for"
     finished = events[2]
@@ -118,6 +119,22 @@ def test_a_terminal_that_was_asked_for_text_gets_text():
     stream = Terminal()
     run("text", stream)
     assert "\x1b" not in stream.getvalue()
+
+
+def test_json_has_the_level_of_what_went_wrong():
+    levels = {}
+    for error in (InputError("x"), Stopped(15)):
+        stream = io.StringIO()
+        with pytest.raises(type(error)):
+            run("json", stream, error)
+        Progress("json", stream).error("why")
+        levels |= {line["event"]: line["level"] for line in map(json.loads, stream.getvalue().splitlines())}
+    assert {event: level for event, level in levels.items() if level != "info"} == {
+        "warning": "warning",
+        "step_failed": "error",
+        "step_stopped": "warning",
+        "error": "error",
+    }
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
