@@ -1,8 +1,8 @@
 """The image of docker/Dockerfile, built and run as a cluster would, and its artifact against one made outside.
 
 `python -m tests.container` needs root, Debian's packages and no registry of images: the engine comes from there, and
-the base image is a minimal Debian. `--prepare` makes the base and the image and no more; `--cuda` builds that target
-too, some gigabytes, and imports its libraries.
+the base image is a minimal Debian. `--prepare` makes the base, the image and a cache of compiled kernels, and no more;
+`--cuda` builds that target too, some gigabytes, and imports its libraries.
 """
 
 from __future__ import annotations
@@ -174,26 +174,30 @@ def build(target, engine):
 
 
 class Jobs:
-    """Jobs in a container as a cluster runs them: no network, no root, nothing writable but what is named."""
+    """Jobs in a container as a cluster runs them: no network, no root, nothing writable but what is named.
+
+    Compiled kernels are kept in build/, so that what `--prepare` compiled is there later.
+    """
 
     def __init__(self, engine, folder):
         self.engine, self.folder = engine, folder
-        for name in ("out", "cache"):
-            (folder / name).mkdir()
-            (folder / name).chmod(0o777)
+        self.out, self.cache = folder / "out", BUILD / "cache"
+        for path in (self.out, self.cache):
+            path.mkdir(exist_ok=True)
+            path.chmod(0o777)
 
     def command(self, name, arguments, options=()):
         limits = ["--rm", "--name", name, "--network=none", "--read-only", "--memory=2g", "--cap-drop=ALL"]
         data = ["--mount", f"type=bind,src={TIKTOK},dst=/data/tiktok,readonly"] if TIKTOK.is_dir() else []
         for path in [*self.folder.glob("*.toml"), *self.folder.glob("*.npy"), *self.folder.glob("*.inter")]:
             data += ["--mount", f"type=bind,src={path},dst=/data/{path.name},readonly"]
-        data += ["--mount", f"type=bind,src={self.folder / 'out'},dst=/out"]
+        data += ["--mount", f"type=bind,src={self.out},dst=/out"]
         return ["/usr/bin/docker", "run", *limits, *data, *options, "gpu-init:cpu", *arguments]
 
     def start(self, name, *arguments, cache=True, **environment):
         """A container; with a cache of compiled kernels, unless it is to do without."""
         options = [f"--env={key}={value}" for key, value in environment.items()]
-        options += ["--mount", f"type=bind,src={self.folder / 'cache'},dst=/cache"] if cache else []
+        options += ["--mount", f"type=bind,src={self.cache},dst=/cache"] if cache else []
         command = self.command(name, arguments, options)
         return subprocess.Popen(
             command, env=self.engine.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -233,6 +237,13 @@ def assert_same(ours, theirs):
 
 
 @timed
+def demo(jobs):
+    """The demo, which compiles what most jobs need."""
+    code, said = jobs.finished("demo", "demo", "--folder=/out/demo")
+    assert code == 0, said
+
+
+@timed
 def tiktok(jobs):
     """A job by its file, a variable and a flag, in the container and outside."""
     if not TIKTOK.is_dir():
@@ -244,12 +255,12 @@ def tiktok(jobs):
     assert code == 0, said
     lines = [json.loads(line) for line in said.splitlines()]
     assert {line["level"] for line in lines} == {"info"}, said
-    owner = (jobs.folder / "out" / "tiktok" / "manifest.json").stat().st_uid
+    owner = (jobs.out / "tiktok" / "manifest.json").stat().st_uid
     assert owner == 65532, owner
     (jobs.folder / "tiktok").symlink_to(TIKTOK)
     outside = [sys.executable, "-m", "gpu_init", "run", jobs.folder / "tiktok.toml", f"--out={jobs.folder / 'outside'}"]
     run(outside, env={**os.environ, **settings, "PYTHONPATH": str(ROOT)})
-    print("TikTok, in the container and outside:", assert_same(jobs.folder / "out" / "tiktok", jobs.folder / "outside"))
+    print("TikTok, in the container and outside:", assert_same(jobs.out / "tiktok", jobs.folder / "outside"))
 
 
 @timed
@@ -258,7 +269,7 @@ def without_a_cache(jobs):
     arguments = ["run", "/data/large.toml", "--dim=4", "--out=/out/plain"]
     code, said = jobs.finished("plain", *arguments, cache=False, GPU_INIT_KERNELS="numpy")
     assert code == 0, said
-    assert contents(jobs.folder / "out" / "plain")
+    assert contents(jobs.out / "plain")
 
 
 @timed
@@ -268,7 +279,7 @@ def wrong_input(jobs):
     assert code == 2, (code, said)
     assert "/data/none.npy" in said, said
     assert len(re.search("^gpu-init: .*", said, re.MULTILINE | re.DOTALL)[0].splitlines()) <= 2, said
-    assert not list((jobs.folder / "out").glob("wrong*"))
+    assert not list(jobs.out.glob("wrong*"))
 
 
 @timed
@@ -288,12 +299,12 @@ def stopped_and_resumed(jobs):
     assert process.returncode == 128 + signal.SIGTERM, (process.returncode, said)
     assert time.monotonic() - start < 10
     assert "--resume" in json.loads(said.splitlines()[-1])["message"], said
-    assert not (jobs.folder / "out" / "stopped").exists()
+    assert not (jobs.out / "stopped").exists()
     code, said = jobs.finished("resumed", *arguments, "--out=/out/stopped", "--resume")
     assert code == 0, said
     assert "going on with the unfinished run" in said, said
     assert "cluster first" not in said, said
-    assert contents(jobs.folder / "out" / "whole") == contents(jobs.folder / "out" / "stopped")
+    assert contents(jobs.out / "whole") == contents(jobs.out / "stopped")
 
 
 def make_large(folder, users=150_000, items=400, width=256):
@@ -339,6 +350,8 @@ def main():
         with Engine() as engine:
             if given.prepare:
                 build("cpu", engine)
+                with tempfile.TemporaryDirectory() as folder:
+                    demo(Jobs(engine, Path(folder)))
             else:
                 check(engine, given.cuda)
     except Skipped as reason:
