@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -40,8 +39,6 @@ from .artifact import (
 )
 from .errors import GpuInitError, InputError, ResourceError
 
-LOOK_SECONDS = 5.0  # between looks whether a newer run has begun
-
 
 def open_staging(out: str, *, resume: bool, overwrite: bool, identity: Json) -> Staging:
     """`Staging.open`, for an output on a disk or in object storage."""
@@ -57,7 +54,6 @@ class ObjectStaging(Staging):
         self._mark = uuid.uuid4().hex
         self._stored: dict[str, str] = {}  # SHA-256 of each file that the store has
         self._noted = b""  # the journal in the store, as this run wrote it last
-        self._looked = 0.0
         self._resume = False
 
     @classmethod
@@ -183,14 +179,14 @@ class ObjectStaging(Staging):
         note = seal({**self._journal, "rows": {}})
         if note == self._noted:
             return
-        if self._noted and time.monotonic() - self._looked >= LOOK_SECONDS:
+        if self._noted:
             self._require_newest()
         for name, entry in self._journal["files"].items():
             if self._stored.get(name) != entry["sha256"]:
                 remote.upload(os.path.join(self.path, name), self._staged(name))
                 self._stored[name] = entry["sha256"]
         remote.write(self._staged(JOURNAL), note)
-        self._noted, self._looked = note, time.monotonic()
+        self._noted = note
 
     def _require_newest(self) -> None:
         if (self._sealed(JOURNAL) or {}).get("mark") != self._mark:

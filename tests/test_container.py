@@ -13,7 +13,7 @@ from gpu_init import config
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
-EXTRAS = {"cpu": (), "cuda": ("cuda12",)}
+EXTRAS = {"cpu": ("s3",), "cuda": ("cuda12", "s3")}
 
 yaml = pytest.importorskip("yaml")
 
