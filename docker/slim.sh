@@ -1,12 +1,11 @@
 #!/bin/sh
-# Removes from the libraries what no job runs: tests, what only compilers and editors read, Arrow's RPC. The headers of
-# CuPy and CUDA stay, which kernels are compiled with. Of what botocore knows of each of Amazon's services, what S3 and
-# credentials take is left.
+# Removes from the libraries what no job runs: tests, what only compilers and editors read, Arrow's RPC and its own way to
+# S3, what botocore knows of Amazon's other services. The headers of CuPy and CUDA stay, which kernels are compiled with.
 set -eu
 cd /opt/gpu-init/lib/python3*/site-packages
 find . -type d -name tests -prune -exec rm -rf {} +
 find . -type f \( -name '*.pyi' -o -name '*.pyx' -o -name '*.pxd' \) -delete
-rm -rf pyarrow/include pyarrow/*_flight*.so*
+rm -rf pyarrow/include pyarrow/*_flight*.so* pyarrow/*_s3*.so*
 # A wheel has no links, so one library lies there under each of its names.
 for library in pyarrow/*.so.*.*.*; do
     for name in "${library%.*.*.*}" "${library%.*.*}"; do
