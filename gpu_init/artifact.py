@@ -236,6 +236,25 @@ def load(path: str | os.PathLike[str]) -> Artifact:
     return Artifact(place, manifest, modalities, placed, root)
 
 
+def manifest_of(path: str | os.PathLike[str]) -> Json:
+    """Manifest of an artifact whose files are all there; of one in object storage, none of these is read.
+
+    Raises
+    ------
+    InputError
+        As `load`.
+    """
+    url = storage.real_path(os.fspath(path))
+    if not remote.is_url(url):
+        return load(path).manifest
+    manifest = parse_manifest(f"{url}/{MANIFEST}", _stored_manifest(url))
+    sizes = remote.sizes(url)
+    for name, entry in manifest["files"].items():
+        if sizes.get(name) != entry["bytes"]:
+            raise InputError(f"{url}: {_shown(name)}: missing, or not as long as it was written.")
+    return manifest
+
+
 def verify(path: str | os.PathLike[str]) -> list[str]:
     """Check every byte of an artifact against its manifest, and the manifest against its checksum.
 
@@ -319,14 +338,20 @@ def _root(path: str | os.PathLike[str]) -> str:
     if "\0" in os.fspath(path):
         raise InputError(f"{os.fspath(path)!r} is not a path.")
     path = storage.real_path(os.fspath(path))
-    return _copied(path) if remote.is_url(path) else path
+    return _copied(path, _stored_manifest(path)) if remote.is_url(path) else path
+
+
+def _stored_manifest(url: str) -> bytes:
+    data = remote.read_if_there(f"{url}/{MANIFEST}")
+    if data is None:
+        raise _not_an_artifact(url)
+    return data
 
 
 @functools.cache
-def _copied(url: str) -> str:
+def _copied(url: str, manifest: bytes) -> str:  # noqa: ARG001
+    """Folder with a copy of an artifact, made once for each manifest."""
     names = [name for name in remote.sizes(url) if is_inside(name) and not name.startswith(f"{PARTIAL}/")]
-    if MANIFEST not in names:
-        raise _not_an_artifact(url)
     folder = os.path.realpath(remote.new_folder())
     for name in names:
         path = os.path.join(folder, name)

@@ -288,7 +288,7 @@ def _print_summary(path: str) -> None:
 
     from . import artifact, summary
 
-    summary.table(artifact.load(path).manifest, Console())
+    summary.table(artifact.manifest_of(path), Console())
 
 
 def _inspect(given: argparse.Namespace) -> int:
@@ -298,7 +298,7 @@ def _inspect(given: argparse.Namespace) -> int:
     if problems:
         raise InputError(f"{given.artifact}: " + "; ".join(problems[:5]) + (" ..." if len(problems) > 5 else ""))
     if given.json:
-        print(json.dumps(artifact.load(given.artifact).manifest, indent=2, ensure_ascii=False))
+        print(json.dumps(artifact.manifest_of(given.artifact), indent=2, ensure_ascii=False))
     else:
         _print_summary(given.artifact)
         if given.verify:
@@ -322,10 +322,11 @@ def _export(given: argparse.Namespace) -> int:
 
 
 def _demo(given: argparse.Namespace) -> int:
-    from . import artifact, demo, features
+    from . import artifact, demo, features, storage
 
     if given.seed < 0:
         raise InputError(f"--seed: found {given.seed}; wanted is a whole number, 0 or more.")
+    storage.require_local(given.folder)
     data = demo.make(given.folder, users=given.users, items=given.items, seed=given.seed)
     print(
         f"made {given.users} users and {given.items} items in {given.folder}/ ({data.interactions.name},"

@@ -63,7 +63,9 @@ def export(
     if kind not in FORMATS:
         raise InputError(f"format: found {kind!r}; wanted is {', '.join(FORMATS)}.")
     artifact = load(path)
-    place = os.path.abspath(out if out is not None else f"{artifact.path}.{kind}")
+    place = os.fspath(out if out is not None else f"{artifact.path}.{kind}")
+    storage.require_local(place)
+    place = os.path.abspath(place)
     _check_place(artifact, place, overwrite, folder=kind == "parquet")
     with storage.writing(os.path.dirname(place)):
         FORMATS[kind](artifact, place)

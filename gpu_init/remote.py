@@ -166,9 +166,13 @@ def download(url: str, to: str) -> None:
     _call(url, get)
 
 
-@functools.cache
 def local(url: str) -> str:
     """Copy of an object on this machine, in `TMPDIR`, until the process ends: what must be mapped needs a file."""
+    return _copy(url, state(url))
+
+
+@functools.cache
+def _copy(url: str, of: tuple[int, int]) -> str:  # noqa: ARG001
     to = os.path.join(new_folder(), os.path.basename(url))
     download(url, to)
     return to

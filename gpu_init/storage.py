@@ -101,6 +101,19 @@ def file_state(path: str) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
+def require_local(path: str) -> None:
+    """Refuse a URL where only a disk will do."""
+    if remote.is_url(path):
+        raise InputError(f"{path}: is in object storage; name a place on a disk.")
+
+
+def make_folder(path: str) -> None:
+    """Make a folder and its parents where they are missing; object storage has none."""
+    if not remote.is_url(path):
+        with writing(os.path.dirname(os.path.abspath(path))):
+            os.makedirs(path, exist_ok=True)
+
+
 def real_path(path: str) -> str:
     """Path without links, `.` and `..`; a URL without a slash at its end."""
     return path.rstrip("/") if remote.is_url(path) else os.path.realpath(path)

@@ -456,8 +456,7 @@ def tune(config: JobConfig, by: str, folder: str, progress: Progress) -> tuple[p
     with progress.step("bootstrap") as step:
         frame = table(ranking, by, config.settings.seed)
         step.note(candidates=len(frame), users=len(ranking.users))
-    with storage.writing(os.path.dirname(os.path.abspath(folder))):
-        os.makedirs(folder, exist_ok=True)
+    storage.make_folder(folder)
     best = ranking.candidates[int(frame.index[0])]
     texts = {"best.toml": job_file(config, best, frame.iloc[0], by), "scores.csv": frame.to_csv(index=False)}
     if charts.available():

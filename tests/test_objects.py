@@ -46,7 +46,7 @@ def bucket(proxy, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
-    for cached in (remote.local, remote._copies, artifact._copied):
+    for cached in (remote._copy, remote._copies, artifact._copied):
         cached.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
     proxy.fault = lambda number, method, path: None
@@ -119,8 +119,13 @@ def test_a_job_file_in_the_store_names_its_inputs_from_where_it_is(data, bucket,
     assert "image/users.npy" in stored(bucket, "data/out")
 
 
-def test_the_artifact_is_opened_inspected_reported_and_assigned_by_from_the_store(data, bucket, tmp_path, capsys):
+def test_the_artifact_is_opened_inspected_reported_and_assigned_by_from_the_store(
+    data, bucket, proxy, tmp_path, capsys
+):
     assert cli.main(arguments(f"{ROOT}/data", f"{ROOT}/out")) == 0
+    before = proxy.sent
+    assert cli.main(["inspect", f"{ROOT}/out"]) == 0
+    assert proxy.sent - before < 2 * bucket.size(f"{store.BUCKET}/out/{artifact.MANIFEST}")
     made = gpu_init.load(f"{ROOT}/out")
     assert made.path == f"{ROOT}/out"
     assert made["image"].users.shape == (USERS, WIDTH)
@@ -134,6 +139,9 @@ def test_the_artifact_is_opened_inspected_reported_and_assigned_by_from_the_stor
     assert {name: again[name] for name in before if "users" in name} == {
         name: content for name, content in before.items() if "users" in name
     }
+    assert "name a place on a disk" in refused(capsys, "export", f"{ROOT}/out", "--format=parquet")
+    assert cli.main(["export", f"{ROOT}/out", "--format=parquet", f"--out={tmp_path}/tables"]) == 0
+    assert len(pd.read_parquet(tmp_path / "tables" / "users.parquet")) == USERS
     content = bucket.cat_file(f"{store.BUCKET}/out/image/users.npy")
     bucket.pipe_file(f"{store.BUCKET}/out/image/users.npy", content[:-1] + bytes([content[-1] ^ 1]))
     artifact._copied.cache_clear()
@@ -369,6 +377,7 @@ def test_wrong_places_are_refused(data, bucket, capsys, tmp_path, monkeypatch):
     assert "wanted is a bucket" in refused(capsys, *here, "--interactions=s3:///log.parquet")
     assert "is inside" in refused(capsys, *arguments(f"{ROOT}/data", f"{ROOT}/data/log/out"))
     assert "not an artifact" in refused(capsys, "inspect", f"{ROOT}/data")
+    assert "name a place on a disk" in refused(capsys, "demo", f"--folder={ROOT}/demo")
     assert not bucket.exists(f"{store.BUCKET}/out")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
@@ -437,3 +446,18 @@ def test_what_no_retry_helps_is_not_retried(bucket, proxy, monkeypatch):
     with pytest.raises(InputError, match="no permission .Access Denied."):
         remote._call(f"{ROOT}/one", denied)
     assert len(pauses) == remote.ATTEMPTS - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [None, *store.FAULTS])
+def test_large_files_go_in_parts(kind, bucket, proxy, tmp_path):
+    content = np.random.default_rng(0).bytes(110_000_000)
+    (tmp_path / "one").write_bytes(content)
+    dice = random.Random(0)
+    proxy.fault = lambda number, method, path: kind if dice.random() < 0.3 else None
+    before = len(proxy.requests)
+    remote.upload(str(tmp_path / "one"), f"{ROOT}/one")
+    assert sum("partNumber" in path for method, path in proxy.requests[before:] if method == "PUT") >= 3
+    remote.copy(f"{ROOT}/one", f"{ROOT}/two")
+    remote.download(f"{ROOT}/two", str(tmp_path / "two"))
+    assert (tmp_path / "two").read_bytes() == content
