@@ -19,7 +19,7 @@ import gpu_init
 ROOT = Path(__file__).parents[1]
 
 # Who knows whom (design, section 5). A module may import what it knows, what those know, and the ground floor.
-GROUND = {"config", "errors", "ids", "lines", "memory", "npy", "progress", "storage", "version", "where"}
+GROUND = {"config", "errors", "ids", "lines", "memory", "npy", "progress", "remote", "storage", "version", "where"}
 KNOWS = {
     "__init__": {"artifact", "method"},
     "__main__": {"cli"},
@@ -28,7 +28,7 @@ KNOWS = {
     "report": {"artifact", "charts"},
     "charts": set(),
     "mmrec": {"job", "torch"},
-    "job": {"describe", "method"},
+    "job": {"describe", "method", "objects"},
     "describe": {"artifact", "blend"},
     "method": {"blend", "choose", "features", "interactions", "spectral"},
     "spectral": {"kmeans"},
@@ -41,6 +41,7 @@ KNOWS = {
     "axes": {"kernels"},
     "tables": {"backend"},
     "artifact": set(),
+    "objects": {"artifact"},
     "export": {"artifact"},
     "torch": {"artifact"},
     "summary": {"artifact"},
