@@ -244,9 +244,9 @@ def manifest_of(path: str | os.PathLike[str]) -> Json:
     InputError
         As `load`.
     """
-    url = storage.real_path(os.fspath(path))
-    if not remote.is_url(url):
+    if not remote.is_url(os.fspath(path)):
         return load(path).manifest
+    url = storage.real_path(os.fspath(path))
     manifest = parse_manifest(f"{url}/{MANIFEST}", _stored_manifest(url))
     sizes = remote.sizes(url)
     for name, entry in manifest["files"].items():
