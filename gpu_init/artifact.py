@@ -248,11 +248,15 @@ def manifest_of(path: str | os.PathLike[str]) -> Json:
         return load(path).manifest
     url = storage.real_path(os.fspath(path))
     manifest = parse_manifest(f"{url}/{MANIFEST}", _stored_manifest(url))
-    sizes = remote.sizes(url)
-    for name, entry in manifest["files"].items():
-        if sizes.get(name) != entry["bytes"]:
-            raise InputError(f"{url}: {_shown(name)}: missing, or not as long as it was written.")
+    for name in not_stored(url, manifest["files"]):
+        raise InputError(f"{url}: {_shown(name)}: missing, or not as long as it was written.")
     return manifest
+
+
+def not_stored(url: str, files: Json) -> list[str]:
+    """Files that object storage does not have, or not as long as they were written."""
+    sizes = remote.sizes(url)
+    return [name for name, entry in files.items() if sizes.get(name) != entry["bytes"]]
 
 
 def verify(path: str | os.PathLike[str]) -> list[str]:
@@ -844,10 +848,16 @@ class Staging:
             manifest = _read_manifest(self.path)
             if isinstance(manifest.get("files"), dict) and self._all_there(manifest["files"]):
                 return manifest
-        with suppress(InputError), storage.reading(os.path.join(self.path, JOURNAL)) as file:
-            journal = unseal(file.read(MANIFEST_BYTES))
+        journal = self._journal_here()
+        with suppress(InputError):
             if journal and is_journal(journal) and self._all_there(journal["files"]):
                 return journal
+        return None
+
+    def _journal_here(self) -> Json | None:
+        """Content of the journal in the staging folder; None where there is none, or it is spoilt."""
+        with suppress(InputError), storage.reading(os.path.join(self.path, JOURNAL)) as file:
+            return unseal(file.read(MANIFEST_BYTES))
         return None
 
     def _all_there(self, files: Json) -> bool:

@@ -32,6 +32,7 @@ from .artifact import (
     file_problem,
     is_inside,
     is_journal,
+    not_stored,
     parse_manifest,
     remove_folder,
     seal,
@@ -97,11 +98,7 @@ class ObjectStaging(Staging):
         return None
 
     def _accepts(self, there: Json, identity: Json) -> bool:
-        return there.get("identity") == identity and self._in_place(there["files"])
-
-    def _in_place(self, files: Json) -> bool:
-        sizes = remote.sizes(self._place.out)
-        return all(sizes.get(name) == entry["bytes"] for name, entry in files.items())
+        return there.get("identity") == identity and not not_stored(self._place.out, there["files"])
 
     def _foreign(self, files: Json) -> Iterator[str]:
         for name in remote.sizes(self._place.out):
@@ -129,11 +126,6 @@ class ObjectStaging(Staging):
             self._restore(there)
         self._stored = {name: entry["sha256"] for name, entry in there["files"].items()}
         return super()._unfinished()
-
-    def _journal_here(self) -> Json | None:
-        with suppress(InputError), storage.reading(os.path.join(self.path, JOURNAL)) as file:
-            return unseal(file.read())
-        return None
 
     def _restore(self, journal: Json) -> None:
         """Copy what a run left in the store to the folder here, the journal last."""
@@ -217,7 +209,7 @@ class ObjectStaging(Staging):
                 remote.remove(self._url(name))
         for name in files:
             remote.copy(self._staged(name), self._url(name))
-        if not self._in_place(files):
+        if not_stored(self._place.out, files):
             raise ResourceError(f"{self._place.out}: not all files are there as they were written; run with --resume.")
         with storage.reading(os.path.join(self.path, MANIFEST)) as file:
             remote.write(self._url(MANIFEST), file.read())
