@@ -47,6 +47,7 @@ class Proxy(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else answers wait for the client to acknowledge the one before, some 40 ms
     server: Proxy
 
     def _answer(self) -> None:

@@ -49,7 +49,9 @@ def test_arrays_agree(cupy, monkeypatch, settings):
     jobs.check_arrays(monkeypatch, **settings)
 
 
-@pytest.mark.parametrize(("dtype", "flags"), jobs.JOBS)
+@pytest.mark.parametrize(
+    ("dtype", "flags"), [pytest.param(*job, marks=[] if job[1] else pytest.mark.slow) for job in jobs.JOBS]
+)
 def test_a_job_agrees(cupy, monkeypatch, tmp_path, dtype, flags):
     jobs.check_job(monkeypatch, tmp_path, *flags, dtype=dtype)
 

@@ -427,7 +427,7 @@ def test_nvrtc_compiles_every_kernel(file, architecture):
         assert code.startswith(b"\x7fELF")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [pytest.param(ARCHITECTURES[0], marks=pytest.mark.slow), *ARCHITECTURES[1:]])
 @pytest.mark.parametrize("file", cuda.instances())
 def test_nvcc_compiles_every_kernel_into_registers(tmp_path, file, architecture):
     if shutil.which("nvcc") is None:

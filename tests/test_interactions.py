@@ -590,9 +590,20 @@ USER_IDS = {
 
 
 @pytest.mark.parametrize("kind", USER_IDS)
-@pytest.mark.parametrize("formats", [("parquet",), ("csv",), ("parquet", "csv"), ("csv", "parquet", "tsv")])
+@pytest.mark.parametrize(
+    ("formats", "held"),
+    [
+        pytest.param(formats, held, marks=[] if held == often else pytest.mark.slow)
+        for formats, often in {
+            ("parquet",): 20,
+            ("csv",): 1000,
+            ("parquet", "csv"): 0,
+            ("csv", "parquet", "tsv"): 20,
+        }.items()
+        for held in (0, 20, 1000)
+    ],
+)
 @pytest.mark.parametrize("join", [False, True])
-@pytest.mark.parametrize("held", [0, 20, 1000])
 def test_streaming_gives_what_holding_gives(tmp_path, rng, monkeypatch, kind, formats, join, held):
     monkeypatch.setattr(gpu_init.backend, "PARQUET_BATCH_ROWS", 13)
     monkeypatch.setattr(gpu_init.backend, "TEXT_BLOCK_BYTES", 200)

@@ -361,7 +361,10 @@ def test_killed_processes_are_resumed_to_the_same_bytes(kills, data, bucket, tmp
         process.send_signal(signal.SIGKILL if number % 2 else signal.SIGTERM)
         assert process.wait() in (0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)
         if bucket.exists(f"{store.BUCKET}/out/{artifact.MANIFEST}"):
-            assert stored(bucket) == contents(tmp_path / "here")
+            artifact._copied.cache_clear()
+            assert artifact.verify(f"{ROOT}/out") == []
+            if number % 3 == 0:  # what the run had yet to remove is the next one's to remove
+                continue
             bucket.rm(f"{store.BUCKET}/out", recursive=True)
     subprocess.run([sys.executable, "-c", PROGRAM, *job], check=True, capture_output=True)
     assert stored(bucket) == contents(tmp_path / "here")
