@@ -17,7 +17,9 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ("kernels", "scale") else name for name in ROWS]
+)
 def test_a_benchmark_appends_rows_and_draws_its_plot(tmp_path, name):
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--results", str(tmp_path)]
     if name in ("kmeans", "initialize", "job"):

@@ -67,8 +67,8 @@ def data(tmp_path, bucket):
     log["weight"] = rng.integers(1, 5, len(log))
     folder = tmp_path / "data"
     (folder / "log").mkdir(parents=True)
-    log[:900].to_parquet(folder / "log" / "a.parquet", row_group_size=300)
-    log[900:].to_parquet(folder / "log" / "b.parquet", row_group_size=300)
+    log[:900].to_parquet(folder / "log" / "a.parquet", row_group_size=500)
+    log[900:].to_parquet(folder / "log" / "b.parquet", row_group_size=600)
     log.to_csv(folder / "log.csv", index=False)
     log.to_csv(folder / "log.tsv.gz", index=False, sep="\t")
     for name in ("image", "text"):
@@ -174,7 +174,7 @@ def test_parquet_is_read_by_column_and_row_group(bucket, proxy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["error", "cut", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("refused", "slow"))]
+    "kind", ["cut", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("error", "refused", "slow"))]
 )
 def test_a_store_that_fails_now_and_then_changes_nothing(kind, data, bucket, proxy, tmp_path):
     assert cli.main(arguments(data, tmp_path / "here")) == 0
@@ -299,7 +299,7 @@ def test_what_stands_there_is_replaced_only_when_asked(data, bucket, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    "at", [3, 9, *(pytest.param(at, marks=pytest.mark.slow) for at in (0, 1, 2, 4, 5, 6, 7, 8, 10, 11))]
+    "at", [9, *(pytest.param(at, marks=pytest.mark.slow) for at in (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11))]
 )
 def test_a_run_killed_while_it_replaces_another_is_ended_by_the_next(at, data, bucket, tmp_path, monkeypatch):
     """Whatever request of the end was its last: what stands there is no artifact, or a whole one."""
