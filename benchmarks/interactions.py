@@ -286,7 +286,7 @@ def svd(given: argparse.Namespace) -> None:
         found: dict[str, Any] = {}
 
         def ours(made: Any = made, found: dict[str, Any] = found) -> None:
-            found["ours"] = spectral.fit(device, made, RANK, 0)
+            found["ours"] = spectral.fit(device, spectral.Whole(device, made), RANK, 0)
 
         def theirs(S: Any = S, found: dict[str, Any] = found) -> None:
             found["svds"] = svds(S, k=RANK, rng=0, return_singular_vectors="vh")[1]

@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
 from types import TracebackType
@@ -456,6 +456,31 @@ def _fits(shape: Any, wanted: list[Any]) -> bool:
         and len(shape) == len(wanted)
         and all(one is None or one == length for one, length in zip(wanted, shape, strict=True))
     )
+
+
+def write_range(path: str, row: int, rows: NDArray[Any]) -> None:
+    """Write some rows of an array that `Staging.allocate` made room for, durably; others may write other rows.
+
+    Raises
+    ------
+    ResourceError
+        The disk is full, or the array is not as `rows` are.
+    """
+    rows = np.ascontiguousarray(rows)
+    header = _read_header(path)
+    if header is None or header.dtype != rows.dtype or header.shape[1:] != rows.shape[1:]:
+        raise _misread(path)
+    data = rows.data.cast("B") if rows.nbytes else memoryview(b"")
+    with storage.writing(os.path.dirname(path), rows.nbytes):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            place = header.offset + row * (rows.nbytes // max(len(rows), 1))
+            while data:
+                written = os.pwrite(descriptor, data[:_CHUNK], place)
+                data, place = data[written:], place + written
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _lookup(table: Json, key: str, fact: str) -> Any:
@@ -1012,6 +1037,38 @@ class Staging:
             writer = RowWriter(self, relpath, path, _Header(shape, np.dtype(dtype), 0))
         self._writers.append(writer)
         return writer
+
+    def allocate(self, relpath: str, shape: Shape, dtype: DTypeLike) -> None:
+        """Make room for an array that others fill by `write_range`, unless an earlier run did; then `adopt` it.
+
+        Raises
+        ------
+        ResourceError
+            It does not fit on the disk.
+        """
+        path, header = self._path_for(relpath), _Header(shape, np.dtype(dtype), 0)
+        prefix = _header_bytes(shape, header.dtype)
+        size = len(prefix) + header.data_bytes
+        with storage.writing(self.path, size):
+            if (
+                os.path.exists(path)
+                and os.path.getsize(path) == size
+                and _read_header(path) == replace(header, offset=len(prefix))
+            ):
+                return
+            storage.require_free(self.path, header.data_bytes)
+            with storage.create(path) as sink:
+                sink.write(prefix)
+                os.ftruncate(sink.descriptor, size)
+
+    def adopt(self, relpath: str) -> None:
+        """Note an array as finished that was filled by `write_range`."""
+        path = self._path_for(relpath)
+        with storage.reading(path) as file:
+            sink = storage.Sink(file.fileno())
+            while chunk := file.read(_CHUNK):
+                sink.skip(chunk)
+        self._note_array(relpath, sink)
 
     def _path_for(self, relpath: str) -> str:
         """Path of a file to write, its folder made."""

@@ -101,8 +101,13 @@ class Backend(Protocol):
     def peak_memory(self) -> dict[str, int]:
         """Most bytes of the device's own memory that were in use so far, by what the manifest calls it."""
 
-    def batches(self, path: str, separator: str | None, columns: list[str]) -> Iterator[Any]:
-        """Data frames of a file's columns, in file order: Parquet as typed, text files (a separator) as text."""
+    def batches(
+        self, path: str, separator: str | None, columns: list[str], groups: range | None = None
+    ) -> Iterator[Any]:
+        """Data frames of a file's columns, in file order: Parquet as typed, text files (a separator) as text.
+
+        ``groups``: of which row groups of a Parquet file; None: of all.
+        """
 
     def host_column(self, column: Any) -> Any:
         """Column of a table, or an index, as a pandas Series."""
@@ -251,10 +256,12 @@ class CpuBackend:
         """See `Backend.peak_memory`: there is none."""
         return {}
 
-    def batches(self, path: str, separator: str | None, columns: list[str]) -> Iterator[Any]:
+    def batches(
+        self, path: str, separator: str | None, columns: list[str], groups: range | None = None
+    ) -> Iterator[Any]:
         """See `Backend.batches`: the next one is read while the caller works on this one."""
         with ThreadPoolExecutor(1) as reader:
-            frames = self._frames(path, separator, columns)
+            frames = self._frames(path, separator, columns, groups)
             ahead = reader.submit(next, frames, None)
             try:
                 while (frame := ahead.result()) is not None:
@@ -263,7 +270,9 @@ class CpuBackend:
             finally:
                 reader.submit(frames.close)  # whoever stops early leaves no file open
 
-    def _frames(self, path: str, separator: str | None, columns: list[str]) -> Generator[Any, None, None]:
+    def _frames(
+        self, path: str, separator: str | None, columns: list[str], groups: range | None
+    ) -> Generator[Any, None, None]:
         import pandas as pd
         import pyarrow as pa
 
@@ -278,7 +287,8 @@ class CpuBackend:
                 options = {"pre_buffer": False, "buffer_size": buffer}
                 texts = _long_texts(path, columns, options)
                 with pq.ParquetFile(source(path), read_dictionary=texts, **options) as file:
-                    for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=columns):
+                    chosen = None if groups is None else list(groups)
+                    for batch in file.iter_batches(PARQUET_BATCH_ROWS, chosen, columns):
                         for part in _decoded(batch.select(columns)):
                             yield frame(part)
                 return
@@ -433,9 +443,11 @@ class CudaBackend:
         """See `Backend.peak_memory`."""
         return {"peak_device_memory_bytes": int(self._memory.allocation_counts.peak_bytes)}
 
-    def batches(self, path: str, separator: str | None, columns: list[str]) -> Iterator[Any]:
+    def batches(
+        self, path: str, separator: str | None, columns: list[str], groups: range | None = None
+    ) -> Iterator[Any]:
         """See `Backend.batches`: straight to the device, some row groups or many lines at a time."""
-        frames = self._parquet(path, columns) if separator is None else self._text(path, separator, columns)
+        frames = self._parquet(path, columns, groups) if separator is None else self._text(path, separator, columns)
         while True:
             try:
                 frame = next(frames, None)
@@ -449,14 +461,16 @@ class CudaBackend:
                 return
             yield frame[columns]
 
-    def _parquet(self, path: str, columns: list[str]) -> Iterator[Any]:
+    def _parquet(self, path: str, columns: list[str], wanted: range | None) -> Iterator[Any]:
         import pyarrow.parquet as pq
 
         metadata = pq.read_metadata(source(path))
-        rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        wanted = range(metadata.num_row_groups) if wanted is None else wanted
+        rows = [metadata.row_group(group).num_rows for group in wanted]
         for groups in row_groups(rows, DEVICE_ROWS):
+            chosen = [wanted[group] for group in groups]
             # an index that pandas wrote would take its column away
-            yield self.tables.read_parquet(path, columns=columns, row_groups=groups, use_pandas_metadata=False)
+            yield self.tables.read_parquet(path, columns=columns, row_groups=chosen, use_pandas_metadata=False)
 
     def _text(self, path: str, separator: str, columns: list[str]) -> Iterator[Any]:
         with stream(path) as file:

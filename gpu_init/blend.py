@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -118,10 +118,8 @@ def lambdas(backend: Backend, interactions: Interactions, fit: Blend, settings: 
     items is ``n_u = (sum w)^2 / sum w^2`` (Kish 1965): the number of items where all weigh the same.
     """
     xp = backend.xp
-    rows = fit.weighting.mean_rows
-    squares = interactions.square_sums(backend, rows, fit.weighting.present)  # of the shares w / sum w: 1 / n_u
     warm = fit.weighting.warm
-    counts = xp.where(warm, 1.0 / xp.where(warm, squares, 1.0), 0.0)
+    squares, counts = effective_counts(backend, interactions, fit.weighting)
     if settings.lam == "shrink":
         facts: dict[str, Any] = {"tau": settings.tau}
         if settings.tau is None:
@@ -133,6 +131,14 @@ def lambdas(backend: Backend, interactions: Interactions, fit: Blend, settings: 
         values = xp.where(warm, 1.0 / (1.0 + xp.exp(xp.clip(-odds, -700.0, 700.0))), 0.0)  # exp stays finite
     host = (backend.to_host(part[warm]) for part in (values, counts))
     return Lambdas(values, {"policy": settings.lam, **facts}, lambda_statistics(*host))
+
+
+def effective_counts(backend: Backend, interactions: Interactions, weighting: Weighting) -> tuple[Any, Any]:
+    """Sums of the squared shares ``w / sum w`` of each user's items, and ``n_u`` (U,), 0 for cold users."""
+    xp = backend.xp
+    squares = interactions.square_sums(backend, weighting.mean_rows, weighting.present)
+    warm = weighting.warm
+    return squares, xp.where(warm, 1.0 / xp.where(warm, squares, 1.0), 0.0)
 
 
 def shrink_tau(backend: Backend, interactions: Interactions, fit: Blend, counts: Any) -> dict[str, Any]:
@@ -153,32 +159,72 @@ def shrink_tau(backend: Backend, interactions: Interactions, fit: Blend, counts:
     dict
         ``tau``; ``tau_from``, "variances" or "median count"; ``within`` and ``between``, None where there is none.
     """
+    volumes = tau_volumes(backend, interactions, fit.weighting, counts)
+    centre = tau_centre(backend, fit.modality, volumes)
+    sums = tau_sums(backend, interactions, fit.modality, fit.weighting, counts, centre)
+    return tau_of(volumes, centre, sums, lambda: backend.to_host(counts[fit.weighting.warm]))
+
+
+class Volumes(NamedTuple):
+    """Sum of ``n_u`` and of its square, how many users are warm, ``sum_u n_u M_u`` by item (I,); may be of a part."""
+
+    total: float
+    squares: float
+    warm: int
+    by_item: Any
+
+
+class Centre(NamedTuple):
+    """``m`` (D,), and the squared distance of each item to it (I,), both float64."""
+
+    middle: Any
+    lengths: Any
+
+
+def tau_volumes(backend: Backend, interactions: Interactions, weighting: Weighting, counts: Any) -> Volumes:
+    """First sums of `shrink_tau` over some users."""
+    by_item = interactions.item_sums(backend, counts * weighting.mean_rows)
+    return Volumes(float(counts.sum()), float((counts * counts).sum()), int(weighting.warm.sum()), by_item)
+
+
+def tau_centre(backend: Backend, modality: Modality, volumes: Volumes) -> Centre:
+    """Of the volumes of all users."""
     xp = backend.xp
-    modality, rows, present = fit.modality, fit.weighting.mean_rows, fit.weighting.present
-    warm = fit.weighting.warm
-    total = float(counts.sum())
-    by_item = interactions.item_sums(backend, counts * rows) * present / total
+    by_item = xp.where(modality.present, volumes.by_item, 0.0) / volumes.total
 
     def items(part: slice) -> Any:
         return xp.where(modality.present[part][:, None], modality.values[part], 0.0).astype(xp.float64)
 
-    parts = list(ranges(len(present), NORM_ROWS))
+    parts = list(ranges(len(by_item), NORM_ROWS))
     middle = sum(backend.in_order(lambda part: by_item[part] @ items(part), parts))
     lengths = xp.concatenate(list(backend.in_order(lambda part: ((items(part) - middle) ** 2).sum(axis=1), parts)))
-    apart = backend.kernels.squared_norms(interactions.csr, modality.values, rows, present, middle)
-    apart = xp.where(warm, apart, 0.0)
-    inside = xp.where(warm, rows * interactions.user_degrees(backend, lengths * present) - apart, 0.0)
+    return Centre(middle, lengths)
 
-    least = 1e-24 * (float(middle @ middle) + float(lengths.max()))  # below, there is nothing but rounding
-    freedom = total - int(warm.sum())
-    within = float((counts * inside).sum()) / freedom if freedom > 1e-9 * total else None
+
+def tau_sums(
+    backend: Backend, interactions: Interactions, modality: Modality, weighting: Weighting, counts: Any, centre: Centre
+) -> tuple[float, float]:
+    """``sum_u n_u s_u`` and ``sum_u n_u |M_u - m|^2`` over some users."""
+    xp, rows, present = backend.xp, weighting.mean_rows, weighting.present
+    apart = backend.kernels.squared_norms(interactions.csr, modality.values, rows, present, centre.middle)
+    apart = xp.where(weighting.warm, apart, 0.0)
+    inside = xp.where(weighting.warm, rows * interactions.user_degrees(backend, centre.lengths * present) - apart, 0.0)
+    return float((counts * inside).sum()), float((counts * apart).sum())
+
+
+def tau_of(volumes: Volumes, centre: Centre, sums: tuple[float, float], counts: Callable[[], Any]) -> dict[str, Any]:
+    """What `shrink_tau` gives, from the sums over all users; ``counts`` gives the warm users' n_u, on the host."""
+    total, warm = volumes.total, volumes.warm
+    least = 1e-24 * (float(centre.middle @ centre.middle) + float(centre.lengths.max()))  # below is only rounding
+    freedom = total - warm
+    within = sums[0] / freedom if freedom > 1e-9 * total else None
     between = None
-    spread = total - float((counts * counts).sum()) / total
+    spread = total - volumes.squares / total
     if within is not None and spread > 1e-9 * total:
-        between = (float((counts * apart).sum()) - (int(warm.sum()) - 1) * max(within, 0.0)) / spread
+        between = (sums[1] - (warm - 1) * max(within, 0.0)) / spread
     found = {"within": within, "between": between}
     if within is None or between is None or between <= least:
-        return {"tau": float(np.median(backend.to_host(counts[warm]))), "tau_from": "median count", **found}
+        return {"tau": float(np.median(counts())), "tau_from": "median count", **found}
     return {"tau": max(within, 0.0) / between, "tau_from": "variances", **found}
 
 
@@ -277,6 +323,20 @@ def norms(backend: Backend, blocks: Iterator[Any]) -> dict[str, float]:
     Blocks must be cut at multiples of `NORM_ROWS` for the mean to come out the same whatever their size; an
     empty sequence gives zeros.
     """
+    return norm_statistics([norm_sums(backend, blocks)])
+
+
+class NormSums(NamedTuple):
+    """Sum, count, least and largest of some norms."""
+
+    total: float
+    rows: int
+    least: float
+    most: float
+
+
+def norm_sums(backend: Backend, blocks: Iterator[Any]) -> NormSums:
+    """Norms of the rows of some blocks, which are cut as `norms` has it."""
     total, count, least, most = 0.0, 0, float("inf"), 0.0
     for block in blocks:
         lengths = backend.xp.sqrt(backend.kernels.lengths(block))
@@ -285,4 +345,12 @@ def norms(backend: Backend, blocks: Iterator[Any]) -> dict[str, float]:
             total += float(part.sum())
             count += len(part)
             least, most = min(least, float(part.min())), max(most, float(part.max()))
-    return {"mean": total / count, "min": least, "max": most} if count else {"mean": 0.0, "min": 0.0, "max": 0.0}
+    return NormSums(total, count, least, most)
+
+
+def norm_statistics(parts: Iterable[NormSums]) -> dict[str, float]:
+    """What `norms` gives, from the sums over some parts, in order."""
+    totals, counts, least, most = zip(*parts, strict=True)
+    if not sum(counts):
+        return {"mean": 0.0, "min": 0.0, "max": 0.0}
+    return {"mean": sum(totals) / sum(counts), "min": min(least), "max": max(most)}

@@ -278,7 +278,10 @@ def _run_job(job: config.JobConfig, progress: Progress) -> str:
     from . import memory
 
     memory.require_libraries()
-    from .job import run
+    if job.scheduler is None:
+        from .job import run
+    else:
+        from .distributed import run
 
     return run(job, progress)
 

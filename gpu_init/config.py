@@ -146,6 +146,8 @@ class JobConfig:
         needs more is refused before its work. None: what is kept of each user, and 1 GiB more.
     resume, overwrite : bool
         Go on with an unfinished run, if there is one; replace an artifact that is there.
+    scheduler : str, optional
+        ``local``, or the address of a Dask scheduler: the run is spread over its workers. None: this process alone.
     log_format : {"auto", "text", "json"}
         How `progress.Progress` tells what happens.
     """
@@ -166,6 +168,7 @@ class JobConfig:
     valid_where: str | None = None
     backend: str = "auto"
     memory: int | None = None
+    scheduler: str | None = None
     resume: bool = False
     overwrite: bool = False
     log_format: str = "auto"
@@ -538,6 +541,12 @@ KEYS: tuple[Key, ...] = (
         "a size of 16MiB or more, such as 4GB, 500MB, 1.5GiB or a number of bytes",
         "memory beside the interactions and one modality's features",
         "SIZE",
+    ),
+    _text_key(
+        "scheduler",
+        "local or the address of a Dask scheduler, such as tcp://HOST:8786",
+        "spread the run over a Dask cluster; local: one started here, with a worker per core or GPU",
+        "ADDRESS|local",
     ),
     _text_key("valid", "a path", "held-out interactions, for tune to rank settings by", "PATH", is_path=True),
     Key(

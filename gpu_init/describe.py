@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,22 @@ _TURNS = 20  # of the iteration that finds two directions
 _TABLE_VALUES = 1 << 22
 
 
+Some = Callable[[Any], tuple[Interactions, Blend]]
+"""From some of the warm users, by their numbers among these (n,) ascending, to their interactions and plan alone."""
+
+
 def describe(backend: Backend, interactions: Interactions, plan: Blend, seed: int) -> dict[str, Any]:
+    """Arrays of an artifact that a report is drawn from, see `described`."""
+    warm = backend.xp.flatnonzero(plan.weighting.warm)
+
+    def some(numbers: Any) -> tuple[Interactions, Blend]:
+        users = warm[numbers]
+        return interactions.some(backend, users), of_users(plan, users)
+
+    return described(backend, plan.modality, plan.centroids, len(warm), some, seed)
+
+
+def described(backend: Backend, modality: Modality, centroids: Any, warm: int, some: Some, seed: int) -> dict[str, Any]:
     """Arrays of an artifact that a report is drawn from, on the host, by the names of `artifact.ModalityArrays`.
 
     ``sample`` (n, 11) float32: of `SAMPLE` warm users, the `artifact.SAMPLE_COLUMNS`. ``sample_items`` (m, 3)
@@ -31,19 +47,16 @@ def describe(backend: Backend, interactions: Interactions, plan: Blend, seed: in
     """
     xp = backend.xp
     rng = np.random.default_rng(seed)
-    modality = plan.modality
-    users = _drawn(backend, rng, xp.flatnonzero(plan.weighting.warm))
+    users = _drawn(backend, rng, xp.arange(warm))
     items = _drawn(backend, rng, xp.flatnonzero(modality.present))
     with backend.deterministic():
         values = modality.values[items].astype(xp.float64)
         middle = values.mean(axis=0)
         plane = _plane(backend, values - middle, rng)
         item_places = xp.concatenate([(values - middle) @ plane, _lengths(xp, values)[:, None]], axis=1)
-        found = {"sample_items": item_places, "typical": typical(backend, modality, plan.centroids)}
+        found = {"sample_items": item_places, "typical": typical(backend, modality, centroids)}
         if len(users):
-            found["sample"] = _of_users(
-                backend, interactions.some(backend, users), of_users(plan, users), rng, items, middle, plane
-            )
+            found["sample"] = _of_users(backend, *some(users), rng, items, middle, plane)
     kinds = {"sample": "float32", "sample_items": "float32", "typical": "int32"}
     return {name: backend.to_host(array).astype(kinds[name]) for name, array in found.items()}
 

@@ -308,7 +308,7 @@ def read(
     warnings: list[str] = []
     tables = [open_table(path, columns, warnings) for path in paths]
     recency = None if columns.half_life is None else Recency(columns.half_life)
-    checks = _Checks(backend, columns.where, axis, users, advance, recency)
+    checks = Checks(backend, columns.where, axis, users, advance, recency)
     builder = backend.kernels.builder()
     held = _Hold(checks) if builder is None else _Stream(checks, builder, tables)
     for table in tables:
@@ -324,7 +324,7 @@ def read(
 
 
 @dataclass(frozen=True)
-class _Checks:
+class Checks:
     """What every row must satisfy, whatever becomes of it."""
 
     backend: Backend
@@ -368,15 +368,15 @@ class _Checks:
         """Weights (n,) float32 or None of interactions of such ages (n,), or of any where age does not count."""
         return weights if self.recency is None else self.recency.decayed(self.backend, weights, ages)
 
-    def batches(self, table: Table, *wanted: str | None) -> Iterator[Batch]:
-        """Batches with these columns."""
-        return batches(self.backend, table, self.where, [name for name in wanted if name])
+    def batches(self, table: Table, *wanted: str | None, groups: range | None = None) -> Iterator[Batch]:
+        """Batches with these columns, of some row groups or all."""
+        return batches(self.backend, table, self.where, [name for name in wanted if name], groups)
 
 
 class _Hold:
     """All rows held until the end, two codes of 32 bits each, then sorted: on any device."""
 
-    def __init__(self, checks: _Checks) -> None:
+    def __init__(self, checks: Checks) -> None:
         self.read = self.kept = 0
         self._checks = checks
         self._users = _Held(checks.backend, checks.listed if isinstance(checks.listed, int) else None)
@@ -408,12 +408,18 @@ class _Hold:
         items = self._items.rows(lambda found: item_axis(found, place, checks.axis))
         weights = checks.backend.xp.concatenate(self._weights) if self._weights else None
         shape = (self._users.size, self._items.size)
-        if self._times:
-            times = checks.backend.xp.concatenate(self._times)
-            counts = slice(None) if weights is None else checks.backend.xp.flatnonzero(weights > 0)
-            latest = newest(checks.backend, users[counts], times[counts], shape[0])
-            weights = checks.decayed(weights, latest[users] - times)
-        return build(checks.backend, users, items, weights, shape), self._users.ids, self._items.ids
+        times = checks.backend.xp.concatenate(self._times) if self._times else None
+        return assemble(checks, users, items, weights, times, shape), self._users.ids, self._items.ids
+
+
+def assemble(checks: Checks, users: Any, items: Any, weights: Any, times: Any, shape: tuple[int, int]) -> Interactions:
+    """R as `build` makes it, from what `Checks` gives of all interactions of the users."""
+    backend = checks.backend
+    if times is not None:
+        counts = slice(None) if weights is None else backend.xp.flatnonzero(weights > 0)
+        latest = newest(backend, users[counts], times[counts], shape[0])
+        weights = checks.decayed(weights, latest[users] - times)
+    return build(backend, users, items, weights, shape)
 
 
 class _Held:
@@ -468,7 +474,7 @@ class _Stream:
     are read in between, for each user's newest.
     """
 
-    def __init__(self, checks: _Checks, builder: Builder, tables: list[Table]) -> None:
+    def __init__(self, checks: Checks, builder: Builder, tables: list[Table]) -> None:
         self.read = self.kept = 0
         self._checks = checks
         self._builder = builder

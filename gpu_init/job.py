@@ -21,6 +21,7 @@ from . import features, method, spectral
 from .artifact import INTERACTIONS, Artifact, Staging, check_modality
 from .backend import Backend, select
 from .blend import Blend, Weighting, item_norms, norms
+from .choose import Choice
 from .config import JobConfig, Settings, settings_to_dict
 from .describe import describe
 from .errors import InputError, ResourceError
@@ -38,7 +39,7 @@ from .interactions import (
     read_user_ids,
     stated_rows,
 )
-from .kmeans import needed_bytes, sample_sizes
+from .kmeans import Clusters, needed_bytes, sample_sizes
 from .memory import require as require_memory
 from .objects import open_staging
 from .progress import Progress
@@ -62,7 +63,7 @@ def run(config: JobConfig, progress: Progress) -> str:
     ResourceError
         Not enough memory or disk, or the device failed; what was done can be resumed.
     """
-    _check_places(config)
+    check_places(config)
     backend = select(config.backend)
     backend.say = progress.say
     with backend.explained():
@@ -73,9 +74,9 @@ def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
     started = datetime.now(UTC)
     progress.say(f"backend {backend.name}: {backend.why}; kernels {backend.kernels.name}")
     with progress.step("fingerprint inputs"):
-        inputs = _inputs(config)
-    _check_inputs(config, inputs.files)
-    identity = _identity(config, inputs.files, backend)
+        inputs = inputs_of(config)
+    check_inputs(config, inputs.files)
+    identity = identity_of(config, inputs.files, backend.name, backend.kernels.name)
     with open_staging(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
         if staging.complete:
             progress.say(f"{config.out} is already there, made from the same inputs and settings")
@@ -97,15 +98,15 @@ def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
             )
             for name in data.sources
         }
-        _save_ids(staging, data.table)
+        save_ids(staging, data.table.user_ids, data.table.item_ids)
         inputs.require_unchanged()
-        manifest = _manifest(config, inputs.files, backend, data, statistics)
+        manifest = manifest_of(config, inputs.files, backend_facts(backend), Counts.of(data.table), statistics)
         if shared is not None:
-            manifest["interactions"]["embedding"] = _embedding_facts(staging)
-        return staging.commit({**manifest, "timings": _timings(started, progress, backend)})
+            manifest["interactions"]["embedding"] = embedding_facts(staging)
+        return staging.commit({**manifest, "timings": timings_of(started, progress, backend)})
 
 
-def _embedding_facts(staging: Staging) -> dict[str, Any]:
+def embedding_facts(staging: Staging) -> dict[str, Any]:
     """What the manifest says of what places users by what they did."""
     path = f"{INTERACTIONS}/items.npy"
     items, values = staging.load(path), staging.load(f"{INTERACTIONS}/singular_values.npy")
@@ -115,19 +116,21 @@ def _embedding_facts(staging: Staging) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
     """Every input file with its size and content hash, and the size and time of the last change of each path."""
 
     files: list[dict[str, Any]]
     states: dict[str, tuple[int, int]]
 
     def require_unchanged(self) -> None:
+        """Refuse inputs that changed since."""
         for path, state in self.states.items():
             if file_state(path) != state:
                 raise InputError(f"{path}: changed while the job ran; run again when it is complete.")
 
 
-def _timings(started: datetime, progress: Progress, backend: Backend) -> dict[str, Any]:
+def timings_of(started: datetime, progress: Progress, backend: Backend) -> dict[str, Any]:
+    """What the manifest says of a run's time and memory."""
     ended = datetime.now(UTC)
     return {
         "started": started.isoformat(timespec="seconds"),
@@ -162,7 +165,7 @@ class Data:
         return features.align(backend, source.table, source.mask, source.rows, exact=exact)
 
 
-def _check_places(config: JobConfig) -> None:
+def check_places(config: JobConfig) -> None:
     """Refuse names of modalities that the artifact needs itself, and an output inside a folder of inputs."""
     for name in config.features:
         check_modality(name)
@@ -178,7 +181,7 @@ def _check_places(config: JobConfig) -> None:
             )
 
 
-def _check_inputs(config: JobConfig, inputs: list[dict[str, Any]]) -> None:
+def check_inputs(config: JobConfig, inputs: list[dict[str, Any]]) -> None:
     """Refuse an output whose files are inputs too."""
     out = real_path(config.out)
     for one in inputs:
@@ -192,14 +195,14 @@ def _check_inputs(config: JobConfig, inputs: list[dict[str, Any]]) -> None:
 
 def read_inputs(config: JobConfig, backend: Backend, progress: Progress, staging: Staging | None = None) -> Data:
     """Read and check everything, so that bad input ends the job before any work."""
-    tables, present = _read_features(config, progress)
+    tables, present = read_features(config, progress)
     data = _read_interactions(config, backend, tables, present, progress, staging)
     for name, source in data.sources.items():
         method.check_clusters(name, int(source.mask.sum()), data.operators[name], config.settings)
     return data
 
 
-def _read_features(config: JobConfig, progress: Progress) -> tuple[dict[str, FeatureTable], dict[str, Any]]:
+def read_features(config: JobConfig, progress: Progress) -> tuple[dict[str, FeatureTable], dict[str, Any]]:
     """Features as files hold them, and which of their rows are there."""
     tables: dict[str, FeatureTable] = {}
     present: dict[str, Any] = {}
@@ -241,7 +244,7 @@ def _read_interactions(
         config.time_column,
         config.half_life,
     )
-    axis = _item_axis(tables)
+    axis = item_axis_of(tables)
     if source is not None and axis.rows is None:
         axis = ItemAxis(None, [source.item_ids])
     known = 0 if users is None else users if isinstance(users, int) else len(users)
@@ -257,7 +260,7 @@ def _read_interactions(
         progress.say("user ids have gaps: rows follow the sorted ids, in users.parquet; --users N makes ids the rows")
     sources, operators = {}, {}
     for name, found in tables.items():
-        rows = None if found.ids is None else _feature_rows(found, axis, table)
+        rows = None if found.ids is None else feature_rows(found, axis, table.item_ids)
         mask = features.align_mask(present[name], rows, table.interactions.items)
         sources[name] = Source(found, mask, rows)
         factors = None
@@ -379,7 +382,7 @@ def _block_rows(config: JobConfig, users: int, width: int) -> int:
     return method.block_rows(width, BLOCK_BYTES if left is None else min(left, BLOCK_BYTES))
 
 
-def _item_axis(tables: Mapping[str, FeatureTable]) -> ItemAxis:
+def item_axis_of(tables: Mapping[str, FeatureTable]) -> ItemAxis:
     """What item ids mean: row numbers where any modality is by row, else ids to join on."""
     by_row = {name: len(table.values) for name, table in tables.items() if table.ids is None}
     if not by_row:
@@ -394,10 +397,10 @@ def _item_axis(tables: Mapping[str, FeatureTable]) -> ItemAxis:
     return ItemAxis(rows)
 
 
-def _feature_rows(source: FeatureTable, axis: ItemAxis, table: InteractionTable) -> Any:
+def feature_rows(source: FeatureTable, axis: ItemAxis, item_ids: Any) -> Any:
     """Item row of each row of a feature table that has ids."""
     if axis.rows is None:
-        return positions(source.ids, table.item_ids)
+        return positions(source.ids, item_ids)
     if is_text(str(source.ids.dtype)):
         raise InputError(f"{source.path}: ids are text, but another modality has no ids, where row i is item i.")
     rows = source.ids.to_numpy(np.int64)
@@ -453,7 +456,7 @@ def _write(
     progress: Progress,
 ) -> dict[str, Any]:
     """Write every user's row; returns the modality's part of the manifest."""
-    modality, operator, matrix, settings = plan.modality, plan.weighting, data.table.interactions, config.settings
+    modality, matrix, settings = plan.modality, data.table.interactions, config.settings
     name, width = modality.name, modality.values.shape[1]
     step_rows = _block_rows(config, matrix.users, width)
     users = f"{name}/users.npy"
@@ -482,28 +485,48 @@ def _write(
     with progress.step(f"sample {name}"):
         for part, array in describe(backend, matrix, plan, settings.seed).items():
             staging.save(f"{name}/{part}.npy", array)
-    host_labels = backend.to_host(labels[1])
     clusters = len(labels[0])
-    warm = int(operator.warm.sum())
+    sizes = cluster_sizes(backend.to_host(labels[1]), clusters)
+    item_sizes = None if labels[2] is None else cluster_sizes(backend.to_host(labels[2]), clusters)
+    lam = settings.lam if plan.policy is None else plan.policy
+    return modality_facts(
+        backend, modality, labels[0], matrix.users, sizes, item_sizes, facts, user_norms, plan.scale, lam
+    )
+
+
+def modality_facts(
+    backend: Backend,
+    modality: Modality,
+    centroids: Any,
+    users: int,
+    sizes: list[int],
+    item_sizes: list[int] | None,
+    facts: dict[str, Any],
+    user_norms: dict[str, float],
+    scale: float,
+    lam: Any,
+) -> dict[str, Any]:
+    """A modality's part of the manifest."""
+    items, warm = len(modality.present), sum(sizes)
     return {
-        "width": width,
+        "width": modality.values.shape[1],
         "source_width": facts["source_width"],
         "items": modality.n_present,
-        "missing_items": matrix.items - modality.n_present,
+        "missing_items": items - modality.n_present,
         "warm_users": warm,
-        "cold_users": matrix.users - warm,
-        "clusters": clusters,
-        "cluster_sizes": _sizes(host_labels, clusters),
-        **({} if labels[2] is None else {"item_cluster_sizes": _sizes(backend.to_host(labels[2]), clusters)}),
+        "cold_users": users - warm,
+        "clusters": len(centroids),
+        "cluster_sizes": sizes,
+        **({} if item_sizes is None else {"item_cluster_sizes": item_sizes}),
         **({"choice": facts["choice"]} if "choice" in facts else {}),
         "kmeans": facts["kmeans"],
         "norms": {
             "users": user_norms,
             "items": item_norms(backend, modality),
-            "centroids": norms(backend, iter([labels[0]])),
+            "centroids": norms(backend, iter([centroids])),
         },
-        "scale": plan.scale,
-        "lambda": settings.lam if plan.policy is None else plan.policy,
+        "scale": scale,
+        "lambda": lam,
     }
 
 
@@ -552,30 +575,34 @@ def _cluster(
             found = method.clusters(backend, matrix, modality, operator, config.settings, memory)
             step.note(clusters=len(found.centroids), iterations=found.found.iterations)
         labels = (found.centroids, found.user_labels, found.item_labels)
-        facts = _kmeans_facts(backend, found, f"modality {name}", progress)
+        facts = kmeans_facts(found.found, found.choice, _sizes(backend, found.found), f"modality {name}", progress)
     for path, array in zip(paths, labels, strict=False):
         staging.save(path, backend.to_host(array))
     staging.finish(f"{name}/clusters", facts)
     return facts, labels
 
 
-def _kmeans_facts(
-    backend: Backend, found: method.Clustering | method.Behaviour, what: str, progress: Progress
+def _sizes(backend: Backend, found: Clusters) -> list[int]:
+    return cluster_sizes(backend.to_host(found.labels), len(found.centroids))
+
+
+def kmeans_facts(
+    found: Clusters, choice: Choice | None, sizes: list[int], what: str, progress: Progress
 ) -> dict[str, Any]:
-    """What the manifest says of a clustering; warns of clusters that are empty."""
-    clusters, kmeans = len(found.centroids), found.found
-    empty = clusters - np.count_nonzero(_sizes(backend.to_host(kmeans.labels), clusters))
+    """What the manifest says of a clustering, whose clusters have so many rows; warns of those that are empty."""
+    clusters = len(found.centroids)
+    empty = clusters - np.count_nonzero(sizes)
     if empty:
         progress.warn(f"{what}: {empty} of {clusters} clusters are empty; fewer rows differ")
     facts = {
-        "form": kmeans.form,
-        "library": kmeans.library,
-        "iterations": kmeans.iterations,
-        "samples": sample_sizes(len(kmeans.labels), clusters, kmeans.centroids.shape[1]),
-        "settled": kmeans.settled,
-        "inertia": kmeans.inertia,
+        "form": found.form,
+        "library": found.library,
+        "iterations": found.iterations,
+        "samples": sample_sizes(sum(sizes), clusters, found.centroids.shape[1]),
+        "settled": found.settled,
+        "inertia": found.inertia,
     }
-    return {"kmeans": facts, **({} if found.choice is None else {"choice": asdict(found.choice)})}
+    return {"kmeans": facts, **({} if choice is None else {"choice": asdict(choice)})}
 
 
 @dataclass(frozen=True)
@@ -599,7 +626,7 @@ def _behaviour(config: JobConfig, backend: Backend, data: Data, staging: Staging
             step.note(clusters=len(found.centroids), iterations=found.found.iterations)
         staging.save(centroids, backend.to_host(found.centroids))
         staging.save(labels, backend.to_host(found.labels))
-        facts = _kmeans_facts(backend, found, "interactions", progress)
+        facts = kmeans_facts(found.found, found.choice, _sizes(backend, found.found), "interactions", progress)
         staging.finish(INTERACTIONS, facts)
     return Shared(backend.asarray(staging.load(labels)), len(staging.load(centroids)), facts)
 
@@ -653,7 +680,7 @@ def assign(source: Artifact, config: JobConfig, given: Collection[str], progress
     ResourceError
         As in `run`.
     """
-    _check_places(config)
+    check_places(config)
     _check_source(source, config, given)
     backend = select(config.backend)
     backend.say = progress.say
@@ -678,20 +705,23 @@ def _assign(source: Artifact, config: JobConfig, given: Collection[str], backend
     progress.say(f"backend {backend.name}: {backend.why}; kernels {backend.kernels.name}")
     projected = config.settings.dim is not None
     with progress.step("fingerprint inputs"):
-        read = _inputs(config, () if projected else None)
+        read = inputs_of(config, () if projected else None)
     inputs = list(read.files)
     before = [one for one in source.manifest["inputs"] if one["for"].startswith("features.")]
     if projected:
         inputs += before
     else:
         _recognise(source, before, inputs, given, progress)
-    _check_inputs(config, inputs)
-    identity = {**_identity(config, inputs, backend), "artifact": source.manifest["checksum"]}
+    check_inputs(config, inputs)
+    identity = {
+        **identity_of(config, inputs, backend.name, backend.kernels.name),
+        "artifact": source.manifest["checksum"],
+    }
     with open_staging(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
         if staging.complete:
             progress.say(f"{config.out} is already there, made from the same inputs and artifact")
             return config.out
-        tables, present = _projected_features(source) if projected else _read_features(config, progress)
+        tables, present = _projected_features(source) if projected else read_features(config, progress)
         for table in tables.values():
             _check_shape(source, table)
         data = _read_interactions(config, backend, tables, present, progress, staging, source)
@@ -699,13 +729,13 @@ def _assign(source: Artifact, config: JobConfig, given: Collection[str], backend
         statistics = {
             name: _assign_modality(source, config, backend, data, name, shared, staging, progress) for name in tables
         }
-        _save_ids(staging, data.table)
+        save_ids(staging, data.table.user_ids, data.table.item_ids)
         read.require_unchanged()
-        manifest = _manifest(config, inputs, backend, data, statistics)
+        manifest = manifest_of(config, inputs, backend_facts(backend), Counts.of(data.table), statistics)
         if shared is not None:
             manifest["interactions"]["embedding"] = source.manifest["interactions"].get("embedding")
         origin = {"path": source.path, "checksum": source.manifest["checksum"]}
-        return staging.commit({**manifest, "assigned_by": origin, "timings": _timings(started, progress, backend)})
+        return staging.commit({**manifest, "assigned_by": origin, "timings": timings_of(started, progress, backend)})
 
 
 def _recognise(
@@ -839,16 +869,14 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _sizes(labels: Any, clusters: int) -> list[int]:
+def cluster_sizes(labels: Any, clusters: int) -> list[int]:
+    """Rows of each label, on the host; negative labels are no cluster's."""
     return [int(size) for size in np.bincount(labels[labels >= 0], minlength=clusters)]
 
 
-def _save_ids(staging: Staging, table: InteractionTable) -> None:
+def save_ids(staging: Staging, user_ids: Any, item_ids: Any) -> None:
     """users.parquet and items.parquet, where rows are not the ids."""
-    for path, kind, column in (
-        ("users.parquet", "user_id", table.user_ids),
-        ("items.parquet", "item_id", table.item_ids),
-    ):
+    for path, kind, column in (("users.parquet", "user_id", user_ids), ("items.parquet", "item_id", item_ids)):
         if column is not None:
             rows = np.arange(len(column), dtype=np.int64)
             staging.save_table(path, pd.DataFrame({"row": rows, kind: column.to_numpy()}))
@@ -857,7 +885,7 @@ def _save_ids(staging: Staging, table: InteractionTable) -> None:
 # What the manifest says.
 
 
-def _inputs(config: JobConfig, feature_names: Iterable[str] | None = None) -> _Inputs:
+def inputs_of(config: JobConfig, feature_names: Iterable[str] | None = None) -> Inputs:
     """Every input file; of the features, those named, or all."""
     named = [("interactions", path) for path in _tables(config.interactions, EXTENSIONS)]
     for name in config.features if feature_names is None else feature_names:
@@ -866,7 +894,7 @@ def _inputs(config: JobConfig, feature_names: Iterable[str] | None = None) -> _I
     if isinstance(config.users, str):
         named += [("users", path) for path in _tables(config.users, USER_EXTENSIONS)]
     states = {path: file_state(path) for _, path in named}  # before they are hashed
-    return _Inputs([{"for": role, "path": path, **fingerprint(path)} for role, path in named], states)
+    return Inputs([{"for": role, "path": path, **fingerprint(path)} for role, path in named], states)
 
 
 def _tables(pattern: str, extensions: tuple[str, ...]) -> list[str]:
@@ -878,13 +906,13 @@ def _tables(pattern: str, extensions: tuple[str, ...]) -> list[str]:
     return paths
 
 
-def _identity(config: JobConfig, inputs: list[dict[str, Any]], backend: Backend) -> dict[str, Any]:
+def identity_of(config: JobConfig, inputs: list[dict[str, Any]], backend: str, kernels: str) -> dict[str, Any]:
     """What must be the same for a run to be resumed: settings, columns, contents of the inputs, the program."""
     files = {
         f"{one['for']}/{number}:{os.path.basename(one['path'])}": {"bytes": one["bytes"], "hash": one["hash"]}
         for number, one in enumerate(inputs)
     }
-    program = {"gpu_init": __version__, "backend": backend.name, "kernels": backend.kernels.name}
+    program = {"gpu_init": __version__, "backend": backend, "kernels": kernels}
     users = config.users if isinstance(config.users, int) else None
     return {
         "settings": settings_to_dict(config.settings),
@@ -900,11 +928,46 @@ def _columns(config: JobConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _manifest(
-    config: JobConfig, inputs: list[dict[str, Any]], backend: Backend, data: Data, statistics: dict[str, Any]
+@dataclass(frozen=True)
+class Counts:
+    """Of a job's interactions: rows of R and their ids, columns and theirs, rows read and kept, pairs, their weight."""
+
+    users: int
+    user_ids: Any
+    items: int
+    item_ids: Any
+    read: int
+    kept: int
+    pairs: int
+    weight: float
+
+    @classmethod
+    def of(cls, table: InteractionTable) -> Counts:
+        """Of interactions in memory."""
+        matrix, weights = table.interactions, table.interactions.csr.weights
+        weight = float(matrix.pairs if weights is None else weights.sum(dtype="float64"))
+        axes = (matrix.users, table.user_ids, matrix.items, table.item_ids)
+        return cls(*axes, table.read, table.kept, matrix.pairs, weight)
+
+
+def backend_facts(backend: Backend) -> dict[str, Any]:
+    """What the manifest says of the backend."""
+    return {
+        "name": backend.name,
+        "kernels": backend.kernels.name,
+        "kmeans": backend.kmeans_name,
+        "versions": backend.versions(),
+    }
+
+
+def manifest_of(
+    config: JobConfig,
+    inputs: list[dict[str, Any]],
+    backend: dict[str, Any],
+    counts: Counts,
+    statistics: dict[str, Any],
 ) -> dict[str, Any]:
-    table = data.table
-    weights = table.interactions.csr.weights
+    """All but timings; ``backend`` as of `backend_facts`, ``statistics`` by modality as of `modality_facts`."""
     return {
         "gpu_init_version": __version__,
         "settings": settings_to_dict(config.settings),
@@ -915,27 +978,19 @@ def _manifest(
             "users": config.users,
             "folder": os.getcwd(),  # that paths are relative to
         },
-        "backend": {
-            "name": backend.name,
-            "kernels": backend.kernels.name,
-            "kmeans": backend.kmeans_name,
-            "versions": backend.versions(),
-        },
+        "backend": backend,
         "inputs": inputs,
         "users": {
-            "rows": table.interactions.users,
-            "ids": "row numbers" if table.user_ids is None else "users.parquet",
+            "rows": counts.users,
+            "ids": "row numbers" if counts.user_ids is None else "users.parquet",
             **({} if config.session_column is None else {"are": "sessions"}),
         },
-        "items": {
-            "rows": table.interactions.items,
-            "ids": "row numbers" if table.item_ids is None else "items.parquet",
-        },
+        "items": {"rows": counts.items, "ids": "row numbers" if counts.item_ids is None else "items.parquet"},
         "interactions": {
-            "read": table.read,
-            "kept": table.kept,
-            "pairs": table.interactions.pairs,
-            "weight": float(table.interactions.pairs if weights is None else weights.sum(dtype="float64")),
+            "read": counts.read,
+            "kept": counts.kept,
+            "pairs": counts.pairs,
+            "weight": counts.weight,
         },
         "modalities": statistics,
     }

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,7 @@ ROW_BYTES = 64  # kept of each row on the way: its number twice, length, bounds,
 LOOK_BYTES = 64  # found of each row that is looked at
 _LONGEST = 8.0  # stride
 _MARGIN = 1e-4  # of the mean distance: how far float32 may be off, many times over
+_CLOSE = 1e-5  # of a row's squared length: so near to each other, float32 does not tell centroids apart
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def settle(backend: Backend, points: Points, centroids: Any, steps: int = STEPS)
     centroids (K, D) float32, labels (n,) int32, the nearest of them, inertia per step, whether labels settled
     """
     inertia: list[float] = []
-    labels = backend.xp.full(len(points), -1, backend.xp.int32)
+    labels = points.unlabelled()
     for step in range(steps + 1):
         found, changed, sums, counts = points.step(centroids, labels)
         inertia.append(found)
@@ -191,6 +192,9 @@ def descend(
 ) -> tuple[Any, list[float], bool]:
     """Lloyd's steps in float32, looking only at rows whose label may change, until none does.
 
+    Where float32 cannot tell which of two centroids is nearer, float64 does, and sums are in float64: so rows taken
+    part by part, or in another form, go the same way.
+
     A row keeps its label while its distance to its centroid, bounded above by how far centroids moved since it
     was last looked at, stays below the bound to the others (Hamerly, SDM 2010). Few rows in doubt are made and
     looked at one by one; many go the way of the form. Centroids go ``stride`` times as far as Lloyd's step takes
@@ -203,45 +207,23 @@ def descend(
     -------
     centroids (K, D) float32, means of what was nearest; inertia after each step; whether labels settled
     """
-    xp, kernels = backend.xp, backend.kernels
+    xp = backend.xp
     clusters, middle = len(centroids), points.middle
     means = centroids
-    labels = xp.full(len(points), -1, xp.int32)
-    upper, lower = xp.empty(len(points)), xp.empty(len(points))  # bounds less reach and fall when they were taken
     reach, fall = xp.zeros(clusters), 0.0  # how far centroids have gone in all; the farthest of each step in all
-    sums = xp.zeros(centroids.shape, xp.float64)  # of rows less the middle
-    counts = xp.zeros(clusters, xp.int64)
-    spread = float(points.squared_norms.sum())
-    doubtful = xp.arange(len(points))
+    walk = points.walk(clusters)
+    spread = points.spread()
     history: list[float] = []
     margin = 0.0
     limit, stride = STEPS + more, 1.0
 
     while len(history) < limit:
-        look = (points.looking_at if points.few(len(doubtful)) else points.assigning)(centroids, xp.float32)
-        moved, n_moved = [], 0
-        for part in ranges(len(doubtful), LOOK_ROWS):
-            found, least, second = look(doubtful[part])
-            noted = (found, least, second, points.squared_norms, reach, fall, labels, upper, lower)
-            before = kernels.note(doubtful[part], *noted)
-            changed = xp.flatnonzero(found != before)
-            before, after = before[changed], found[changed]
-            counts += xp.bincount(after, minlength=clusters)
-            counts -= xp.bincount(before[before >= 0], minlength=clusters)
-            n_moved += len(changed)
-            if points.few(n_moved // 8):  # else the form's own way, which reads all items and all interactions
-                moved.append((doubtful[part][changed], before, after))
-            else:
-                moved.clear()
-        if n_moved == 0 and stride == 1.0:
+        found = walk.step(centroids, reach, fall, margin)
+        if found.moved == 0 and stride == 1.0:
             return means, history, True
-        del look, doubtful  # and the memory that they take
-        if not points.few(n_moved // 8):
-            sums = points.sums(labels, clusters, xp.float32)
-        for rows, before, after in moved:
-            sums += points.moves(rows, before, after, clusters)
+        sums, counts = found.sums, found.counts
         if not history:
-            margin = _MARGIN * float(upper.mean())
+            margin = _MARGIN * found.reached / len(points)
         history.append(spread - float(((sums * sums).sum(axis=1) / xp.maximum(counts, 1)).sum()))
         means = _means(backend, points, centroids, sums, counts)
         filled = bool(counts.all())
@@ -263,8 +245,70 @@ def descend(
         centroids = further
         reach += shifts
         fall += float(shifts.max())
-        doubtful = kernels.in_doubt(labels, upper, lower, reach, fall + margin)
     return means, history, False
+
+
+class Step(NamedTuple):
+    """What a step of a `Walk` found."""
+
+    moved: int  # rows whose label changed
+    sums: Any  # of the rows less the middle of each label, (K, D) float64
+    counts: Any  # of each label, (K,)
+    reached: float  # sum of the bounds on the distances to the centroids
+
+
+class Walk:
+    """Where some points stand between the steps of `descend`: labels, and bounds on the distances they follow from."""
+
+    def __init__(self, points: Points, clusters: int) -> None:
+        xp = points.backend.xp
+        self._points = points
+        self._spread = points.spread()
+        self._labels = xp.full(len(points), -1, xp.int32)
+        self._upper, self._lower = xp.empty(len(points)), xp.empty(len(points))  # less reach and fall when taken
+        self._sums = xp.zeros((clusters, len(points.middle)), xp.float64)
+        self._counts = xp.zeros(clusters, xp.int64)
+        self._begun = False
+
+    def step(self, centroids: Any, reach: Any, fall: float, margin: float) -> Step:
+        """Look at the rows whose label may change.
+
+        ``reach`` (K,): how far each centroid has gone in all; ``fall``: the farthest of each step in all; ``margin``:
+        how far bounds may be off.
+        """
+        points, clusters = self._points, len(centroids)
+        xp, kernels = points.backend.xp, points.backend.kernels
+        if self._begun:
+            doubtful = kernels.in_doubt(self._labels, self._upper, self._lower, reach, fall + margin)
+        else:
+            doubtful = xp.arange(len(points))
+            self._begun = True
+        look = (points.looking_at if points.few(len(doubtful)) else points.assigning)(centroids, xp.float32)
+        closely = points.tile_by_tile(points.looking_at(centroids, xp.float64))
+        mean = self._spread / max(len(points), 1)
+        changes, moved = [], 0
+        for part in ranges(len(doubtful), LOOK_ROWS):
+            found, least, second = look(doubtful[part])
+            close = xp.flatnonzero(second - least <= _CLOSE * (points.squared_norms[doubtful[part]] + mean))
+            if len(close):
+                found[close], least[close], second[close] = closely(doubtful[part][close])
+            noted = (found, least, second, points.squared_norms, reach, fall, self._labels, self._upper, self._lower)
+            before = kernels.note(doubtful[part], *noted)
+            changed = xp.flatnonzero(found != before)
+            before, after = before[changed], found[changed]
+            self._counts += xp.bincount(after, minlength=clusters)
+            self._counts -= xp.bincount(before[before >= 0], minlength=clusters)
+            moved += len(changed)
+            if points.few(moved // 8):  # else the form's own way, which reads all items and all interactions
+                changes.append((doubtful[part][changed], before, after))
+            else:
+                changes.clear()
+        del look, doubtful  # and the memory that they take
+        if moved and not points.few(moved // 8):
+            self._sums = points.sums(self._labels, clusters, xp.float64)
+        for rows, before, after in changes:
+            self._sums += points.moves(rows, before, after, clusters)
+        return Step(moved, self._sums, self._counts, float(self._upper.sum()))
 
 
 def _means(backend: Backend, points: Points, centroids: Any, sums: Any, counts: Any) -> Any:
@@ -345,6 +389,18 @@ class Points(ABC):
     def rows(self, index: Any, dtype: Any) -> Any:
         """Some of the rows less the middle, (len(index), D) float32 or float64."""
 
+    def spread(self) -> float:
+        """Sum of the squared lengths of the rows less the middle."""
+        return float(self.squared_norms.sum())
+
+    def walk(self, clusters: int) -> Walk:
+        """Begin the steps of `descend`."""
+        return Walk(self, clusters)
+
+    def unlabelled(self) -> Any:
+        """Labels of no cluster, for `step`."""
+        return self.backend.xp.full(len(self), -1, self.backend.xp.int32)
+
     def by_library(self, clusters: int, seed: int, restarts: int) -> Any:  # noqa: ARG002
         """Centroids (K, D) that a library finds, None where there is no matrix, or ours is as fast."""
         return None
@@ -375,7 +431,10 @@ class Points(ABC):
 
     def assigning(self, centroids: Any, dtype: Any) -> _Look:
         """Look at any number of rows, the form's own way."""
-        look = self.looking_at(centroids, dtype)
+        return self.tile_by_tile(self.looking_at(centroids, dtype))
+
+    def tile_by_tile(self, look: _Look) -> _Look:
+        """Look at any number of rows, some at a time."""
 
         def assign(index: Any) -> tuple[Any, Any, Any]:
             tiles = [look(index[part]) for part in ranges(len(index), self.tile_rows)]
@@ -399,7 +458,7 @@ class Points(ABC):
 
     @abstractmethod
     def moves(self, index: Any, before: Any, after: Any, clusters: int) -> Any:
-        """What `sums` changes by, in float32, where labels of some rows change; a label before may be -1, for none."""
+        """What `sums` changes by where labels of some rows change; a label before may be -1, for none."""
 
     def _sum(self, rows: Any, labels: Any, total: Any) -> None:
         """Add rows to the sums of their labels, in one order whatever the rows at a time."""
@@ -437,6 +496,11 @@ class Points(ABC):
 
     def farthest(self, centroids: Any, count: int) -> Any:
         """Rows (m,) int64 farthest from their nearest centroids, the farthest first, that are not on them."""
+        rows, reached = self.far(centroids, count)
+        return rows[reached > 0]
+
+    def far(self, centroids: Any, count: int) -> tuple[Any, Any]:
+        """Rows (m,) int64 farthest from their nearest centroids, the farthest first, and how far (m,) they are."""
         xp = self.backend.xp
         rows, reached = xp.empty(0, xp.int64), xp.empty(0, xp.float64)
         for part, _, distances in self._distances(centroids):
@@ -444,7 +508,7 @@ class Points(ABC):
             reached = xp.concatenate([reached, distances])
             order = xp.argsort(-reached, kind="stable")[:count]
             rows, reached = rows[order], reached[order]
-        return rows[reached > 0]
+        return rows, reached
 
     def _distances(self, centroids: Any) -> Iterator[tuple[slice, Any, Any]]:
         """Range by range: labels of the nearest centroids, and squared distances to them, in float64."""
@@ -464,18 +528,21 @@ class Points(ABC):
 
 
 class Dense(Points):
-    """Rows of a matrix (n, D), float32 or float64."""
+    """Rows of a matrix (n, D), float32 or float64; ``middle`` (D,) float64, None: their mean."""
 
     form = "dense"
 
-    def __init__(self, backend: Backend, matrix: Any) -> None:
+    def __init__(self, backend: Backend, matrix: Any, middle: Any = None) -> None:
         super().__init__(backend, len(matrix))
         self._matrix = matrix
         self._ones = backend.xp.ones(len(matrix))
+        self._given_middle = middle
 
     @cached_property
     def middle(self) -> Any:
-        """See `Points.middle`: the mean."""
+        """See `Points.middle`."""
+        if self._given_middle is not None:
+            return self._given_middle
         xp = self.backend.xp
         sums = self.backend.in_order(
             lambda part: self._matrix[part].sum(axis=0, dtype=xp.float64), ranges(len(self), BLOCK_ROWS)
@@ -564,9 +631,7 @@ class Tiled(Points):
         """See `Points.middle`."""
         if self._given_middle is not None:
             return self._given_middle
-        parts = ranges(len(self._features), BLOCK_ROWS)
-        totals = self.backend.in_order(lambda part: self._items(part, self.backend.xp.float64).sum(axis=0), parts)
-        return sum(totals) / max(len(self._features) - int(self._missing.sum()), 1)
+        return mean_item(self.backend, self._features, ~self._missing)
 
     @cached_property
     def squared_norms(self) -> Any:
@@ -599,10 +664,23 @@ class Tiled(Points):
 
     def _items(self, part: slice, dtype: Any) -> Any:
         """Rows of F; those of missing items are zero."""
-        block = self._features[part].astype(dtype, copy=self._any_missing)
-        if self._any_missing:
-            block[self._missing[part]] = 0
-        return block
+        return _present(self._features, part, self._missing if self._any_missing else None, dtype)
+
+
+def _present(features: Any, part: slice, missing: Any, dtype: Any) -> Any:
+    block = features[part].astype(dtype, copy=missing is not None)
+    if missing is not None:
+        block[missing[part]] = 0
+    return block
+
+
+def mean_item(backend: Backend, features: Any, present: Any) -> Any:
+    """Mean (D,) float64 of the rows of F (I, D) that are present (I,) bool."""
+    xp = backend.xp
+    missing = None if bool(present.all()) else ~present
+    parts = ranges(len(features), BLOCK_ROWS)
+    totals = backend.in_order(lambda part: _present(features, part, missing, xp.float64).sum(axis=0), parts)
+    return sum(totals) / max(int(present.sum()), 1)
 
 
 class Factored(Tiled):

@@ -59,7 +59,11 @@ def check_clusters(name: str, n_present: int, operator: Weighting, settings: Set
     InputError
         No warm user, or fewer users (or items, where those are clustered) than clusters; ``auto`` takes fewer then.
     """
-    warm = int(operator.warm.sum())
+    check_warm(name, n_present, int(operator.warm.sum()), settings)
+
+
+def check_warm(name: str, n_present: int, warm: int, settings: Settings) -> None:
+    """As `check_clusters`, from the number of warm users."""
     if warm == 0:
         raise InputError(f"modality {name}: no user has an interaction with an item that has it.")
     if not isinstance(settings.clusters, int) or settings.cluster_on == "interactions":
@@ -107,7 +111,7 @@ class Behaviour:
 
 def embed(backend: Backend, interactions: Interactions, settings: Settings) -> spectral.Embedding:
     """Section 2.4: V of ``E = S V``."""
-    return spectral.fit(backend, interactions, settings.cluster_rank or RANK, settings.seed)
+    return spectral.fit(backend, spectral.Whole(backend, interactions), settings.cluster_rank or RANK, settings.seed)
 
 
 def behaviour(
@@ -138,20 +142,29 @@ def behaviour(
         choice = choose(backend, points, settings.seed)
         settings = replace(settings, clusters=choice.clusters)
     assert isinstance(settings.clusters, int)
-    if settings.clusters > len(points):
-        raise InputError(
-            f"{settings.clusters} clusters, but {len(points)} users whose interactions hang together; lower --clusters."
-        )
+    check_placed(len(points), settings.clusters)
     users, items = len(points), interactions.items
     form = kmeans_form(users, items, interactions.pairs, settings.clusters, embedding.items.shape[1], memory)
     rows: kmeans.Points = points
     if form == "factored":
         rows = spectral.points(*arrays, kmeans.Factored)
     elif form == "dense":
-        rows = kmeans.Dense(backend, _matrix(backend, points))
+        rows = kmeans.Dense(backend, matrix(backend, points), points.middle)
     found = kmeans.fit(backend, rows, settings.clusters, settings.seed, settings.restarts, INERTIA_TOLERANCE)
     labels = behaviour_labels(backend, interactions, points, found.centroids)
     return Behaviour(embedding, found.centroids, labels, found, choice)
+
+
+def check_placed(users: int, clusters: int) -> None:
+    """Refuse more clusters than users who have a row of E.
+
+    Raises
+    ------
+    InputError
+        How many there are.
+    """
+    if clusters > users:
+        raise InputError(f"{clusters} clusters, but {users} users whose interactions hang together; lower --clusters.")
 
 
 def behaviour_labels(backend: Backend, interactions: Interactions, points: kmeans.Tiled, centroids: Any) -> Any:
@@ -196,17 +209,27 @@ def clusters(
         else:
             user_labels[operator.warm] = found.labels
         return Clustering(found.centroids, user_labels, None, found, choice)
+    found, choice, item_labels = cluster_items(backend, modality, settings)
+    user_labels = nearest(backend, interactions, modality, operator, found.centroids, "factored")
+    return Clustering(found.centroids, user_labels, item_labels, found, choice)
+
+
+def cluster_items(
+    backend: Backend, modality: Modality, settings: Settings
+) -> tuple[kmeans.Clusters, Choice | None, Any]:
+    """Section 2.4: K-means on the items' rows; their labels (I,) int32 too, -1 for items without the modality."""
+    xp = backend.xp
     kept = xp.flatnonzero(modality.present)
-    points = kmeans.Dense(backend, modality.values if len(kept) == interactions.items else modality.values[kept])
+    points = kmeans.Dense(backend, modality.values if len(kept) == len(modality.values) else modality.values[kept])
+    choice = None
     if settings.clusters == AUTO:
         choice = choose(backend, points, settings.seed)
         settings = replace(settings, clusters=choice.clusters)
     assert isinstance(settings.clusters, int)
     found = kmeans.fit(backend, points, settings.clusters, settings.seed, settings.restarts)
-    item_labels = xp.full(interactions.items, -1, xp.int32)
+    item_labels = xp.full(len(modality.values), -1, xp.int32)
     item_labels[kept] = found.labels
-    user_labels = nearest(backend, interactions, modality, operator, found.centroids, "factored")
-    return Clustering(found.centroids, user_labels, item_labels, found, choice)
+    return found, choice, item_labels
 
 
 def of_behaviour(
@@ -240,12 +263,22 @@ def of_behaviour(
     sizes = (len(points), interactions.items, interactions.pairs, clusters, modality.values.shape[1])
     if kmeans_form(*sizes, memory) == "factored":
         points = kmeans.Factored(*arrays)
+    sums, counts = behaviour_sums(backend, points, labels, clusters)
+    return behaviour_means(backend, sums, counts, points.middle), xp.where(operator.warm, labels, -1).astype(xp.int32)
+
+
+def behaviour_sums(backend: Backend, points: kmeans.Tiled, labels: Any, clusters: int) -> tuple[Any, Any]:
+    """Sums of the rows of some points, less the middle, of each label (K, D) float64, and their counts (K,)."""
     own = labels[points.users]
     with backend.deterministic():
-        sums = points.sums(own, clusters, xp.float64)
-        counts = xp.bincount(own, minlength=clusters)[:, None]
-        means = xp.where(counts > 0, sums / xp.maximum(counts, 1), sums.sum(axis=0) / len(points)) + points.middle
-    return means.astype(xp.float32), xp.where(operator.warm, labels, -1).astype(xp.int32)
+        return points.sums(own, clusters, backend.xp.float64), backend.xp.bincount(own, minlength=clusters)
+
+
+def behaviour_means(backend: Backend, sums: Any, counts: Any, middle: Any) -> Any:
+    """Centroids (K, D) float32 of `of_behaviour`, from the `behaviour_sums` of all users."""
+    xp = backend.xp
+    own = sums / xp.maximum(counts, 1)[:, None]
+    return (xp.where(counts[:, None] > 0, own, sums.sum(axis=0) / counts.sum()) + middle).astype(xp.float32)
 
 
 def cluster_arrays(
@@ -308,11 +341,11 @@ def _cluster_users(
     if form == "factored":
         points = kmeans.Factored(*arguments)
     elif form == "dense":
-        points = kmeans.Dense(backend, _matrix(backend, points))
+        points = kmeans.Dense(backend, matrix(backend, points), points.middle)
     return kmeans.fit(backend, points, settings.clusters, settings.seed, settings.restarts)
 
 
-def _matrix(backend: Backend, points: kmeans.Points) -> Any:
+def matrix(backend: Backend, points: kmeans.Points) -> Any:
     """All rows of some points, (n, D), in the type that the library takes."""
     xp = backend.xp
     matrix = xp.empty((len(points), len(points.middle)), backend.kmeans_dtype)
@@ -348,16 +381,27 @@ def cold_vector(
     user_labels: Any,
     item_labels: Any,
 ) -> Any:
-    """Section 2.8: the mean of G over the warm users, (D,) float64, from the share of each cluster in it."""
+    """Section 2.8: the mean of G over the warm users, (D,) float64."""
+    shares = cluster_shares(backend, interactions, operator, len(centroids), user_labels, item_labels)
+    return mean_global(backend, shares, operator.warm.sum(), centroids)
+
+
+def cluster_shares(
+    backend: Backend, interactions: Interactions, operator: Weighting, clusters: int, user_labels: Any, item_labels: Any
+) -> Any:
+    """What each cluster has in the sum of G over the warm users, (K,) float64."""
     xp = backend.xp
     if item_labels is None:
-        shares = xp.bincount(user_labels[operator.warm], minlength=len(centroids)).astype(xp.float64)
-    else:
-        used = item_labels >= 0
-        by_item = interactions.item_sums(backend, operator.mean_rows)[used]
-        shares = xp.bincount(item_labels[used], weights=by_item, minlength=len(centroids))
+        return xp.bincount(user_labels[operator.warm], minlength=clusters).astype(xp.float64)
+    used = item_labels >= 0
+    by_item = interactions.item_sums(backend, operator.mean_rows)[used]
+    return xp.bincount(item_labels[used], weights=by_item, minlength=clusters)
+
+
+def mean_global(backend: Backend, shares: Any, warm: Any, centroids: Any) -> Any:
+    """Mean of G over so many warm users, (D,) float64, from `cluster_shares`."""
     with backend.deterministic():
-        return (shares / operator.warm.sum()) @ centroids.astype(xp.float64)
+        return (shares / warm) @ centroids.astype(backend.xp.float64)
 
 
 def fit(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,14 +65,64 @@ class Embedding:
     settled: bool
 
 
-def fit(backend: Backend, interactions: Interactions, rank: int, seed: int) -> Embedding:
+class Graph(Protocol):
+    """Interactions as `fit` asks about them."""
+
+    items: int
+    pairs: int
+
+    def item_sums(self) -> Any:
+        """Degrees of the items, (I,) float64."""
+
+    def large(self, most: int) -> NDArray[np.bool_]:
+        """Which items (I,) lie in large connected components, see `large_components`."""
+
+    def keep(self, kept: Any) -> int:
+        """Leave all items but these (I,) bool out of S from here on; gives how many users have one of them."""
+
+    def product(self, table: Any) -> Any:
+        """``R^T D_U^-1 R`` times a table (I, b) float64."""
+
+
+class Whole:
+    """All interactions in this process, or those of a part of the users."""
+
+    def __init__(self, backend: Backend, interactions: Interactions) -> None:
+        self.items, self.pairs = interactions.items, interactions.pairs
+        self._backend, self._interactions = backend, interactions
+        self._user_factors: Any = None
+
+    def item_sums(self) -> Any:
+        """See `Graph.item_sums`."""
+        return self._interactions.item_sums(self._backend)
+
+    def large(self, most: int) -> NDArray[np.bool_]:
+        """See `Graph.large`."""
+        return large_components(self._backend, self._interactions, most)
+
+    def keep(self, kept: Any) -> int:
+        """See `Graph.keep`."""
+        xp = self._backend.xp
+        degrees = self._interactions.user_degrees(self._backend, kept.astype(xp.float64))
+        self._user_factors = power(xp, degrees, -1.0)
+        return int((degrees > 0).sum())
+
+    def product(self, table: Any) -> Any:
+        """See `Graph.product`."""
+        csr, sums = self._interactions.csr, self._backend.xp.zeros(table.shape)
+        for part in ranges(self._interactions.users, _RANGE_USERS):
+            self._backend.kernels.gram(csr.rows(part.start, part.stop), table, self._user_factors[part], sums)
+        return sums
+
+
+def fit(backend: Backend, graph: Graph, rank: int, seed: int) -> Embedding:
     """Directions of some interactions.
 
     Parameters
     ----------
     backend : Backend
-    interactions : Interactions
-        One or more, of items with and without features alike.
+    graph : Graph
+        Of one interaction or more, of items with and without features alike.
     rank : int
         r; fewer where S is smaller.
     seed : int
@@ -82,26 +132,21 @@ def fit(backend: Backend, interactions: Interactions, rank: int, seed: int) -> E
     -------
     Embedding
     """
-    xp, csr = backend.xp, interactions.csr
-    kept = backend.asarray(large_components(backend, interactions, rank))
-    item_factors = power(xp, xp.where(kept, interactions.item_sums(backend), 0.0), -0.5)
-    user_factors = power(xp, interactions.user_degrees(backend, kept.astype(xp.float64)), -1.0)
+    xp = backend.xp
+    kept = backend.asarray(graph.large(rank))
+    item_factors = power(xp, xp.where(kept, graph.item_sums(), 0.0), -0.5)
     inside = xp.flatnonzero(item_factors)
-    rank = min(rank, len(inside), int((user_factors > 0).sum()))
+    rank = min(rank, len(inside), graph.keep(kept))
 
     def product(table: Any) -> Any:
-        sums, scaled = xp.zeros(table.shape), item_factors[:, None] * table
-        for part in ranges(interactions.users, _RANGE_USERS):
-            rows = csr.rows(part.start, part.stop)
-            backend.kernels.gram(rows, scaled, user_factors[part], sums)
-        return item_factors[:, None] * sums
+        return item_factors[:, None] * graph.product(item_factors[:, None] * table)
 
     rng = np.random.default_rng(seed)
     with backend.deterministic():
         if len(inside) <= _most_vectors(rank):
-            vectors, squares, products, settled = *_whole(backend, product, interactions.items, inside, rank), 1, True
+            vectors, squares, products, settled = *_whole(backend, product, graph.items, inside, rank), 1, True
         else:
-            most = most_products(interactions.pairs, rank)
+            most = most_products(graph.pairs, rank)
             vectors, squares, products, settled = _lanczos(backend, product, item_factors > 0, rank, most, rng)
         largest = vectors[abs(vectors).argmax(axis=0), xp.arange(rank)]
         vectors = (vectors * xp.where(largest < 0, -1.0, 1.0)).astype(xp.float32)
@@ -145,19 +190,51 @@ def large_components(backend: Backend, interactions: Interactions, most: int) ->
 
     Large is the largest, and any that holds ``1 / most`` of all users and items with interactions.
     """
+    labels = component_labels(backend, interactions)
+    return large_labels(labels, component_sizes(backend, interactions, labels), most)
+
+
+def component_labels(backend: Backend, interactions: Interactions) -> NDArray[np.int64]:
+    """Connected component of each item (I,), numbered from 0, as far as these users connect them."""
     labels = np.arange(interactions.items)
     for _, firsts, items in _host_rows(backend, interactions):
         one, other = labels[firsts], labels[items]
         apart = one != other
         if apart.any():
-            size = int(labels.max()) + 1
-            graph = coo_array((np.ones(int(apart.sum()), bool), (one[apart], other[apart])), shape=(size, size))
-            labels = connected_components(graph, directed=False)[1][labels]
+            labels = _joined(one[apart], other[apart], int(labels.max()) + 1)[labels]
+    return labels
+
+
+def joined_labels(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Components of the items (I,) where either of two labellings connects them."""
+    first = np.zeros(int(other.max(initial=-1)) + 1, np.int64)
+    first[other[::-1]] = one[::-1]  # of each of the other's components, the label of its first item
+    return _joined(one, first[other], int(one.max(initial=-1)) + 1)[one]
+
+
+def _joined(one: NDArray[np.int64], other: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Component of each of so many labels, some of which are the same."""
+    graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(count, count))
+    return connected_components(graph, directed=False)[1].astype(np.int64)  # type: ignore[no-any-return]
+
+
+def component_sizes(
+    backend: Backend, interactions: Interactions, labels: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many of the users are in each component, and how many interactions each item (I,) has with them."""
     sizes = np.zeros(int(labels.max(initial=-1)) + 1, np.int64)
-    used = np.zeros(interactions.items, bool)
+    used = np.zeros(len(labels), np.int64)
     for starts, _, items in _host_rows(backend, interactions):
         sizes += np.bincount(labels[items[starts]], minlength=len(sizes))
-        used[items] = True
+        used += np.bincount(items, minlength=len(used))
+    return sizes, used
+
+
+def large_labels(
+    labels: NDArray[np.int64], found: tuple[NDArray[np.int64], NDArray[np.int64]], most: int
+) -> NDArray[np.bool_]:
+    """Which items (I,) lie in large components, from the `component_sizes` of all users."""
+    sizes, used = found[0].copy(), found[1] > 0
     sizes += np.bincount(labels[used], minlength=len(sizes))
     large: NDArray[np.bool_] = (sizes * most >= sizes.sum()) | (sizes == sizes.max(initial=0))
     return large[labels] & used

@@ -112,16 +112,19 @@ def open_table(path: str, columns: Columns, warnings: list[str]) -> Table:
     return Table(path, separator, user, item, weight, time, where, whole, state)
 
 
-def batches(backend: Backend, table: Table, where: Where | None, wanted: Sequence[str]) -> Iterator[Batch]:
-    """Rows of a table, in order, with the columns ``wanted``, as `Backend.batches` types them.
+def batches(
+    backend: Backend, table: Table, where: Where | None, wanted: Sequence[str], groups: range | None = None
+) -> Iterator[Batch]:
+    """Rows of a table, or of some row groups of it, in order, with the columns ``wanted``, typed by `Backend.batches`.
 
     Raises
     ------
     InputError
         The file is broken, or a value cannot be compared with what ``--where`` says.
     """
-    before = 0
-    for frame in backend.batches(table.path, table.separator, list(dict.fromkeys([*wanted, *table.where.values()]))):
+    before = 0 if groups is None else rows_before(table.path, groups.start)
+    columns = list(dict.fromkeys([*wanted, *table.where.values()]))
+    for frame in backend.batches(table.path, table.separator, columns, groups):
         read = len(frame)
         positions: Any = range(before, before + read)
         before += read
@@ -146,6 +149,37 @@ def _whole_numbers(path: str, names: Sequence[str]) -> int | None:
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: {one_line(error)}") from None
     return int(metadata.num_rows) if whole else None
+
+
+def pieces(table: Table, rows: int) -> list[range | None]:
+    """Runs of row groups of a Parquet file, of about so many rows each; None stands for a text file, read as one."""
+    if table.separator is not None:
+        return [None]
+    found: list[range | None] = []
+    start = held = 0
+    counts = _group_rows(table.path)
+    for group, count in enumerate(counts):
+        if group > start and held + count > rows:
+            found.append(range(start, group))
+            start, held = group, 0
+        held += count
+    return [*found, range(start, len(counts))]
+
+
+def rows_before(path: str, group: int) -> int:
+    """Rows of a Parquet file before a row group."""
+    return sum(_group_rows(path)[:group])
+
+
+def _group_rows(path: str) -> list[int]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(source(path))
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: {one_line(error)}") from None
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
 def stated_rows(pattern: str) -> int:

@@ -123,7 +123,7 @@ class Kernels(Protocol):
     ) -> None:
         """Take the given rows (m,) of ``A F - middle`` from ``sums[before]`` and add them to ``sums[after]``.
 
-        ``sums`` (K, D) float64; ``before`` and ``after`` (m,) int32, negative for none. Rows are made in float32.
+        ``sums`` (K, D) float64; ``before`` and ``after`` (m,) int32, negative for none. Rows are made in float64.
         """
 
     def label_sums(self, csr: Csr, rows: Any, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:

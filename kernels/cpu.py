@@ -350,8 +350,8 @@ def _move_rows(  # type: ignore[no-untyped-def]
     width = features.shape[1]
     parts = partial.shape[0]
     for part in prange(parts):
-        total, whole = np.empty(width, np.float32), np.empty(width, np.float64)
-        items, factors = np.empty(_LISTED, indices.dtype), np.empty(_LISTED, np.float32)
+        total, whole = np.empty(width, np.float64), np.empty(width, np.float64)
+        items, factors = np.empty(_LISTED, indices.dtype), np.empty(_LISTED, np.float64)
         for at in range(part * rows.size // parts, (part + 1) * rows.size // parts):
             row = rows[at]
             first, last = indptr[row], indptr[row + 1]

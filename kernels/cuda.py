@@ -318,9 +318,9 @@ class CudaKernels(ReferenceKernels):
         labels = xp.arange(len(sums))[:, None]
         for start in range(0, len(rows), MOVED_ROWS):
             part = slice(start, start + MOVED_ROWS)
-            made = self._rows(csr, rows[part], features, row_scale, item_scale, middle, np.float32)
+            made = self._rows(csr, rows[part], features, row_scale, item_scale, middle, np.float64)
             signs = (labels == after[part]).astype(np.float64) - (labels == before[part])
-            sums += signs @ made.astype(np.float64)
+            sums += signs @ made
 
     def label_sums(self, csr: Csr, rows: Any, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
         """See `Kernels.label_sums`: sums in whole numbers, whose order does not matter.

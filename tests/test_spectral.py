@@ -45,7 +45,7 @@ def normalized(R):
 
 
 def embedded(R, rank=10, seed=0):
-    return spectral.fit(DEVICE, from_matrix(DEVICE, R, "test"), rank, seed)
+    return spectral.fit(DEVICE, spectral.Whole(DEVICE, from_matrix(DEVICE, R, "test")), rank, seed)
 
 
 # V.

@@ -1,0 +1,817 @@
+"""The whole run again, over the processes of a Dask cluster (`job` has it for one machine).
+
+Dask reads the interactions piece by piece and shuffles them by user; each part of R then lies in the staging folder, on
+storage that all workers see, and stays in the memory of the worker that its tasks go to. K-means is `kmeans.fit`, with
+`Partitioned` points: of a step only each part's sums and counts travel, K x D numbers and K. Each worker writes its
+users' rows into their range of the artifact's arrays.
+
+Parts are the same for any number of workers, so the bytes are too. A worker that is lost costs what it was at: its
+tasks go to others, which open its parts again.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from . import features, kmeans, method, partitions, spectral
+from .artifact import INTERACTIONS, Staging
+from .axes import ItemAxis, item_axis, user_axis
+from .backend import Backend, cores, one_line, select
+from .blend import (
+    NORM_ROWS,
+    TEMPERATURE,
+    Blend,
+    NormSums,
+    Volumes,
+    Weighting,
+    item_norms,
+    lambda_statistics,
+    norm_statistics,
+    tau_centre,
+    tau_of,
+)
+from .choose import Choice, choose
+from .config import AUTO, POLICIES, JobConfig
+from .describe import described
+from .errors import InputError, ResourceError
+from .features import FeatureTable, Modality
+from .interactions import EXTENSIONS, Columns, Interactions, power, read_user_ids
+from .job import (
+    Counts,
+    check_inputs,
+    check_places,
+    cluster_sizes,
+    embedding_facts,
+    feature_rows,
+    identity_of,
+    inputs_of,
+    item_axis_of,
+    kmeans_facts,
+    manifest_of,
+    modality_facts,
+    read_features,
+    save_ids,
+    timings_of,
+)
+from .kernels import Csr
+from .objects import open_staging
+from .partitions import SCRATCH, SHARED, Fitted, Rows, Work
+from .progress import Progress
+from .remote import is_url
+from .storage import expand, file_state, make_folder
+from .tables import Table, open_table, pieces
+from .where import parse
+
+PIECE_ROWS = 1 << 22  # of interactions that one task reads
+PART_ROWS = 1 << 22  # of interactions in a part of R, about
+LEAST_PARTS = 8  # where there are users enough
+FAN_IN = 8  # results that one task adds up
+PATIENCE = 60  # seconds for workers to come, or to come back
+
+
+def run(config: JobConfig, progress: Progress) -> str:
+    """Run a job over a cluster and give the path of its artifact.
+
+    Parameters
+    ----------
+    config : JobConfig
+        With ``scheduler``: ``local``, or the address of a scheduler, whose workers see all inputs and the output under
+        the same paths.
+    progress : Progress
+
+    Raises
+    ------
+    InputError, ResourceError
+        As in `job.run`; or workers lack something; or the scheduler is lost: what was done can be resumed.
+    """
+    check_places(config)
+    if is_url(config.out):
+        raise InputError(
+            f"{config.out}: over a cluster, workers write the output together; name a folder they all see."
+        )
+    with _cluster(config, progress) as workers:
+        return _run(config, workers, progress)
+
+
+class _Dask:
+    """What is used of Dask, of which little has types.
+
+    Raises
+    ------
+    InputError
+        It is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import dask
+            import dask.dataframe
+            import distributed
+            from distributed.comm.core import CommClosedError
+            from distributed.scheduler import KilledWorker
+        except ImportError as error:
+            raise InputError(f"--scheduler needs Dask ({one_line(error)}): pip install 'gpu-init[dask]'") from None
+        self.options: Any = dask.config.set
+        self.from_map: Any = dask.dataframe.from_map
+        self.as_completed: Any = distributed.as_completed
+        self.Client: Any = distributed.Client
+        self.LocalCluster: Any = distributed.LocalCluster
+        self.CommClosedError: Any = CommClosedError
+        self.KilledWorker: Any = KilledWorker
+
+
+class Workers:
+    """A cluster's workers, each of which keeps the parts that its tasks are about.
+
+    Parameters
+    ----------
+    dask : _Dask
+    client : distributed.Client
+    """
+
+    def __init__(self, dask: _Dask, client: Any) -> None:
+        self._dask = dask
+        self._client = client
+        self._places: dict[int, str] = {}
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of the workers that are there; where all are lost, those that come back soon."""
+        there = sorted(self._client.nthreads())
+        if not there:
+            self._client.wait_for_workers(1, timeout=PATIENCE)
+            there = sorted(self._client.nthreads())
+        return there
+
+    def facts(self, backend: str) -> dict[str, Any]:
+        """What the workers are; they have to be alike."""
+        self._client.wait_for_workers(1, timeout=PATIENCE)
+        found = self._client.run(partitions.facts, backend)
+        first = next(iter(found.values()))
+        for worker, facts in found.items():
+            if facts != first:
+                raise InputError(f"worker {worker} has {facts}, another has {first}; they have to be alike.")
+        return dict(first)
+
+    def submit(self, function: Callable[..., Any], work: Work, calls: dict[int, tuple[Any, ...]]) -> dict[int, Any]:
+        """Tasks about parts, each with its arguments, on the workers that keep them while there are these."""
+        places = self._placed(calls)
+        options = {"allow_other_workers": True, "pure": False}
+        return {
+            number: self._client.submit(function, work, number, *arguments, workers=[places[number]], **options)
+            for number, arguments in calls.items()
+        }
+
+    def of_all(self, function: Callable[..., Any], work: Work, *arguments: Any) -> list[Any]:
+        """A task about each part, in order."""
+        return list(self.submit(function, work, dict.fromkeys(range(len(work.bounds) - 1), arguments)).values())
+
+    def map(self, function: Callable[..., Any], work: Work, *arguments: Any) -> list[Any]:
+        """Results of a task about each part, in order."""
+        return self.results(self.of_all(function, work, *arguments))
+
+    def results(self, futures: Any) -> list[Any]:
+        """Of tasks, in order."""
+        return self._client.gather(list(futures))  # type: ignore[no-any-return]
+
+    def each(
+        self, function: Callable[..., Any], work: Work, done: set[int], *arguments: Any
+    ) -> Iterator[tuple[int, Any]]:
+        """Number and result of a task about each part but some, as they come."""
+        numbers = [number for number in range(len(work.bounds) - 1) if number not in done]
+        futures = self.submit(function, work, dict.fromkeys(numbers, arguments))
+        numbered = {future: number for number, future in futures.items()}
+        for future in self._dask.as_completed(numbered, loop=self._client.loop):
+            yield numbered[future], future.result()
+
+    def total(self, function: Callable[..., Any], work: Work, *arguments: Any) -> Any:
+        """Sum of what a task gives of each part, value by value, added up on the workers in one order."""
+        return self._reduced(self.of_all(function, work, *arguments), partitions.add)
+
+    def _reduced(self, futures: list[Any], join: Callable[..., Any]) -> Any:
+        while len(futures) > 1:
+            groups = [futures[start : start + FAN_IN] for start in range(0, len(futures), FAN_IN)]
+            futures = [self._client.submit(join, *group, pure=False) for group in groups]
+        return futures[0].result()
+
+    def joined(self, function: Callable[..., Any], join: Callable[..., Any], work: Work) -> Any:
+        """As `total`, put together by another function than the sum."""
+        return self._reduced(self.of_all(function, work), join)
+
+    def gather(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Results of calls that are about no part, in order."""
+        return self.results(self._client.submit(function, *call, pure=False) for call in calls)
+
+    def shuffled(self, work: Work, calls: Sequence[tuple[Table, range | None]], axis_rows: int | None) -> list[Any]:
+        """What `partitions.store` gives of each part, its interactions brought together from pieces of tables."""
+        tables, groups = zip(*calls, strict=True)
+        frame = self._dask.from_map(
+            functools.partial(_piece, work, axis_rows), tables, groups, meta=partitions.no_rows(tables[0])
+        )
+        count = len(work.bounds) - 1
+        split = frame.shuffle("part", npartitions=count)
+        stored = split.map_partitions(
+            partitions.store_all, work, meta=pd.DataFrame({"part": [0], "pairs": [0], "weight": [0.0]})
+        )
+        found = self._client.compute(stored).result()
+        by_part = {int(row.part): {"pairs": int(row.pairs), "weight": float(row.weight)} for row in found.itertuples()}
+        nothing = partitions.no_rows(tables[0])  # of users without interactions
+        empty = {number: (nothing,) for number in range(count) if number not in by_part}
+        by_part |= zip(empty, self.results(self.submit(partitions.store, work, empty).values()), strict=True)
+        return [by_part[number] for number in range(count)]
+
+    def _placed(self, numbers: Iterable[int]) -> dict[int, str]:
+        """The worker of each part; parts of one that is gone go to those that have fewest."""
+        there = self.addresses
+        load = dict.fromkeys(there, 0)
+        for place in self._places.values():
+            if place in load:
+                load[place] += 1
+        for number in numbers:
+            if self._places.get(number) not in load:
+                self._places[number] = min(there, key=lambda address: load[address])
+                load[self._places[number]] += 1
+        return self._places
+
+
+def _piece(work: Work, axis_rows: int | None, table: Table, groups: range | None) -> pd.DataFrame:
+    return partitions.rows(work, table, groups, axis_rows)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Inside, Dask does not log in this process: what matters is told as the job's own errors are."""
+    names = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in ("distributed", "tornado")]
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _cluster(config: JobConfig, progress: Progress) -> Iterator[Workers]:
+    """Join the scheduler, or start one here, and let its failures be told."""
+    dask = _Dask()
+    address, cluster = config.scheduler, None
+    options = {
+        "distributed.scheduler.work-stealing": False,  # parts stay where they are kept
+        "distributed.comm.timeouts.connect": "10s",
+        "dataframe.shuffle.method": "tasks",
+    }
+    with _silence(), dask.options(options):
+        try:
+            if address == "local":
+                cluster = dask.LocalCluster(
+                    n_workers=cores(),
+                    threads_per_worker=1,
+                    env={"NUMBA_NUM_THREADS": "1"},
+                    dashboard_address="127.0.0.1:0",
+                    silence_logs=50,
+                )
+            client = dask.Client(cluster if address == "local" else address, timeout="10s", set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"--scheduler {address}: no scheduler answers there ({one_line(error)}).") from None
+        there = client.scheduler.address
+        try:
+            where = "started here" if cluster is not None else "joined"
+            progress.say(f"scheduler {there} {where}; dashboard {client.dashboard_link}")
+            yield Workers(dask, client)
+        except dask.KilledWorker as error:
+            raise ResourceError(
+                f"workers died of a task, one after another ({one_line(error)}), for want of memory most often:"
+                " give them more, or more of them, and run again with --resume."
+            ) from None
+        except (CancelledError, dask.CommClosedError, TimeoutError) as error:
+            raise ResourceError(
+                f"the scheduler at {there} is lost ({one_line(error)}); run again with --resume."
+            ) from None
+        finally:
+            client.close(timeout=5)
+            if cluster is not None:
+                cluster.close(timeout=5)
+
+
+def _run(config: JobConfig, workers: Workers, progress: Progress) -> str:
+    started = datetime.now(UTC)
+    with progress.step("fingerprint inputs"):
+        inputs = inputs_of(config)
+    check_inputs(config, inputs.files)
+    theirs = workers.facts(config.backend)
+    progress.say(f"{len(workers.addresses)} workers, backend {theirs['name']}, kernels {theirs['kernels']}")
+    backend = select("cpu")  # of this process, which adds up what they give
+    identity = identity_of(config, inputs.files, theirs["name"], theirs["kernels"])
+    identity["program"]["distributed"] = True
+    with open_staging(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
+        if staging.complete:
+            progress.say(f"{config.out} is already there, made from the same inputs and settings")
+            return config.out
+        if staging.resumed:
+            progress.say(f"going on with the unfinished run in {staging.path}")
+        if staging.discarded:
+            progress.say("an unfinished run was discarded; --resume would have gone on with it")
+        run = _Run(
+            config, workers, progress, backend, staging, Work(config, theirs["name"], uuid.uuid4().hex, staging.path)
+        )
+        counts = run.read()
+        embedding = run.behaviour() if config.settings.cluster_on == "interactions" else None
+        statistics = {name: run.modality(name) for name in config.features}
+        save_ids(staging, counts.user_ids, counts.item_ids)
+        inputs.require_unchanged()
+        manifest = manifest_of(config, inputs.files, theirs, counts, statistics)
+        if embedding is not None:
+            manifest["interactions"]["embedding"] = embedding
+        manifest["cluster"] = {"workers": len(workers.addresses), "parts": len(run.work.bounds) - 1}
+        return staging.commit({**manifest, "timings": timings_of(started, progress, backend)})
+
+
+class _Run:
+    """A run's steps, in the order of `job`."""
+
+    def __init__(
+        self, config: JobConfig, workers: Workers, progress: Progress, backend: Backend, staging: Staging, work: Work
+    ) -> None:
+        self.config, self.workers, self.progress = config, workers, progress
+        self.backend, self.staging, self.work = backend, staging, work
+        self._tables: dict[str, FeatureTable] = {}
+        self._masks: dict[str, Any] = {}
+        self._rows: dict[str, Any] = {}
+        self._warm: dict[str, list[int]] = {}
+        self._pairs = 0
+
+    # Read.
+
+    def read(self) -> Counts:
+        """Check the inputs, and have R stored by parts."""
+        config, progress = self.config, self.progress
+        self._tables, present = read_features(config, progress)
+        axis = item_axis_of(self._tables)
+        with progress.step("read interactions", unit="row") as step:
+            counts = self._store(axis, step)
+            step.note(users=counts.users, items=counts.items, pairs=counts.pairs)
+        for name, table in self._tables.items():
+            self._rows[name] = None if table.ids is None else feature_rows(table, axis, counts.item_ids)
+            self._masks[name] = features.align_mask(present[name], self._rows[name], counts.items)
+        self._place_features()
+        for name in config.features:
+            self._warm[name] = self.workers.map(partitions.warm, self.work, name)
+            method.check_warm(name, int(self._masks[name].sum()), sum(self._warm[name]), config.settings)
+        return counts
+
+    def _store(self, axis: ItemAxis, step: Any) -> Counts:
+        config, workers = self.config, self.workers
+        columns = Columns(
+            config.user_column,
+            config.item_column,
+            config.weight_column,
+            parse(config.where) if config.where else None,
+            config.session_column,
+            config.time_column,
+            config.half_life,
+        )
+        paths = expand(config.interactions, EXTENSIONS)
+        if any(path.endswith(".npz") for path in paths):
+            raise InputError(f"{config.interactions}: a matrix is for one machine; over a cluster, give a table.")
+        warnings: list[str] = []
+        tables = [open_table(path, columns, warnings) for path in paths]
+        for line in warnings:
+            self.progress.warn(line)
+        calls = [(table, groups) for table in tables for groups in pieces(table, PIECE_ROWS)]
+        found = workers.gather(partitions.find, [(self.work, *call, axis.rows) for call in calls])
+        read, kept = sum(one.read for one in found), sum(one.kept for one in found)
+        step.advance(read)
+        if kept == 0:
+            said = f"{read} rows, none of which --where keeps" if read else "no rows"
+            raise InputError(f"{config.interactions}: {said}; there is nothing to make vectors from.")
+        users, user_ids, by_user = self._users([one.users for one in found])
+        items, item_ids, by_item = axis.rows, None, None
+        if axis.rows is None:
+            by_item = partitions.distinct(*(one.items for one in found))
+            _, items, item_ids = item_axis(by_item, config.interactions, axis)
+        assert items is not None
+        for name, ids in (("users", user_ids if by_user else None), ("items", item_ids)):
+            if ids is not None:
+                self.staging.save_table(f"{SCRATCH}/{name}.parquet", pd.DataFrame({"id": ids}))
+        self.work = replace(self.work, bounds=_bounds(users, kept), items=items)
+        parts = (self.staging.finished("parts") or {}).get("parts")
+        if parts is None:
+            make_folder(self.work.path(SCRATCH))
+            parts = workers.shuffled(self.work, calls, axis.rows)
+            for table in tables:
+                if file_state(table.path) != table.state:
+                    raise InputError(f"{table.path}: changed while it was read; run again when it is complete.")
+            self.staging.finish("parts", {"parts": parts})
+        self._pairs, weight = sum(one["pairs"] for one in parts), sum(one["weight"] for one in parts)
+        return Counts(users, user_ids, items, item_ids, read, kept, self._pairs, weight)
+
+    def _users(self, found: list[Any]) -> tuple[int, Any, bool]:
+        """U, the ids of the rows, and whether rows are found by them."""
+        config = self.config
+        if isinstance(config.users, int):
+            return config.users, None, False
+        listed = None
+        if config.users is not None:
+            listed = read_user_ids(self.backend, config.users, config.session_column or config.user_column)
+        _, count, ids = user_axis(partitions.distinct(*found), config.interactions, listed)
+        if ids is not None and listed is None and str(ids.dtype) == "int64":
+            self.progress.say(
+                "user ids have gaps: rows follow the sorted ids, in users.parquet; --users N makes ids the rows"
+            )
+        return count, ids, ids is not None
+
+    def _place_features(self) -> None:
+        """Put each modality where workers map it: the file itself where it is as they need it."""
+        settings, staging = self.config.settings, self.staging
+        places = {}
+        for name, table in self._tables.items():
+            staging.save(f"{SCRATCH}/{name}.present.npy", self._masks[name])
+            values, path = table.values, os.path.realpath(expand(table.path, features.EXTENSIONS)[0])
+            as_it_is = values.dtype == np.float32 and values.flags.c_contiguous and path.endswith(".npy")
+            if settings.dim is None and table.ids is None and as_it_is and not is_url(table.path):
+                places[name] = path
+                continue
+            kept = f"{name}/items.npy" if settings.dim is not None else f"{SCRATCH}/{name}.npy"
+            if staging.finished(kept) is None:
+                with self.progress.step(f"place {name}" if settings.dim is None else f"project {name}"):
+                    modality = features.align(
+                        self.backend, table, self._masks[name], self._rows[name], exact=settings.dim is not None
+                    )
+                    if settings.dim is not None:
+                        projection = features.fit_projection(self.backend, modality, settings.dim, settings.whiten)
+                        modality = features.project(self.backend, modality, projection)
+                        staging.save(f"{name}/items_mask.npy", self._masks[name])
+                    staging.save(kept, modality.values)
+                staging.finish(kept, {})
+            places[name] = os.path.join(staging.path, kept)
+        self.work = replace(self.work, features=places)
+        if settings.weighting == "sym":
+            degrees = self.workers.total(partitions.item_sums, self.work)
+            for name, mask in self._masks.items():
+                factors = mask.astype(np.float64) * power(np, degrees, -0.5)
+                staging.save(f"{name}/item_factors.npy", factors)
+
+    # Users by what they did.
+
+    def behaviour(self) -> dict[str, Any]:
+        """Cluster users on their interactions, for all modalities; returns what the manifest says of the embedding."""
+        backend, settings, staging, work, workers = (
+            self.backend,
+            self.config.settings,
+            self.staging,
+            self.work,
+            self.workers,
+        )
+        items, labels = f"{INTERACTIONS}/items.npy", f"{INTERACTIONS}/labels.npy"
+        if staging.finished(items) is None:
+            with self.progress.step("embed interactions") as step:
+                graph = _PartitionedGraph(staging, workers, work, self._pairs)
+                embedding = spectral.fit(backend, graph, settings.cluster_rank or method.RANK, settings.seed)
+                facts = {"products": embedding.products, "settled": embedding.settled}
+                step.note(rank=len(embedding.singular_values), **facts)
+            for name in ("items", "item_factors", "singular_values"):
+                staging.save(f"{INTERACTIONS}/{name}.npy", getattr(embedding, name))
+            staging.finish(items, facts)
+        if staging.finished(INTERACTIONS) is None:
+            counts = workers.map(partitions.placed, work)
+            with self.progress.step("cluster interactions") as step:
+                middle = np.zeros(staging.load(items).shape[1])
+                found, choice, sizes = self._fit(Rows(INTERACTIONS, "tiled", middle), counts, method.INERTIA_TOLERANCE)
+                step.note(clusters=len(found.centroids), iterations=found.iterations)
+            staging.save(f"{INTERACTIONS}/centroids.npy", found.centroids)
+            staging.allocate(labels, (work.bounds[-1],), np.int32)
+            workers.map(partitions.label_interactions, work, found.centroids)
+            staging.adopt(labels)
+            staging.finish(INTERACTIONS, kmeans_facts(found, choice, sizes, "interactions", self.progress))
+        return embedding_facts(staging)
+
+    def _fit(
+        self, rows: Rows, counts: Sequence[int], inertia_tolerance: float = 0.0
+    ) -> tuple[kmeans.Clusters, Choice | None, list[int]]:
+        """K-means on points of which parts have so many; how K was chosen; how many have each label."""
+        backend, settings = self.backend, self.config.settings
+        choice, clusters = None, settings.clusters
+        if clusters == AUTO:
+            choice = choose(backend, Partitioned(backend, self.workers, self.work, rows, counts), settings.seed)
+            clusters = choice.clusters
+        assert isinstance(clusters, int)
+        if rows.name == INTERACTIONS:
+            method.check_placed(sum(counts), clusters)
+        sizes = (sum(counts), self.work.items, self._pairs, clusters, len(rows.middle))
+        form = method.kmeans_form(*sizes, self.config.memory)
+        points = Partitioned(backend, self.workers, self.work, replace(rows, form=form), counts)
+        found = kmeans.fit(backend, points, clusters, settings.seed, settings.restarts, inertia_tolerance)
+        return found, choice, [int(count) for count in points.counts]
+
+    # Fit and write.
+
+    def modality(self, name: str) -> dict[str, Any]:
+        """Cluster, and have every user's row written; returns the modality's part of the manifest."""
+        settings, staging, workers, work = self.config.settings, self.staging, self.workers, self.work
+        values = np.load(work.features[name], mmap_mode="r")
+        present = self._masks[name]
+        modality = Modality(name, values, present, int(present.sum()))
+        facts, fitted = self._cluster(modality)
+        users, clusters, width = work.bounds[-1], len(fitted.centroids), values.shape[1]
+        labelled = staging.finished(f"{name}/labels")
+        if labelled is None:
+            with self.progress.step(f"label {name}"):
+                staging.allocate(f"{name}/labels.npy", (users,), np.int32)
+                sizes, shares = workers.total(partitions.label, work, fitted)
+                staging.adopt(f"{name}/labels.npy")
+            labelled = {"sizes": sizes.tolist(), "shares": shares.tolist()}
+            staging.finish(f"{name}/labels", labelled)
+        cold = method.mean_global(self.backend, np.array(labelled["shares"]), sum(self._warm[name]), fitted.centroids)
+        fitted = replace(fitted, cold=cold)
+        staging.save(f"{name}/cold.npy", cold)
+        fitted, lam = self._lambda(modality, fitted)
+        fitted = replace(fitted, scale=self._scale(modality, fitted))
+        staging.allocate(f"{name}/users.npy", (users, width), np.dtype(settings.dtype))
+        with self.progress.step(f"write {name}", total=users, unit="user") as step:
+            written = self._write(fitted, step)
+            staging.adopt(f"{name}/users.npy")
+        with self.progress.step(f"sample {name}"):
+            some = functools.partial(self._some, modality, fitted)
+            arrays = described(self.backend, modality, fitted.centroids, sum(self._warm[name]), some, settings.seed)
+            for part, array in arrays.items():
+                staging.save(f"{name}/{part}.npy", array)
+        item_labels = fitted.item_labels
+        return modality_facts(
+            self.backend,
+            modality,
+            fitted.centroids,
+            users,
+            labelled["sizes"],
+            None if item_labels is None else cluster_sizes(item_labels, clusters),
+            {**facts, "source_width": self._tables[name].values.shape[1]},
+            norm_statistics(written),
+            fitted.scale,
+            lam,
+        )
+
+    def _cluster(self, modality: Modality) -> tuple[dict[str, Any], Fitted]:
+        """Centroids, and labels of items where these are clustered; found or taken from the run that is resumed."""
+        name, settings, staging, backend = modality.name, self.config.settings, self.staging, self.backend
+        facts = staging.finished(f"{name}/clusters")
+        if facts is None:
+            middle = kmeans.mean_item(backend, modality.values, modality.present)
+            rows, item_labels = Rows(name, "tiled", middle), None
+            if settings.cluster_on == "interactions":
+                facts = staging.finished(INTERACTIONS) or {}
+                centroids = self._shared_centroids(rows, sum(self._warm[name]))
+            else:
+                with self.progress.step(f"cluster {name}") as step:
+                    if settings.cluster_on == "users":
+                        found, choice, sizes = self._fit(rows, self._warm[name])
+                    else:
+                        found, choice, item_labels = method.cluster_items(backend, modality, settings)
+                        sizes = cluster_sizes(found.labels, len(found.centroids))
+                    step.note(clusters=len(found.centroids), iterations=found.iterations)
+                facts, centroids = (
+                    kmeans_facts(found, choice, sizes, f"modality {name}", self.progress),
+                    found.centroids,
+                )
+            staging.save(f"{name}/centroids.npy", centroids)
+            if item_labels is not None:
+                staging.save(f"{name}/item_labels.npy", item_labels)
+            staging.finish(f"{name}/clusters", facts)
+        on_items = settings.cluster_on == "items"
+        item_labels = np.array(staging.load(f"{name}/item_labels.npy")) if on_items else None
+        form = {"users": facts["kmeans"]["form"], "items": "factored"}.get(settings.cluster_on, SHARED)
+        return facts, Fitted(name, form, np.array(staging.load(f"{name}/centroids.npy")), item_labels)
+
+    def _shared_centroids(self, rows: Rows, warm: int) -> Any:
+        """Of the clusters that all modalities have, see `method.of_behaviour`."""
+        clusters = len(self.staging.load(f"{INTERACTIONS}/centroids.npy"))
+        sizes = (warm, self.work.items, self._pairs, clusters, len(rows.middle))
+        rows = replace(rows, form=method.kmeans_form(*sizes, self.config.memory))
+        sums, counts = self.workers.total(partitions.sums_of_labels, self.work, rows, clusters)
+        return method.behaviour_means(self.backend, sums, counts, rows.middle)
+
+    def _lambda(self, modality: Modality, fitted: Fitted) -> tuple[Fitted, Any]:
+        """The clusters with the policy's tau, and what the manifest says of lambda."""
+        settings, name, key = self.config.settings, modality.name, f"{modality.name}/lambda"
+        if settings.lam not in POLICIES:
+            return fitted, settings.lam
+        facts = self.staging.finished(key)
+        if facts is None:
+            facts = {"temperature": TEMPERATURE if settings.temperature is None else settings.temperature}
+            with self.progress.step(f"weigh {name}"):
+                if settings.lam == "shrink":
+                    facts = {"tau": settings.tau} if settings.tau is not None else self._tau(modality)
+                fitted = replace(fitted, tau=facts.get("tau"))
+                parts = self.workers.map(partitions.lambdas, self.work, fitted)
+                values, counts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+            facts = {"policy": settings.lam, **facts, **lambda_statistics(values, counts)}
+            self.staging.finish(key, facts)
+        return replace(fitted, tau=facts.get("tau")), facts
+
+    def _tau(self, modality: Modality) -> dict[str, Any]:
+        """See `blend.shrink_tau`."""
+        workers, work, name = self.workers, self.work, modality.name
+        found = Volumes(*workers.total(partitions.volumes, work, name))
+        centre = tau_centre(self.backend, modality, found)
+        sums = workers.total(partitions.variances, work, name, centre)
+        return tau_of(found, centre, sums, lambda: np.concatenate(workers.map(partitions.warm_counts, work, name)))
+
+    def _scale(self, modality: Modality, fitted: Fitted) -> float:
+        if self.config.settings.scale != "items":
+            return 1.0
+        facts = self.staging.finished(f"{modality.name}/scale")
+        if facts is None:
+            with self.progress.step(f"measure {modality.name}"):
+                users = norm_statistics(self.workers.map(partitions.measure, self.work, fitted))["mean"]
+            items = item_norms(self.backend, modality)["mean"]
+            facts = {"scale": items / users if items > 0 and users > 0 else 1.0}
+            self.staging.finish(f"{modality.name}/scale", facts)
+        return float(facts["scale"])
+
+    def _write(self, fitted: Fitted, step: Any) -> list[NormSums]:
+        """Have the parts written that an earlier run did not write; gives the norms of all."""
+        key, bounds = f"{fitted.name}/written", self.work.bounds
+        done = {int(number): NormSums(*sums) for number, sums in (self.staging.finished(key) or {}).items()}
+        for number, sums in self.workers.each(partitions.write, self.work, set(done), fitted):
+            done[number] = sums
+            self.staging.finish(key, {str(one): list(found) for one, found in done.items()})
+            step.advance(bounds[number + 1] - bounds[number])
+        return [done[number] for number in range(len(bounds) - 1)]
+
+    def _some(self, modality: Modality, fitted: Fitted, numbers: Any) -> tuple[Interactions, Blend]:
+        """See `describe.Some`."""
+        calls = {part: (fitted, index) for part, index in _by_part(self._warm[modality.name], numbers)}
+        parts = self.workers.results(self.workers.submit(partitions.drawn, self.work, calls).values())
+
+        def joined(key: str) -> Any:
+            arrays = [part[key] for part in parts]
+            return None if any(array is None for array in arrays) else np.concatenate(arrays)
+
+        lengths = np.concatenate([np.diff(part["indptr"]) for part in parts])
+        weights = [
+            np.ones(len(part["indices"]), np.float32) if part["weights"] is None else part["weights"] for part in parts
+        ]
+        every = None if all(part["weights"] is None for part in parts) else np.concatenate(weights)
+        csr = Csr(np.concatenate([[0], np.cumsum(lengths)]), joined("indices"), every)
+        path = os.path.join(self.staging.path, f"{modality.name}/item_factors.npy")
+        present = modality.present.astype(np.float64)
+        factors = np.load(path) if os.path.exists(path) else present
+        weighting = Weighting(joined("local_rows"), factors, joined("mean_rows"), present)
+        plan = Blend(
+            modality,
+            weighting,
+            self.config.settings.lam if parts[0]["lam"] is None else joined("lam"),
+            fitted.centroids,
+            joined("labels"),
+            fitted.item_labels,
+            fitted.cold,
+            fitted.scale,
+        )
+        return Interactions(csr, self.work.items), plan
+
+
+def _bounds(users: int, kept: int) -> tuple[int, ...]:
+    """First user of each part, and U, from the number of interactions: multiples of `NORM_ROWS`."""
+    parts = max(LEAST_PARTS, -(-kept // PART_ROWS))
+    step = max(1, -(-users // (parts * NORM_ROWS))) * NORM_ROWS
+    return (*range(0, users, step), users)
+
+
+def _by_part(counts: Sequence[int], numbers: Any) -> Iterator[tuple[int, Any]]:
+    """Numbers (n,) ascending among the rows of all parts, by part and as numbers among the part's own."""
+    ends = np.cumsum(counts)
+    cuts = np.searchsorted(numbers, ends)
+    start = 0
+    for part, stop in enumerate(cuts):
+        if stop > start:
+            yield part, numbers[start:stop] - (ends[part] - counts[part])
+        start = stop
+
+
+class Partitioned(kmeans.Points):
+    """Users' means of a modality, by parts: what `kmeans.fit` asks of them is asked of the workers."""
+
+    def __init__(self, backend: Backend, workers: Workers, work: Work, rows: Rows, warm: Sequence[int]) -> None:
+        super().__init__(backend, sum(warm))
+        self.form = rows.form
+        self.counts: Any = None  # rows of each label in the last step
+        self._workers, self._work, self._rows, self._warm = workers, work, rows, warm
+
+    @property
+    def middle(self) -> Any:
+        """See `Points.middle`."""
+        return self._rows.middle
+
+    @property
+    def squared_norms(self) -> Any:
+        """Never here: they stay with the rows."""
+        raise NotImplementedError
+
+    def spread(self) -> float:
+        """See `Points.spread`."""
+        return float(self._workers.total(partitions.spread, self._work, self._rows))
+
+    def rows(self, index: Any, dtype: Any) -> Any:
+        """See `Points.rows`."""
+        order = np.argsort(index, kind="stable")
+        calls = {
+            part: (self._rows, numbers, np.dtype(dtype).name)
+            for part, numbers in _by_part(self._warm, np.asarray(index)[order])
+        }
+        out = np.empty((len(index), len(self.middle)), dtype)
+        if calls:
+            futures = self._workers.submit(partitions.some_rows, self._work, calls)
+            out[order] = np.concatenate(self._workers.results(futures.values()))
+        return out
+
+    def moves(self, index: Any, before: Any, after: Any, clusters: int) -> Any:
+        """Never asked for: `walk` has the workers do it."""
+        raise NotImplementedError
+
+    def walk(self, clusters: int) -> Any:  # noqa: ARG002
+        """See `Points.walk`."""
+        return _PartitionedWalk(self._workers, self._work, self._rows)
+
+    def unlabelled(self) -> Any:
+        """See `Points.unlabelled`: labels stay with the rows."""
+        return _Turns()
+
+    def step(self, centroids: Any, labels: Any) -> tuple[float, int, Any, Any]:
+        """See `Points.step`."""
+        found = self._workers.total(partitions.step, self._work, self._rows, labels.next(), centroids)
+        self.counts = found[3]
+        return found  # type: ignore[no-any-return]
+
+    def farthest(self, centroids: Any, count: int) -> Any:
+        """See `Points.farthest`."""
+        found = self._workers.map(partitions.far, self._work, self._rows, centroids, count)
+        firsts = np.concatenate([[0], np.cumsum(self._warm)])
+        rows = np.concatenate([rows + first for (rows, _), first in zip(found, firsts[:-1], strict=True)])
+        reached = np.concatenate([reached for _, reached in found])
+        order = np.argsort(-reached, kind="stable")[:count]
+        return rows[order][reached[order] > 0]
+
+
+class _Turns:
+    """Counts the steps, so that workers know whether what they keep is of the one before."""
+
+    def __init__(self) -> None:
+        self._run, self._turn = uuid.uuid4().hex, 0
+
+    def next(self) -> tuple[str, int]:
+        self._turn += 1
+        return self._run, self._turn
+
+
+class _PartitionedWalk:
+    """See `kmeans.Walk`."""
+
+    def __init__(self, workers: Workers, work: Work, rows: Rows) -> None:
+        self._workers, self._work, self._rows = workers, work, rows
+        self._turns = _Turns()
+
+    def step(self, centroids: Any, reach: Any, fall: float, margin: float) -> kmeans.Step:
+        """See `Walk.step`."""
+        arguments = (self._rows, self._turns.next(), centroids, reach, fall, margin)
+        return kmeans.Step(*self._workers.total(partitions.walk, self._work, *arguments))
+
+
+class _PartitionedGraph:
+    """See `spectral.Graph`; what is larger than a part's answer goes by the staging folder."""
+
+    def __init__(self, staging: Staging, workers: Workers, work: Work, pairs: int) -> None:
+        self.items, self.pairs = work.items, pairs
+        self._staging, self._workers, self._work = staging, workers, work
+
+    def item_sums(self) -> Any:
+        """See `Graph.item_sums`."""
+        return self._workers.total(partitions.item_sums, self._work)
+
+    def large(self, most: int) -> Any:
+        """See `Graph.large`."""
+        labels = self._workers.joined(partitions.components, partitions.join, self._work)
+        found = self._workers.total(partitions.component_sizes, self._work, labels)
+        return spectral.large_labels(labels, found, most)
+
+    def keep(self, kept: Any) -> int:
+        """See `Graph.keep`."""
+        self._staging.save(f"{SCRATCH}/kept.npy", kept)
+        return int(self._workers.total(partitions.active, self._work))
+
+    def product(self, table: Any) -> Any:
+        """See `Graph.product`."""
+        path = f"{SCRATCH}/table.npy"
+        self._staging.save(path, table)
+        return self._workers.total(partitions.product, self._work, path)

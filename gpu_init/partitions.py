@@ -1,0 +1,608 @@
+"""What one process of a cluster does about one range of users: the method on a part of R (`distributed` asks for it).
+
+Parts of R lie in the run's staging folder, which every process sees. What a process opens or works out it keeps, as its
+next task is most often about the same part; whoever lacks it makes it again, so that nothing is lost with a process but
+its time.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from threading import Lock
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+
+from . import kmeans, method, spectral
+from .artifact import INTERACTIONS, write_range
+from .axes import ItemAxis
+from .backend import Backend, select
+from .blend import (
+    Blend,
+    Centre,
+    NormSums,
+    Volumes,
+    Weighting,
+    effective_counts,
+    norm_sums,
+    tau_sums,
+    tau_volumes,
+)
+from .config import JobConfig
+from .features import Modality
+from .ids import is_text
+from .interactions import Checks, Interactions, assemble
+from .job import backend_facts
+from .kernels import Csr
+from .recency import Recency
+from .storage import create
+from .tables import Table
+from .version import __version__
+from .where import parse
+
+SHARED = "shared"  # form of labels that are those of all modalities
+SCRATCH = "scratch"  # what is in the way only, in the staging folder
+_T = TypeVar("_T")
+_kept: dict[Any, Any] = {}
+_turn = Lock()  # of tasks in one process: kernels take all its threads
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all tasks of a run go by; small, as it travels with each.
+
+    Attributes
+    ----------
+    config : JobConfig
+        Of the job.
+    backend : str
+        ``cpu`` or ``cuda``.
+    run : str
+        No other run's.
+    staging : str
+        Path of the staging folder.
+    bounds : tuple of int
+        First user of each part, and U.
+    items : int
+        I.
+    features : dict of str to str
+        Modality name to the .npy file of its items' rows, (I, D) float32.
+    """
+
+    config: JobConfig
+    backend: str
+    run: str
+    staging: str
+    bounds: tuple[int, ...] = ()
+    items: int = 0
+    features: dict[str, str] = field(default_factory=dict)
+
+    def path(self, name: str) -> str:
+        """Of a file in the staging folder."""
+        return os.path.join(self.staging, name)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which points K-means is about: a modality, a form of `kmeans.Points`, and the point amid them (D,)."""
+
+    name: str
+    form: str
+    middle: Any
+
+
+def _task(function: Callable[..., _T]) -> Callable[..., _T]:
+    """One at a time in a process, and what another run kept is dropped."""
+
+    @functools.wraps(function)
+    def wrapped(work: Work, *arguments: Any) -> _T:
+        with _turn:
+            if _kept.get("run") != work.run:
+                _kept.clear()
+                _kept["run"] = work.run
+            with _backend(work).explained():
+                return function(work, *arguments)
+
+    return wrapped
+
+
+def _keep(key: Any, make: Callable[[], _T]) -> _T:
+    if key not in _kept:
+        _kept[key] = make()
+    found: _T = _kept[key]
+    return found
+
+
+@functools.cache
+def _select(name: str) -> Backend:
+    return select(name)
+
+
+def _backend(work: Work) -> Backend:
+    return _select(work.backend)
+
+
+def facts(backend: str) -> dict[str, Any]:
+    """What this process is: the manifest's words on the backend, and the version of the program."""
+    return {**backend_facts(_select(backend)), "gpu_init": __version__}
+
+
+def add(*parts: Any) -> Any:
+    """Sum of some results, value by value."""
+    if isinstance(parts[0], tuple):
+        return tuple(functools.reduce(operator.add, values) for values in zip(*parts, strict=True))
+    return functools.reduce(operator.add, parts)
+
+
+# Reading.
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a piece of the interactions holds: rows before and after ``where``, and the distinct ids where asked for."""
+
+    read: int
+    kept: int
+    users: Any
+    items: Any
+
+
+def _checks(work: Work, axis_rows: int | None) -> Checks:
+    config = work.config
+    where = parse(config.where) if config.where else None
+    users = config.users if isinstance(config.users, int) else None
+    recency = None if config.half_life is None else Recency(config.half_life)
+    return Checks(_backend(work), where, ItemAxis(axis_rows), users, lambda _: None, recency)
+
+
+@_task
+def find(work: Work, table: Table, groups: range | None, axis_rows: int | None) -> Found:
+    """Count the rows of a piece, and find its ids where they are no row numbers."""
+    checks, backend = _checks(work, axis_rows), _backend(work)
+    by_user, by_item = not isinstance(checks.listed, int), axis_rows is None
+    read = kept = 0
+    users: list[Any] = []
+    items: list[Any] = []
+    for batch in checks.batches(table, table.user, table.item if by_item else None, groups=groups):
+        read += batch.read
+        kept += len(batch.frame)
+        if len(batch.frame) == 0:
+            continue
+        for wanted, found, ids in ((by_user, users, checks.users), (by_item, items, checks.items)):
+            if wanted:
+                found.append(backend.host_column(ids(table, batch).drop_duplicates()))
+    return Found(read, kept, *(distinct(*parts) if parts else None for parts in (users, items)))
+
+
+def distinct(*parts: Any) -> Any:
+    """Ids of several pieces, pandas Series, each once."""
+    series = [part for part in parts if part is not None]
+    if not series:
+        return None
+    if any(is_text(str(part.dtype)) for part in series):
+        series = [part.astype("str") for part in series]
+    return pd.concat(series, ignore_index=True).drop_duplicates(ignore_index=True)
+
+
+@_task
+def rows(work: Work, table: Table, groups: range | None, axis_rows: int | None) -> pd.DataFrame:
+    """Interactions of a piece as row and column of R, with the number of their part."""
+    checks, backend = _checks(work, axis_rows), _backend(work)
+    columns: dict[str, list[Any]] = {name: [] for name in _columns(table)}
+    for batch in checks.batches(table, table.user, table.item, table.weight, table.time, groups=groups):
+        if len(batch.frame) == 0:
+            continue
+        columns["user"].append(_numbers(work, "users", backend.host_column(checks.users(table, batch))))
+        columns["item"].append(_numbers(work, "items", backend.host_column(checks.items(table, batch))))
+        if table.weight:
+            columns["weight"].append(backend.to_host(checks.weights(table, batch)))
+        if table.time:
+            columns["time"].append(backend.to_host(checks.times(table, batch)))
+    frame = no_rows(table).drop(columns="part")
+    if columns["user"]:
+        frame = pd.DataFrame({name: np.concatenate(parts) for name, parts in columns.items()}).astype(frame.dtypes)
+    frame.insert(0, "part", np.searchsorted(work.bounds, frame["user"], side="right") - 1)
+    return frame
+
+
+def _columns(table: Table) -> dict[str, str]:
+    kinds = {"user": "int64", "item": "int32"}
+    return {**kinds, **({"weight": "float32"} if table.weight else {}), **({"time": "float64"} if table.time else {})}
+
+
+def no_rows(table: Table) -> pd.DataFrame:
+    """A frame as `rows` gives, without rows."""
+    return pd.DataFrame({name: np.empty(0, kind) for name, kind in {"part": "int64", **_columns(table)}.items()})
+
+
+def _numbers(work: Work, axis: str, column: Any) -> Any:
+    """Row of R, or column, of each id."""
+    path = work.path(f"{SCRATCH}/{axis}.parquet")
+
+    def index() -> Any:
+        return pd.Index(pd.read_parquet(path)["id"]) if os.path.exists(path) else None
+
+    known = _keep(("ids", axis), index)
+    if known is None:
+        return column.to_numpy()
+    if is_text(str(known.dtype)) or is_text(str(column.dtype)):
+        column, known = column.astype("str"), known.astype("str")
+    return known.get_indexer(pd.Index(column))
+
+
+def store_all(frame: pd.DataFrame, work: Work) -> pd.DataFrame:
+    """`store` the parts whose interactions are in a frame, all of them."""
+    found = [{"part": number, **store(work, number, frame[frame["part"] == number])} for number in set(frame["part"])]
+    return pd.DataFrame(found, columns=["part", "pairs", "weight"])
+
+
+@_task
+def store(work: Work, number: int, frame: pd.DataFrame) -> dict[str, float]:
+    """Put a part of R on storage, from all interactions of its users; gives its pairs and the sum of its weights."""
+    backend = _backend(work)
+    first, last = work.bounds[number : number + 2]
+    checks = _checks(work, work.items)
+    columns = {name: backend.asarray(frame[name].to_numpy()) for name in frame if name != "part"}
+    made = assemble(
+        checks,
+        columns["user"] - first,
+        columns["item"],
+        columns.get("weight"),
+        columns.get("time"),
+        (last - first, work.items),
+    )
+    for name, array in made.csr._asdict().items():
+        if array is not None:
+            with create(_part_path(work, number, name)) as sink:
+                np.lib.format.write_array(sink, backend.to_host(array), allow_pickle=False)
+    weights = made.csr.weights
+    return {"pairs": made.pairs, "weight": float(made.pairs if weights is None else weights.sum(dtype="float64"))}
+
+
+def _part_path(work: Work, number: int, name: str) -> str:
+    return work.path(f"{SCRATCH}/{number}.{name}.npy")
+
+
+def _part(work: Work, number: int) -> Interactions:
+    def load() -> Interactions:
+        backend, paths = _backend(work), [_part_path(work, number, name) for name in Csr._fields]
+        arrays = [backend.asarray(np.load(path)) if os.path.exists(path) else None for path in paths]
+        return Interactions(Csr(*arrays), work.items)
+
+    return _keep(("part", number), load)
+
+
+# Modalities.
+
+
+def _modality(work: Work, name: str) -> Modality:
+    """Features that the run put, or found, on storage: mapped, and on a device taken there."""
+
+    def load() -> Modality:
+        for key in [key for key in _kept if isinstance(key, tuple) and key[0] == "modality"]:
+            del _kept[key]  # one at a time
+        backend = _backend(work)
+        values = np.load(work.features[name], mmap_mode="r")
+        present = np.load(work.path(f"{SCRATCH}/{name}.present.npy"))
+        return Modality(name, backend.asarray(values), backend.asarray(present), int(present.sum()))
+
+    return _keep(("modality", name), load)
+
+
+def _operator(work: Work, name: str, number: int) -> Weighting:
+    def make() -> Weighting:
+        backend, path = _backend(work), work.path(f"{name}/item_factors.npy")
+        factors = backend.asarray(np.load(path)) if os.path.exists(path) else None
+        part, present = _part(work, number), _modality(work, name).present
+        return method.weighting(backend, part, present, work.config.settings.weighting, factors)
+
+    return _keep(("operator", name, number), make)
+
+
+@_task
+def item_sums(work: Work, number: int) -> Any:
+    """Degrees of the items in a part, (I,) float64."""
+    backend = _backend(work)
+    return backend.to_host(_part(work, number).item_sums(backend))
+
+
+@_task
+def warm(work: Work, number: int, name: str) -> int:
+    """Count the users of a part who are warm in a modality."""
+    return int(_operator(work, name, number).warm.sum())
+
+
+# K-means.
+
+
+def _points(work: Work, number: int, of: Rows) -> kmeans.Points:
+    def make() -> kmeans.Points:
+        kind = kmeans.Factored if of.form == "factored" else kmeans.Tiled
+        for key in [key for key in _kept if isinstance(key, tuple) and key[0] in ("points", "walk", "labels")]:
+            if key[1:3] != (of.name, of.form):
+                del _kept[key]
+        backend = _backend(work)
+        middle = backend.asarray(of.middle)
+        points = _placed(work, number, kind) if of.name == INTERACTIONS else _means(work, number, of.name, kind, middle)
+        return kmeans.Dense(backend, method.matrix(backend, points), middle) if of.form == "dense" else points
+
+    return _keep(("points", of.name, of.form, number), make)
+
+
+Turn = tuple[str, int]
+"""Of which series of steps, and the how many-eth, from 1."""
+
+
+def _follows(before: Turn | None, turn: Turn) -> bool:
+    return before is not None and before[0] == turn[0] and before[1] == turn[1] - 1
+
+
+def _means(work: Work, number: int, name: str, kind: type[kmeans.Tiled], middle: Any) -> kmeans.Tiled:
+    weighting = _operator(work, name, number)
+    arrays = (_modality(work, name).values, weighting.mean_rows, weighting.present, middle)
+    return kind(_backend(work), _part(work, number).csr, *arrays)
+
+
+def _placed(work: Work, number: int, kind: type[kmeans.Tiled] = kmeans.Tiled) -> kmeans.Tiled:
+    backend = _backend(work)
+    items, factors = (
+        backend.asarray(np.load(work.path(f"{INTERACTIONS}/{name}.npy"))) for name in ("items", "item_factors")
+    )
+    return spectral.points(backend, _part(work, number), items, factors, kind)
+
+
+@_task
+def spread(work: Work, number: int, of: Rows) -> float:
+    """See `Points.spread`."""
+    return _points(work, number, of).spread()
+
+
+@_task
+def some_rows(work: Work, number: int, of: Rows, index: Any, dtype: str) -> Any:
+    """See `Points.rows`."""
+    backend = _backend(work)
+    with backend.deterministic():
+        return backend.to_host(_points(work, number, of).rows(backend.asarray(index), dtype))
+
+
+@_task
+def walk(
+    work: Work, number: int, of: Rows, turn: Turn, centroids: Any, reach: Any, fall: float, margin: float
+) -> kmeans.Step:
+    """See `Walk.step`; where the walk up to this turn is not here, it begins anew, and looks at all rows."""
+    backend, key = _backend(work), ("walk", of.name, of.form, number)
+    points = _points(work, number, of)
+    before, walking = _kept.pop(key, (None, None))
+    if not _follows(before, turn):
+        walking = points.walk(len(centroids))
+    with backend.deterministic():
+        found = walking.step(*(backend.asarray(array) for array in (centroids, reach)), fall, margin)
+    _kept[key] = (turn, walking)
+    sums, counts = (backend.to_host(array).copy() for array in (found.sums, found.counts))  # it goes on with its own
+    return kmeans.Step(found.moved, sums, counts, found.reached)
+
+
+@_task
+def step(work: Work, number: int, of: Rows, turn: Turn, centroids: Any) -> tuple[float, int, Any, Any]:
+    """See `Points.step`; where the labels of the turn before are not here, all change."""
+    backend, key = _backend(work), ("labels", of.name, of.form, number)
+    points = _points(work, number, of)
+    before, labels = _kept.pop(key, (None, None))
+    if not _follows(before, turn):
+        labels = points.unlabelled()
+    with backend.deterministic():
+        inertia, changed, sums, counts = points.step(backend.asarray(centroids), labels)
+    _kept[key] = (turn, labels)
+    return inertia, changed, backend.to_host(sums), backend.to_host(counts)
+
+
+@_task
+def far(work: Work, number: int, of: Rows, centroids: Any, count: int) -> tuple[Any, Any]:
+    """See `Points.far`."""
+    backend = _backend(work)
+    with backend.deterministic():
+        found = _points(work, number, of).far(backend.asarray(centroids), count)
+    return backend.to_host(found[0]), backend.to_host(found[1])
+
+
+# Users by what they did.
+
+
+@_task
+def components(work: Work, number: int) -> Any:
+    """See `spectral.component_labels`."""
+    return spectral.component_labels(_backend(work), _part(work, number))
+
+
+def join(*labels: Any) -> Any:
+    """See `spectral.joined_labels`."""
+    return functools.reduce(spectral.joined_labels, labels)
+
+
+@_task
+def component_sizes(work: Work, number: int, labels: Any) -> tuple[Any, Any]:
+    """See `spectral.component_sizes`."""
+    return spectral.component_sizes(_backend(work), _part(work, number), labels)
+
+
+def _graph(work: Work, number: int) -> tuple[spectral.Whole, int]:
+    def make() -> tuple[spectral.Whole, int]:
+        graph = spectral.Whole(_backend(work), _part(work, number))
+        return graph, graph.keep(_backend(work).asarray(np.load(work.path(f"{SCRATCH}/kept.npy"))))
+
+    return _keep(("graph", number), make)
+
+
+@_task
+def active(work: Work, number: int) -> int:
+    """See `Graph.keep`; which items are kept lies in the staging folder."""
+    return _graph(work, number)[1]
+
+
+@_task
+def product(work: Work, number: int, table: str) -> Any:
+    """See `Graph.product`, of the table in a file of the staging folder."""
+    backend = _backend(work)
+    with backend.deterministic():
+        return backend.to_host(_graph(work, number)[0].product(backend.asarray(np.load(work.path(table)))))
+
+
+@_task
+def placed(work: Work, number: int) -> int:
+    """Count the users of a part who have a row of E."""
+    return len(_placed(work, number))
+
+
+@_task
+def label_interactions(work: Work, number: int, centroids: Any) -> Any:
+    """Write the labels that the users of a part have in all modalities; gives nothing."""
+    backend, points = _backend(work), _placed(work, number)
+    labels = method.behaviour_labels(backend, _part(work, number), points, backend.asarray(centroids))
+    write_range(work.path(f"{INTERACTIONS}/labels.npy"), work.bounds[number], backend.to_host(labels))
+
+
+@_task
+def sums_of_labels(work: Work, number: int, of: Rows, clusters: int) -> tuple[Any, Any]:
+    """See `method.behaviour_sums`."""
+    backend = _backend(work)
+    kind = kmeans.Factored if of.form == "factored" else kmeans.Tiled
+    points = _means(work, number, of.name, kind, backend.asarray(of.middle))
+    found = method.behaviour_sums(backend, points, backend.asarray(_shared_labels(work, number)), clusters)
+    return backend.to_host(found[0]), backend.to_host(found[1])
+
+
+def _shared_labels(work: Work, number: int) -> Any:
+    users = slice(work.bounds[number], work.bounds[number + 1])
+    return np.array(np.load(work.path(f"{INTERACTIONS}/labels.npy"), mmap_mode="r")[users])
+
+
+# Labels and vectors.
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Clusters of a modality: centroids (K, D), labels of items or None, the vector of cold users (D,) once known.
+
+    ``form``: by which users are labelled, ``shared`` where labels are those of all modalities. ``tau``: of lambda.
+    """
+
+    name: str
+    form: str
+    centroids: Any
+    item_labels: Any = None
+    cold: Any = None
+    scale: float = 1.0
+    tau: float | None = None
+
+
+@_task
+def label(work: Work, number: int, fitted: Fitted) -> tuple[Any, Any]:
+    """Write the labels of a part; gives how many users have each, and the clusters' shares in the sum of G, (K,)."""
+    backend, weighting = _backend(work), _operator(work, fitted.name, number)
+    part, modality = _part(work, number), _modality(work, fitted.name)
+    centroids = backend.asarray(fitted.centroids)
+    item_labels = None if fitted.item_labels is None else backend.asarray(fitted.item_labels)
+    if fitted.form == SHARED:
+        labels = backend.asarray(np.where(backend.to_host(weighting.warm), _shared_labels(work, number), -1))
+    else:
+        with backend.deterministic():
+            labels = method.nearest(backend, part, modality, weighting, centroids, fitted.form)
+    clusters = len(fitted.centroids)
+    shares = method.cluster_shares(backend, part, weighting, clusters, labels, item_labels)
+    host = backend.to_host(labels)
+    write_range(work.path(f"{fitted.name}/labels.npy"), work.bounds[number], host)
+    return np.bincount(host[host >= 0], minlength=clusters), backend.to_host(shares)
+
+
+@_task
+def volumes(work: Work, number: int, name: str) -> Volumes:
+    """See `blend.tau_volumes`."""
+    backend, part = _backend(work), _part(work, number)
+    found = tau_volumes(backend, part, _operator(work, name, number), _counts(work, number, name))
+    return found._replace(by_item=backend.to_host(found.by_item))
+
+
+@_task
+def variances(work: Work, number: int, name: str, centre: Centre) -> tuple[float, float]:
+    """See `blend.tau_sums`."""
+    backend, part, modality = _backend(work), _part(work, number), _modality(work, name)
+    here = Centre(*map(backend.asarray, centre))
+    return tau_sums(backend, part, modality, _operator(work, name, number), _counts(work, number, name), here)
+
+
+@_task
+def warm_counts(work: Work, number: int, name: str) -> Any:
+    """Effective counts of the warm users' items."""
+    return _backend(work).to_host(_counts(work, number, name)[_operator(work, name, number).warm])
+
+
+def _counts(work: Work, number: int, name: str) -> Any:
+    return effective_counts(_backend(work), _part(work, number), _operator(work, name, number))[1]
+
+
+def _plan(work: Work, number: int, fitted: Fitted) -> Blend:
+    backend, settings = _backend(work), replace(work.config.settings, tau=fitted.tau)
+    part, modality, weighting = _part(work, number), _modality(work, fitted.name), _operator(work, fitted.name, number)
+    users = slice(work.bounds[number], work.bounds[number + 1])
+    labels = np.load(work.path(f"{fitted.name}/labels.npy"), mmap_mode="r")[users]
+    item_labels = None if fitted.item_labels is None else backend.asarray(fitted.item_labels)
+    arrays = (backend.asarray(fitted.centroids), backend.asarray(labels), item_labels)
+    cold, width = backend.asarray(fitted.cold), modality.values.shape[1]
+    step = method.block_rows(width, 4 * method.ARRAY_BLOCK_BYTES)
+    return method.fit(backend, part, modality, weighting, settings, arrays, fitted.scale, step, cold)
+
+
+@_task
+def lambdas(work: Work, number: int, fitted: Fitted) -> tuple[Any, Any]:
+    """Lambdas and effective counts of the warm users of a part."""
+    backend, plan = _backend(work), _plan(work, number, fitted)
+    warm = plan.weighting.warm
+    return backend.to_host(plan.lam[warm]), backend.to_host(_counts(work, number, fitted.name)[warm])
+
+
+@_task
+def measure(work: Work, number: int, fitted: Fitted) -> NormSums:
+    """Norms of the users' rows of a part, which are not kept."""
+    backend, plan = _backend(work), _plan(work, number, fitted)
+    return norm_sums(backend, (block for _, block in _blocks(work, number, plan, "float32")))
+
+
+@_task
+def write(work: Work, number: int, fitted: Fitted) -> NormSums:
+    """Write the users' rows of a part; gives their norms."""
+    backend, plan = _backend(work), _plan(work, number, fitted)
+    path = work.path(f"{fitted.name}/users.npy")
+
+    def blocks() -> Any:
+        for part, block in _blocks(work, number, plan, work.config.settings.dtype):
+            write_range(path, work.bounds[number] + part.start, backend.to_host(block))
+            yield block
+
+    return norm_sums(backend, blocks())
+
+
+def _blocks(work: Work, number: int, plan: Blend, dtype: str) -> Any:
+    backend, width = _backend(work), plan.modality.values.shape[1]
+    rows = method.block_rows(width, 4 * method.ARRAY_BLOCK_BYTES)
+
+    def space(part: slice) -> Any:
+        return backend.empty((part.stop - part.start, width), dtype)
+
+    return method.blocks(backend, _part(work, number), plan, rows, dtype, space)
+
+
+@_task
+def drawn(work: Work, number: int, fitted: Fitted, index: Any) -> dict[str, Any]:
+    """What `describe` needs of some of a part's warm users: their interactions, factors and labels."""
+    backend, plan = _backend(work), _plan(work, number, fitted)
+    users = backend.xp.flatnonzero(plan.weighting.warm)[backend.asarray(index)]
+    own, of = _part(work, number).some(backend, users), plan.weighting
+    found = {**own.csr._asdict(), "local_rows": of.local_rows[users], "mean_rows": of.mean_rows[users]}
+    found["labels"] = None if plan.user_labels is None else plan.user_labels[users]
+    found["lam"] = None if isinstance(plan.lam, float) else plan.lam[users]
+    return {name: None if array is None else backend.to_host(array) for name, array in found.items()}

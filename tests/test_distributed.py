@@ -1,0 +1,222 @@
+"""The job over a Dask cluster makes what one process makes, whatever becomes of its workers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import gpu_init
+from gpu_init import artifact, cli
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="needs Dask")
+
+USERS, ITEMS = 30_000, 400
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", env={"NUMBA_NUM_THREADS": "1"}
+    ) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Users in groups, some of them cold in a modality; ids of several kinds; weights and times."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    users = np.concatenate([np.arange(USERS), rng.integers(0, USERS, 4 * USERS)])
+    items = (8 * rng.integers(0, ITEMS // 8, len(users)) + (users + (rng.random(len(users)) < 0.2)) % 8) % ITEMS
+    log = pd.DataFrame({"user_id": users, "item_id": items, "rating": rng.integers(1, 6, len(users))})
+    log["timestamp"] = rng.integers(0, 100, len(users)) * 86_400
+    log["x_label"] = (rng.random(len(users)) < 0.1).astype(int)
+    (folder / "log").mkdir()
+    half = len(log) // 2
+    log[:half].to_parquet(folder / "log" / "a.parquet", row_group_size=20_000)
+    log[half:].to_parquet(folder / "log" / "b.parquet", row_group_size=30_000)
+    log.assign(user_id=3 * log["user_id"] - 7).to_parquet(folder / "gaps.parquet", row_group_size=50_000)
+    log.assign(user_id="u" + log["user_id"].astype("str")).to_csv(folder / "text.csv", index=False)
+    image = rng.normal(size=(ITEMS, 24)).astype(np.float32) + 4 * np.eye(8, 24, dtype=np.float32)[np.arange(ITEMS) % 8]
+    np.save(folder / "image.npy", image)
+    text = rng.normal(size=(ITEMS, 12)).astype(np.float16)
+    text[rng.random(ITEMS) < 0.3] = np.nan
+    np.save(folder / "text.npy", text)
+    table = pd.DataFrame(text[: ITEMS // 2].astype(np.float32), columns=[f"f{n}" for n in range(12)])
+    table.insert(0, "item_id", np.arange(ITEMS // 2))
+    table.dropna().to_parquet(folder / "text.parquet")
+    return folder
+
+
+def arguments(data, out, *flags, log="log", features=("image.npy", "text.npy")):
+    named = [f"--features={path.split('.')[0]}={data}/{path}" for path in features]
+    return ["run", f"--interactions={data}/{log}", "--where=x_label == 0", *named, f"--out={out}", *flags]
+
+
+def assert_same(one, other):
+    """Labels but for a few between two centroids, vectors to rounding."""
+    ours, theirs = gpu_init.load(one), gpu_init.load(other)
+    assert artifact.verify(other) == []
+    for name in ours:
+        assert (ours[name].labels != theirs[name].labels).mean() < 1e-4
+        np.testing.assert_allclose(ours[name].centroids, theirs[name].centroids, atol=1e-5)
+        np.testing.assert_allclose(
+            np.asarray(ours[name].users, np.float32),
+            np.asarray(theirs[name].users, np.float32),
+            atol=1e-5 if ours[name].users.dtype == np.float32 else 1e-2,
+        )
+    for ids in ("user_ids", "item_ids"):
+        mine, other_ids = getattr(ours, ids), getattr(theirs, ids)
+        assert (mine is None) == (other_ids is None)
+        assert mine is None or mine.equals(other_ids)
+    return ours.manifest, theirs.manifest
+
+
+JOBS = {
+    "plain": ((), {}),
+    "users": ((f"--users={USERS + 9000}", "--weight-column=rating", "--dtype=float16"), {}),
+    "sym": (("--weighting=sym", "--scale=items", "--weight-column=rating"), {}),
+    "items": (("--cluster-on=items", "--weighting=sym"), {}),
+    "projected": (("--dim=6", "--whiten", "--scale=items"), {"log": "gaps.parquet"}),
+    "recency": (("--half-life=5d", "--weight-column=rating"), {"log": "text.csv"}),
+    "joined": ((), {"features": ("text.parquet",), "log": "gaps.parquet"}),
+    "auto": (("--clusters=auto",), {"features": ("image.npy",)}),
+    "shrink": (("--lambda=shrink", "--scale=items"), {}),
+    "attention": (("--lambda=attention", "--weight-column=rating"), {}),
+    "interactions": (("--cluster-on=interactions", "--cluster-rank=8", "--lambda=shrink"), {}),
+    "many": (("--clusters=300", "--restarts=2"), {"features": ("image.npy",)}),
+}
+
+
+OFTEN = ("sym", "recency", "interactions")  # the others are among the long proofs
+
+
+@pytest.mark.parametrize(
+    "job", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in JOBS]
+)
+def test_a_job_over_workers_makes_what_one_process_makes(job, cluster, data, tmp_path):
+    flags, options = JOBS[job]
+    assert cli.main(arguments(data, tmp_path / "one", *flags, **options)) == 0
+    address = f"--scheduler={cluster.scheduler_address}"
+    assert cli.main(arguments(data, tmp_path / "many", *flags, address, **options)) == 0
+    ours, theirs = assert_same(tmp_path / "one", tmp_path / "many")
+    sums = [
+        [one["interactions"].pop("weight"), *one["interactions"].pop("embedding", {}).get("singular_values", [])]
+        for one in (ours, theirs)
+    ]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-9)
+    for key in ("users", "items", "interactions"):
+        assert ours[key] == theirs[key]
+    for name, one in ours["modalities"].items():
+        other = theirs["modalities"][name]
+        assert one.keys() == other.keys()
+        assert one["kmeans"]["form"] == other["kmeans"]["form"]
+        assert np.allclose(
+            [one["norms"]["users"]["mean"], one["scale"]], [other["norms"]["users"]["mean"], other["scale"]]
+        )
+
+
+@pytest.mark.parametrize("kills", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 11))])
+def test_a_worker_killed_at_any_moment_costs_its_work_alone(kills, cluster, data, tmp_path):
+    assert cli.main(arguments(data, tmp_path / "one", "--weighting=sym", "--scale=items")) == 0
+    job = arguments(
+        data, tmp_path / "many", "--weighting=sym", "--scale=items", f"--scheduler={cluster.scheduler_address}"
+    )
+    begun = time.monotonic()
+    assert cli.main([*job[:-2], f"--out={tmp_path}/before", job[-1]]) == 0
+    whole = time.monotonic() - begun
+    dice = random.Random(kills)
+
+    def kill():
+        worker = dice.choice(list(cluster.workers.values()))
+        os.kill(worker.pid, signal.SIGKILL)
+
+    timer = threading.Timer(whole * dice.uniform(0.05, 0.95), kill)
+    timer.start()
+    assert cli.main(job) == 0
+    timer.join()
+    assert_same(tmp_path / "one", tmp_path / "many")
+    cluster.scale(2)
+
+
+def refused(capsys, job, code=2):
+    capsys.readouterr()
+    assert cli.main(job) == code
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("gpu-init: ")][-1]
+
+
+def test_what_cannot_be_is_refused(cluster, data, tmp_path, capsys):
+    here = f"--scheduler={cluster.scheduler_address}"
+    out = tmp_path / "out"
+    assert "no scheduler answers" in refused(capsys, arguments(data, out, "--scheduler=tcp://127.0.0.1:9"))
+    assert "no scheduler answers" in refused(capsys, arguments(data, out, "--scheduler=nonsense"))
+    assert "a folder they all see" in refused(capsys, arguments(data, "s3://bucket/out", here))
+    assert "--backend cuda" in refused(capsys, arguments(data, out, here, "--backend=cuda"))
+    assert "99999999 clusters" in refused(capsys, arguments(data, out, here, "--clusters=99999999"))
+    assert "no column none" in refused(capsys, arguments(data, out, here, "--weight-column=none"))
+    assert "beyond --users 5" in refused(capsys, arguments(data, out, here, "--users=5"))
+    wrong = pd.read_parquet(data / "log" / "a.parquet").assign(item_id=ITEMS + 7)
+    wrong.to_parquet(tmp_path / "wrong.parquet", row_group_size=7000)
+    said = refused(capsys, arguments(data, out, here, f"--interactions={tmp_path}/wrong.parquet"))
+    assert f"has item {ITEMS + 7}, beyond" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["wrong.parquet"]
+
+
+def test_rows_are_named_by_their_place_in_the_file(cluster, data, tmp_path, capsys):
+    log = pd.read_parquet(data / "log" / "a.parquet")
+    log.loc[50_001, "rating"] = -1
+    log["x_label"] = 0
+    log.to_parquet(tmp_path / "log.parquet", row_group_size=7000)
+    job = [f"--interactions={tmp_path}/log.parquet", "--weight-column=rating"]
+    said = [
+        refused(capsys, arguments(data, tmp_path / "out", *job, *scheduler))
+        for scheduler in ([], [f"--scheduler={cluster.scheduler_address}"])
+    ]
+    assert said[0] == said[1]
+    assert "row 50001 has weight -1" in said[0]
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_where_the_scheduler_was_lost(data, tmp_path, capsys):
+    from distributed import LocalCluster
+
+    flags = ("--weighting=sym", "--scale=items", "--lambda=shrink")
+    assert cli.main(arguments(data, tmp_path / "one", *flags)) == 0
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
+    program = "from distributed import LocalCluster; import time\n"
+    program += f"with LocalCluster(**{options!r}) as c: print(c.scheduler_address, flush=True); time.sleep(600)"
+    for step in ("cluster image", "write text"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"if __name__ == '__main__':\n exec({program!r})"], stdout=subprocess.PIPE, text=True
+        )
+        address = process.stdout.readline().strip()
+        job = arguments(data, tmp_path / "many", *flags, f"--scheduler={address}", "--resume", "--log-format=json")
+        running = subprocess.Popen([sys.executable, "-m", "gpu_init", *job], stderr=subprocess.PIPE, text=True)
+        said = []
+        for line in running.stderr:
+            said.append(json.loads(line))
+            if (said[-1]["event"], said[-1].get("step")) == ("step_started", step):
+                process.kill()
+        assert running.wait() == 3
+        assert "--resume" in said[-1]["message"]
+    with LocalCluster(**options) as cluster:
+        job = arguments(data, tmp_path / "many", *flags, f"--scheduler={cluster.scheduler_address}", "--resume")
+        capsys.readouterr()
+        assert cli.main(job) == 0
+        said = capsys.readouterr().err
+    assert "going on with the unfinished run" in said
+    assert "cluster image" not in said
+    assert_same(tmp_path / "one", tmp_path / "many")
