@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("job", nargs="?", metavar="JOB.toml", help="as of run; what it sets is a candidate too")
     tune.add_argument("--metric", default="recall@20", metavar="METRIC", help="what to order by (default: recall@20)")
     tune.add_argument("--folder", default="tuned", metavar="DIR", help="where best.toml, scores.csv and a plot go")
-    config.add_flags(tune, config.NAMES - {"resume", "overwrite"})
+    config.add_flags(tune, config.NAMES - {"scheduler", "resume", "overwrite"})
     tune.set_defaults(command=_tune)
 
     inspect = commands.add_parser("inspect", help="show what an artifact holds")
@@ -239,6 +239,8 @@ def _tune(given: argparse.Namespace) -> int:
     asked = _load(given)
     with Progress(asked.log_format) as progress:
         given.signals.progress = progress
+        if asked.scheduler is not None:
+            progress.say("tune runs in this process; scheduler is for run")
         frame, paths = tune(asked, given.metric, given.folder, progress)
     from rich.console import Console
 

@@ -87,6 +87,7 @@ EVERYTHING = {
     "valid": "v.csv",
     "valid_where": "x_label == 1",
     "memory": "1.5GiB",
+    "scheduler": "tcp://host:8786",
     "resume": "1",
     "overwrite": "yes",
     "log_format": "json",
@@ -109,6 +110,7 @@ AS_CONFIG = JobConfig(
     valid="v.csv",
     valid_where="x_label == 1",
     memory=3 << 29,
+    scheduler="tcp://host:8786",
     resume=True,
     overwrite=True,
     log_format="json",
@@ -182,7 +184,6 @@ def test_help_names_every_flag():
     parser.print_help(out)
     for key in KEYS:
         assert key.flag in out.getvalue()
-    assert "--scheduler" not in out.getvalue()  # has no code yet
 
 
 def test_paths_in_the_file_are_relative_to_its_folder(tmp_path):
