@@ -14,10 +14,11 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -149,21 +150,38 @@ class Workers:
     @property
     def addresses(self) -> list[str]:
         """Of the workers that are there; where all are lost, those that come back soon."""
-        there = sorted(self._client.nthreads())
-        if not there:
-            self._client.wait_for_workers(1, timeout=PATIENCE)
-            there = sorted(self._client.nthreads())
+        deadline = time.monotonic() + PATIENCE
+        while not (there := sorted(self._client.nthreads())):
+            if time.monotonic() > deadline:
+                raise ResourceError(f"the scheduler at {self._client.scheduler.address} has no workers.")
+            time.sleep(0.1)
         return there
 
     def facts(self, backend: str) -> dict[str, Any]:
         """What the workers are; they have to be alike."""
-        self._client.wait_for_workers(1, timeout=PATIENCE)
-        found = self._client.run(partitions.facts, backend)
+        assert self.addresses
+        try:
+            found = self._client.run(partitions.facts, backend)
+        except ImportError as error:
+            raise InputError(f"workers lack something ({one_line(error)}); install gpu-init there as here.") from None
         first = next(iter(found.values()))
         for worker, facts in found.items():
             if facts != first:
                 raise InputError(f"worker {worker} has {facts}, another has {first}; they have to be alike.")
         return dict(first)
+
+    def require_sight(self, paths: list[str]) -> None:
+        """Refuse workers that do not see the same files."""
+        for worker, missing in self._client.run(partitions.missing, paths).items():
+            if missing:
+                raise InputError(
+                    f"worker {worker} does not see {missing[0]}; workers need the same files at the same paths."
+                )
+
+    def forget(self) -> None:
+        """Free what workers keep."""
+        with suppress(Exception):  # they have gone, or the scheduler has
+            self._client.run(partitions.forget)
 
     def submit(self, function: Callable[..., Any], work: Work, calls: dict[int, tuple[Any, ...]]) -> dict[int, Any]:
         """Tasks about parts, each with its arguments, on the workers that keep them while there are these."""
@@ -291,7 +309,9 @@ def _cluster(config: JobConfig, progress: Progress) -> Iterator[Workers]:
         try:
             where = "started here" if cluster is not None else "joined"
             progress.say(f"scheduler {there} {where}; dashboard {client.dashboard_link}")
-            yield Workers(dask, client)
+            workers = Workers(dask, client)
+            yield workers
+            workers.forget()
         except dask.KilledWorker as error:
             raise ResourceError(
                 f"workers died of a task, one after another ({one_line(error)}), for want of memory most often:"
@@ -325,6 +345,8 @@ def _run(config: JobConfig, workers: Workers, progress: Progress) -> str:
             progress.say(f"going on with the unfinished run in {staging.path}")
         if staging.discarded:
             progress.say("an unfinished run was discarded; --resume would have gone on with it")
+        files = [one["path"] for one in inputs.files if not is_url(one["path"])]
+        workers.require_sight([os.path.abspath(path) for path in (staging.path, *files)])
         run = _Run(
             config, workers, progress, backend, staging, Work(config, theirs["name"], uuid.uuid4().hex, staging.path)
         )
@@ -388,7 +410,7 @@ class _Run:
         if any(path.endswith(".npz") for path in paths):
             raise InputError(f"{config.interactions}: a matrix is for one machine; over a cluster, give a table.")
         warnings: list[str] = []
-        tables = [open_table(path, columns, warnings) for path in paths]
+        tables = [open_table(path if is_url(path) else os.path.abspath(path), columns, warnings) for path in paths]
         for line in warnings:
             self.progress.warn(line)
         calls = [(table, groups) for table in tables for groups in pieces(table, PIECE_ROWS)]

@@ -132,6 +132,17 @@ def facts(backend: str) -> dict[str, Any]:
     return {**backend_facts(_select(backend)), "gpu_init": __version__}
 
 
+def missing(paths: list[str]) -> list[str]:
+    """Those that are not there for this process."""
+    return [path for path in paths if not os.path.exists(path)]
+
+
+def forget() -> None:
+    """Free what this process keeps."""
+    with _turn:
+        _kept.clear()
+
+
 def add(*parts: Any) -> Any:
     """Sum of some results, value by value."""
     if isinstance(parts[0], tuple):
