@@ -56,6 +56,7 @@ from .job import (
     cluster_sizes,
     embedding_facts,
     feature_rows,
+    has_work,
     identity_of,
     inputs_of,
     item_axis_of,
@@ -338,13 +339,8 @@ def _run(config: JobConfig, workers: Workers, progress: Progress) -> str:
     identity = identity_of(config, inputs.files, theirs["name"], theirs["kernels"])
     identity["program"]["distributed"] = True
     with open_staging(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
-        if staging.complete:
-            progress.say(f"{config.out} is already there, made from the same inputs and settings")
+        if not has_work(config, staging, progress):
             return config.out
-        if staging.resumed:
-            progress.say(f"going on with the unfinished run in {staging.path}")
-        if staging.discarded:
-            progress.say("an unfinished run was discarded; --resume would have gone on with it")
         files = [one["path"] for one in inputs.files if not is_url(one["path"])]
         workers.require_sight([os.path.abspath(path) for path in (staging.path, *files)])
         run = _Run(

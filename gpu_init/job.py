@@ -78,13 +78,8 @@ def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
     check_inputs(config, inputs.files)
     identity = identity_of(config, inputs.files, backend.name, backend.kernels.name)
     with open_staging(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
-        if staging.complete:
-            progress.say(f"{config.out} is already there, made from the same inputs and settings")
+        if not has_work(config, staging, progress):
             return config.out
-        if staging.resumed:
-            progress.say(f"going on with the unfinished run in {staging.path}")
-        if staging.discarded:
-            progress.say("an unfinished run was discarded; --resume would have gone on with it")
         data = read_inputs(config, backend, progress, staging)
         projected = {}
         shared = None
@@ -104,6 +99,17 @@ def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
         if shared is not None:
             manifest["interactions"]["embedding"] = embedding_facts(staging)
         return staging.commit({**manifest, "timings": timings_of(started, progress, backend)})
+
+
+def has_work(config: JobConfig, staging: Staging, progress: Progress) -> bool:
+    """Say how a run begins; False where what it would make is there."""
+    if staging.complete:
+        progress.say(f"{config.out} is already there, made from the same inputs and settings")
+    elif staging.resumed:
+        progress.say(f"going on with the unfinished run in {staging.path}")
+    if staging.discarded:
+        progress.say("an unfinished run was discarded; --resume would have gone on with it")
+    return not staging.complete
 
 
 def embedding_facts(staging: Staging) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def test_a_job_agrees(cupy, monkeypatch, tmp_path, dtype, flags):
 
 
 @pytest.mark.skipif(not TIKTOK.is_dir(), reason="the TikTok data set is not beside the checkout")
-@pytest.mark.parametrize("flags", [pytest.param((), marks=pytest.mark.slow), ("--dim=64", "--whiten", "--scale=items")])
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--dim=64", "--whiten", "--scale=items")])
 def test_the_tiktok_job_agrees(cupy, monkeypatch, tmp_path, flags):
     jobs.check_tiktok(monkeypatch, tmp_path, TIKTOK, *flags, dtype="float16" if flags else "float32")
 

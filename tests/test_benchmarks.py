@@ -18,7 +18,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ("kernels", "scale") else name for name in ROWS]
+    "name", [name if name in ("kmeans", "initialize") else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
 )
 def test_a_benchmark_appends_rows_and_draws_its_plot(tmp_path, name):
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--results", str(tmp_path)]

@@ -101,7 +101,7 @@ JOBS = {
 }
 
 
-OFTEN = ("sym", "recency", "interactions")  # the others are among the long proofs
+OFTEN = ("recency", "interactions")  # the others are among the long proofs
 
 
 @pytest.mark.parametrize(

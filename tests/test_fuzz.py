@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gpu_init import config
 from tests import fuzz
 
-MANY = settings(max_examples=2000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=1000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 READ = sorted(name for name in fuzz.corpus() if not name.startswith("artifact/"))
 
 payloads = st.sampled_from(fuzz.NUMBERS + fuzz.PIECES) | st.binary(max_size=40)
