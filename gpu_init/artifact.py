@@ -1050,11 +1050,7 @@ class Staging:
         prefix = _header_bytes(shape, header.dtype)
         size = len(prefix) + header.data_bytes
         with storage.writing(self.path, size):
-            if (
-                os.path.exists(path)
-                and os.path.getsize(path) == size
-                and _read_header(path) == replace(header, offset=len(prefix))
-            ):
+            if os.path.exists(path) and _read_header(path) == replace(header, offset=len(prefix)):
                 return
             storage.require_free(self.path, header.data_bytes)
             with storage.create(path) as sink:
@@ -1066,8 +1062,7 @@ class Staging:
         path = self._path_for(relpath)
         with storage.reading(path) as file:
             sink = storage.Sink(file.fileno())
-            while chunk := file.read(_CHUNK):
-                sink.skip(chunk)
+            sink.skip()
         self._note_array(relpath, sink)
 
     def _path_for(self, relpath: str) -> str:
@@ -1347,8 +1342,7 @@ class RowWriter:
             self.done, end = 0, 0
             self._staging._note_rows(self._relpath, self._header, 0)
         os.ftruncate(self._descriptor, end)
-        while chunk := os.read(self._descriptor, _CHUNK):
-            self._sink.skip(chunk)
+        self._sink.skip()
         storage.require_free(os.path.dirname(path), self._header.data_bytes - self.done * self._row_bytes)
         if not end:
             self._sink.write(prefix)

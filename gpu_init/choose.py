@@ -45,13 +45,13 @@ class Choice:
     blob_silhouette: float | None = None
 
 
-def choose(backend: Backend, points: kmeans.Points, seed: int) -> Choice:
+def choose(backend: Backend, points: kmeans.Clusterable, seed: int) -> Choice:
     """Choose K for some points, by the rule above.
 
     Parameters
     ----------
     backend : Backend
-    points : Points
+    points : Clusterable
         n rows.
     seed : int
         Of the sample, the blob and K-means.

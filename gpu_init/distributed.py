@@ -48,12 +48,13 @@ from .config import AUTO, POLICIES, JobConfig
 from .describe import described
 from .errors import InputError, ResourceError
 from .features import FeatureTable, Modality
-from .interactions import EXTENSIONS, Columns, Interactions, power, read_user_ids
+from .interactions import EXTENSIONS, Interactions, power, require_kept, require_unchanged
 from .job import (
     Counts,
     check_inputs,
     check_places,
     cluster_sizes,
+    columns_of,
     embedding_facts,
     feature_rows,
     has_work,
@@ -65,16 +66,17 @@ from .job import (
     modality_facts,
     read_features,
     save_ids,
+    tell_gaps,
     timings_of,
+    users_of,
 )
 from .kernels import Csr
 from .objects import open_staging
 from .partitions import SCRATCH, SHARED, Fitted, Rows, Work
 from .progress import Progress
 from .remote import is_url
-from .storage import expand, file_state, make_folder
+from .storage import expand, make_folder
 from .tables import Table, open_table, pieces
-from .where import parse
 
 PIECE_ROWS = 1 << 22  # of interactions that one task reads
 PART_ROWS = 1 << 22  # of interactions in a part of R, about
@@ -148,9 +150,8 @@ class Workers:
         self._client = client
         self._places: dict[int, str] = {}
 
-    @property
-    def addresses(self) -> list[str]:
-        """Of the workers that are there; where all are lost, those that come back soon."""
+    def present(self) -> list[str]:
+        """Addresses of the workers that are there; where there are none yet, or all are lost, those that come soon."""
         deadline = time.monotonic() + PATIENCE
         while not (there := sorted(self._client.nthreads())):
             if time.monotonic() > deadline:
@@ -160,7 +161,7 @@ class Workers:
 
     def facts(self, backend: str) -> dict[str, Any]:
         """What the workers are; they have to be alike."""
-        assert self.addresses
+        self.present()
         try:
             found = self._client.run(partitions.facts, backend)
         except ImportError as error:
@@ -215,19 +216,15 @@ class Workers:
         for future in self._dask.as_completed(numbered, loop=self._client.loop):
             yield numbered[future], future.result()
 
-    def total(self, function: Callable[..., Any], work: Work, *arguments: Any) -> Any:
-        """Sum of what a task gives of each part, value by value, added up on the workers in one order."""
-        return self._reduced(self.of_all(function, work, *arguments), partitions.add)
-
-    def _reduced(self, futures: list[Any], join: Callable[..., Any]) -> Any:
+    def total(
+        self, function: Callable[..., Any], work: Work, *arguments: Any, join: Callable[..., Any] = partitions.add
+    ) -> Any:
+        """Sum of what a task gives of each part, or another join of it, made on the workers in one order."""
+        futures = self.of_all(function, work, *arguments)
         while len(futures) > 1:
             groups = [futures[start : start + FAN_IN] for start in range(0, len(futures), FAN_IN)]
             futures = [self._client.submit(join, *group, pure=False) for group in groups]
         return futures[0].result()
-
-    def joined(self, function: Callable[..., Any], join: Callable[..., Any], work: Work) -> Any:
-        """As `total`, put together by another function than the sum."""
-        return self._reduced(self.of_all(function, work), join)
 
     def gather(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Results of calls that are about no part, in order."""
@@ -237,7 +234,10 @@ class Workers:
         """What `partitions.store` gives of each part, its interactions brought together from pieces of tables."""
         tables, groups = zip(*calls, strict=True)
         frame = self._dask.from_map(
-            functools.partial(_piece, work, axis_rows), tables, groups, meta=partitions.no_rows(tables[0])
+            functools.partial(partitions.rows, work, axis_rows=axis_rows),
+            tables,
+            groups,
+            meta=partitions.no_rows(tables[0]),
         )
         count = len(work.bounds) - 1
         split = frame.shuffle("part", npartitions=count)
@@ -253,7 +253,7 @@ class Workers:
 
     def _placed(self, numbers: Iterable[int]) -> dict[int, str]:
         """The worker of each part; parts of one that is gone go to those that have fewest."""
-        there = self.addresses
+        there = self.present()
         load = dict.fromkeys(there, 0)
         for place in self._places.values():
             if place in load:
@@ -263,10 +263,6 @@ class Workers:
                 self._places[number] = min(there, key=lambda address: load[address])
                 load[self._places[number]] += 1
         return self._places
-
-
-def _piece(work: Work, axis_rows: int | None, table: Table, groups: range | None) -> pd.DataFrame:
-    return partitions.rows(work, table, groups, axis_rows)
 
 
 @contextmanager
@@ -334,7 +330,7 @@ def _run(config: JobConfig, workers: Workers, progress: Progress) -> str:
         inputs = inputs_of(config)
     check_inputs(config, inputs.files)
     theirs = workers.facts(config.backend)
-    progress.say(f"{len(workers.addresses)} workers, backend {theirs['name']}, kernels {theirs['kernels']}")
+    progress.say(f"{len(workers.present())} workers, backend {theirs['name']}, kernels {theirs['kernels']}")
     backend = select("cpu")  # of this process, which adds up what they give
     identity = identity_of(config, inputs.files, theirs["name"], theirs["kernels"])
     identity["program"]["distributed"] = True
@@ -354,7 +350,7 @@ def _run(config: JobConfig, workers: Workers, progress: Progress) -> str:
         manifest = manifest_of(config, inputs.files, theirs, counts, statistics)
         if embedding is not None:
             manifest["interactions"]["embedding"] = embedding
-        manifest["cluster"] = {"workers": len(workers.addresses), "parts": len(run.work.bounds) - 1}
+        manifest["cluster"] = {"workers": len(workers.present()), "parts": len(run.work.bounds) - 1}
         return staging.commit({**manifest, "timings": timings_of(started, progress, backend)})
 
 
@@ -393,19 +389,10 @@ class _Run:
 
     def _store(self, axis: ItemAxis, step: Any) -> Counts:
         config, workers = self.config, self.workers
-        columns = Columns(
-            config.user_column,
-            config.item_column,
-            config.weight_column,
-            parse(config.where) if config.where else None,
-            config.session_column,
-            config.time_column,
-            config.half_life,
-        )
         paths = expand(config.interactions, EXTENSIONS)
         if any(path.endswith(".npz") for path in paths):
             raise InputError(f"{config.interactions}: a matrix is for one machine; over a cluster, give a table.")
-        warnings: list[str] = []
+        columns, warnings = columns_of(config), list[str]()
         tables = [open_table(path if is_url(path) else os.path.abspath(path), columns, warnings) for path in paths]
         for line in warnings:
             self.progress.warn(line)
@@ -413,16 +400,14 @@ class _Run:
         found = workers.gather(partitions.find, [(self.work, *call, axis.rows) for call in calls])
         read, kept = sum(one.read for one in found), sum(one.kept for one in found)
         step.advance(read)
-        if kept == 0:
-            said = f"{read} rows, none of which --where keeps" if read else "no rows"
-            raise InputError(f"{config.interactions}: {said}; there is nothing to make vectors from.")
-        users, user_ids, by_user = self._users([one.users for one in found])
-        items, item_ids, by_item = axis.rows, None, None
-        if axis.rows is None:
-            by_item = partitions.distinct(*(one.items for one in found))
-            _, items, item_ids = item_axis(by_item, config.interactions, axis)
-        assert items is not None
-        for name, ids in (("users", user_ids if by_user else None), ("items", item_ids)):
+        require_kept(config.interactions, read, kept)
+        users, user_ids = self._users([one.users for one in found])
+        items, item_ids = axis.rows, None
+        if items is None:
+            _, items, item_ids = item_axis(
+                partitions.distinct(*(one.items for one in found)), config.interactions, axis
+            )
+        for name, ids in (("users", user_ids), ("items", item_ids)):
             if ids is not None:
                 self.staging.save_table(f"{SCRATCH}/{name}.parquet", pd.DataFrame({"id": ids}))
         self.work = replace(self.work, bounds=_bounds(users, kept), items=items)
@@ -430,27 +415,19 @@ class _Run:
         if parts is None:
             make_folder(self.work.path(SCRATCH))
             parts = workers.shuffled(self.work, calls, axis.rows)
-            for table in tables:
-                if file_state(table.path) != table.state:
-                    raise InputError(f"{table.path}: changed while it was read; run again when it is complete.")
+            require_unchanged(tables)
             self.staging.finish("parts", {"parts": parts})
         self._pairs, weight = sum(one["pairs"] for one in parts), sum(one["weight"] for one in parts)
         return Counts(users, user_ids, items, item_ids, read, kept, self._pairs, weight)
 
-    def _users(self, found: list[Any]) -> tuple[int, Any, bool]:
-        """U, the ids of the rows, and whether rows are found by them."""
-        config = self.config
-        if isinstance(config.users, int):
-            return config.users, None, False
-        listed = None
-        if config.users is not None:
-            listed = read_user_ids(self.backend, config.users, config.session_column or config.user_column)
-        _, count, ids = user_axis(partitions.distinct(*found), config.interactions, listed)
-        if ids is not None and listed is None and str(ids.dtype) == "int64":
-            self.progress.say(
-                "user ids have gaps: rows follow the sorted ids, in users.parquet; --users N makes ids the rows"
-            )
-        return count, ids, ids is not None
+    def _users(self, found: list[Any]) -> tuple[int, Any]:
+        """U, and the ids of the rows where these are found by them."""
+        listed = users_of(self.config, self.backend)
+        if isinstance(listed, int):
+            return listed, None
+        _, count, ids = user_axis(partitions.distinct(*found), self.config.interactions, listed)
+        tell_gaps(self.config, ids, self.progress)
+        return count, ids
 
     def _place_features(self) -> None:
         """Put each modality where workers map it: the file itself where it is as they need it."""
@@ -718,24 +695,26 @@ def _by_part(counts: Sequence[int], numbers: Any) -> Iterator[tuple[int, Any]]:
         start = stop
 
 
-class Partitioned(kmeans.Points):
-    """Users' means of a modality, by parts: what `kmeans.fit` asks of them is asked of the workers."""
+class Partitioned:
+    """See `kmeans.Clusterable`: rows by parts, of which the workers are asked."""
 
     def __init__(self, backend: Backend, workers: Workers, work: Work, rows: Rows, warm: Sequence[int]) -> None:
-        super().__init__(backend, sum(warm))
+        self.backend = backend
         self.form = rows.form
         self.counts: Any = None  # rows of each label in the last step
         self._workers, self._work, self._rows, self._warm = workers, work, rows, warm
+
+    def __len__(self) -> int:
+        return sum(self._warm)
 
     @property
     def middle(self) -> Any:
         """See `Points.middle`."""
         return self._rows.middle
 
-    @property
-    def squared_norms(self) -> Any:
-        """Never here: they stay with the rows."""
-        raise NotImplementedError
+    def by_library(self, clusters: int, seed: int, restarts: int) -> Any:  # noqa: ARG002
+        """See `Points.by_library`: none takes rows of other processes."""
+        return None
 
     def spread(self) -> float:
         """See `Points.spread`."""
@@ -754,11 +733,7 @@ class Partitioned(kmeans.Points):
             out[order] = np.concatenate(self._workers.results(futures.values()))
         return out
 
-    def moves(self, index: Any, before: Any, after: Any, clusters: int) -> Any:
-        """Never asked for: `walk` has the workers do it."""
-        raise NotImplementedError
-
-    def walk(self, clusters: int) -> Any:  # noqa: ARG002
+    def walk(self, clusters: int) -> _PartitionedWalk:  # noqa: ARG002
         """See `Points.walk`."""
         return _PartitionedWalk(self._workers, self._work, self._rows)
 
@@ -819,7 +794,7 @@ class _PartitionedGraph:
 
     def large(self, most: int) -> Any:
         """See `Graph.large`."""
-        labels = self._workers.joined(partitions.components, partitions.join, self._work)
+        labels = self._workers.total(partitions.components, self._work, join=partitions.join)
         found = self._workers.total(partitions.component_sizes, self._work, labels)
         return spectral.large_labels(labels, found, most)
 

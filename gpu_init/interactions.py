@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -313,14 +313,24 @@ def read(
     held = _Hold(checks) if builder is None else _Stream(checks, builder, tables)
     for table in tables:
         held.take(table)
-    if held.kept == 0:
-        found = f"{held.read} rows, none of which --where keeps" if held.read else "no rows"
-        raise InputError(f"{pattern}: {found}; there is nothing to make vectors from.")
+    require_kept(pattern, held.read, held.kept)
     matrix, user_ids, item_ids = held.finish(pattern)
+    require_unchanged(tables)
+    return InteractionTable(matrix, user_ids, item_ids, held.read, held.kept, warnings)
+
+
+def require_kept(pattern: str, read: int, kept: int) -> None:
+    """Refuse interactions of which none is left, of so many rows."""
+    if kept == 0:
+        found = f"{read} rows, none of which --where keeps" if read else "no rows"
+        raise InputError(f"{pattern}: {found}; there is nothing to make vectors from.")
+
+
+def require_unchanged(tables: Iterable[Table]) -> None:
+    """Refuse tables that changed since they were opened."""
     for table in tables:
         if file_state(table.path) != table.state:
             raise InputError(f"{table.path}: changed while it was read; run again when it is complete.")
-    return InteractionTable(matrix, user_ids, item_ids, held.read, held.kept, warnings)
 
 
 @dataclass(frozen=True)

@@ -235,35 +235,22 @@ def _read_interactions(
     source: Artifact | None = None,
 ) -> Data:
     """Interactions among the items of the features, or of the artifact that the features are those of."""
-    users = config.users
-    if isinstance(users, str):
-        users = read_user_ids(backend, users, config.session_column or config.user_column)
-    elif users is not None:
+    users, columns = users_of(config, backend), columns_of(config)
+    if isinstance(users, int):
         require_memory(f"users {users}", users * ROW_BYTES)
-    where = parse(config.where) if config.where else None
-    columns = Columns(
-        config.user_column,
-        config.item_column,
-        config.weight_column,
-        where,
-        config.session_column,
-        config.time_column,
-        config.half_life,
-    )
     axis = item_axis_of(tables)
     if source is not None and axis.rows is None:
         axis = ItemAxis(None, [source.item_ids])
     known = 0 if users is None else users if isinstance(users, int) else len(users)
     items = axis.rows or max(len(table.values) for table in tables.values())
-    pairs = 0 if where else stated_rows(config.interactions)
+    pairs = 0 if columns.where else stated_rows(config.interactions)
     _require_room(config, tables, _Sizes(known, items, pairs), staging, reading=True)
     with progress.step("read interactions", unit="row") as step:
         table = read(backend, config.interactions, columns, axis, users, step.advance)
         step.note(users=table.interactions.users, items=table.interactions.items, pairs=table.interactions.pairs)
     for line in table.warnings:
         progress.warn(line)
-    if table.user_ids is not None and config.users is None and not is_text(str(table.user_ids.dtype)):
-        progress.say("user ids have gaps: rows follow the sorted ids, in users.parquet; --users N makes ids the rows")
+    tell_gaps(config, table.user_ids, progress)
     sources, operators = {}, {}
     for name, found in tables.items():
         rows = None if found.ids is None else feature_rows(found, axis, table.item_ids)
@@ -278,6 +265,32 @@ def _read_interactions(
     matrix = table.interactions
     _require_room(config, tables, _Sizes(matrix.users, matrix.items, matrix.pairs), staging)
     return Data(table, sources, operators)
+
+
+def columns_of(config: JobConfig) -> Columns:
+    """Which columns of the interactions hold what."""
+    return Columns(
+        config.user_column,
+        config.item_column,
+        config.weight_column,
+        parse(config.where) if config.where else None,
+        config.session_column,
+        config.time_column,
+        config.half_life,
+    )
+
+
+def users_of(config: JobConfig, backend: Backend) -> int | Any | None:
+    """U, the ids of the rows (pandas Series), or None, as `interactions.read` takes them."""
+    if isinstance(config.users, str):
+        return read_user_ids(backend, config.users, config.session_column or config.user_column)
+    return config.users
+
+
+def tell_gaps(config: JobConfig, user_ids: Any, progress: Progress) -> None:
+    """Say where whole numbers were not taken for row numbers."""
+    if user_ids is not None and config.users is None and not is_text(str(user_ids.dtype)):
+        progress.say("user ids have gaps: rows follow the sorted ids, in users.parquet; --users N makes ids the rows")
 
 
 # Room.

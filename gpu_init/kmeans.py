@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class Clusters:
 
 
 def fit(
-    backend: Backend, points: Points, clusters: int, seed: int, restarts: int = 1, inertia_tolerance: float = 0.0
+    backend: Backend, points: Clusterable, clusters: int, seed: int, restarts: int = 1, inertia_tolerance: float = 0.0
 ) -> Clusters:
     """K-means on some points.
 
@@ -79,7 +79,7 @@ def fit(
     ----------
     backend : Backend
         Where the points lie.
-    points : Points
+    points : Clusterable
         n rows, n >= K.
     clusters : int
         K.
@@ -106,7 +106,7 @@ def fit(
 
 
 def _from_sample(
-    backend: Backend, points: Points, clusters: int, seed: int, restarts: int, inertia_tolerance: float
+    backend: Backend, points: Clusterable, clusters: int, seed: int, restarts: int, inertia_tolerance: float
 ) -> Any:
     """Centroids to start from, (K, D) float32: the best found on a sample, taken further on a larger one."""
     xp = backend.xp
@@ -161,7 +161,9 @@ def sample_sizes(count: int, clusters: int, width: int) -> list[int]:
     return [first, second] if second >= 2 * first else [first]
 
 
-def settle(backend: Backend, points: Points, centroids: Any, steps: int = STEPS) -> tuple[Any, Any, list[float], bool]:
+def settle(
+    backend: Backend, points: Clusterable, centroids: Any, steps: int = STEPS
+) -> tuple[Any, Any, list[float], bool]:
     """Lloyd's steps in float64 until no label changes, at most so many.
 
     Returns
@@ -184,7 +186,7 @@ def settle(backend: Backend, points: Points, centroids: Any, steps: int = STEPS)
 
 def descend(
     backend: Backend,
-    points: Points,
+    points: Clusterable,
     centroids: Any,
     more: int = STEPS,
     inertia_tolerance: float = 0.0,
@@ -246,6 +248,46 @@ def descend(
         reach += shifts
         fall += float(shifts.max())
     return means, history, False
+
+
+class Clusterable(Protocol):
+    """What K-means asks of some rows, wherever they are; `Points` are those of this process, and say what is meant."""
+
+    form: str
+
+    def __len__(self) -> int: ...
+
+    @property
+    def middle(self) -> Any:
+        """See `Points.middle`."""
+
+    def spread(self) -> float:
+        """See `Points.spread`."""
+
+    def rows(self, index: Any, dtype: Any) -> Any:
+        """See `Points.rows`."""
+
+    def by_library(self, clusters: int, seed: int, restarts: int) -> Any:
+        """See `Points.by_library`."""
+
+    def walk(self, clusters: int) -> Walking:
+        """See `Points.walk`."""
+
+    def unlabelled(self) -> Any:
+        """See `Points.unlabelled`."""
+
+    def step(self, centroids: Any, labels: Any) -> tuple[float, int, Any, Any]:
+        """See `Points.step`."""
+
+    def farthest(self, centroids: Any, count: int) -> Any:
+        """See `Points.farthest`."""
+
+
+class Walking(Protocol):
+    """Rows between the steps of `descend`: see `Walk`."""
+
+    def step(self, centroids: Any, reach: Any, fall: float, margin: float) -> Step:
+        """See `Walk.step`."""
 
 
 class Step(NamedTuple):
@@ -311,14 +353,14 @@ class Walk:
         return Step(moved, self._sums, self._counts, float(self._upper.sum()))
 
 
-def _means(backend: Backend, points: Points, centroids: Any, sums: Any, counts: Any) -> Any:
+def _means(backend: Backend, points: Clusterable, centroids: Any, sums: Any, counts: Any) -> Any:
     """New centroids, (K, D) float32, from sums of rows less the middle; an empty cluster's stays where it is."""
     xp = backend.xp
     filled = (counts > 0)[:, None]
     return xp.where(filled, sums / xp.maximum(counts, 1)[:, None] + points.middle, centroids).astype(xp.float32)
 
 
-def _refill(backend: Backend, points: Points, means: Any, centroids: Any, counts: Any) -> None:
+def _refill(backend: Backend, points: Clusterable, means: Any, centroids: Any, counts: Any) -> None:
     """Let clusters left empty take the rows farthest from the centroids, as scikit-learn has it."""
     xp = backend.xp
     empty = xp.flatnonzero(counts == 0)

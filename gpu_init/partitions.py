@@ -100,13 +100,13 @@ def _task(function: Callable[..., _T]) -> Callable[..., _T]:
     """One at a time in a process, and what another run kept is dropped."""
 
     @functools.wraps(function)
-    def wrapped(work: Work, *arguments: Any) -> _T:
+    def wrapped(work: Work, *arguments: Any, **named: Any) -> _T:
         with _turn:
             if _kept.get("run") != work.run:
                 _kept.clear()
                 _kept["run"] = work.run
             with _backend(work).explained():
-                return function(work, *arguments)
+                return function(work, *arguments, **named)
 
     return wrapped
 
@@ -470,8 +470,8 @@ def placed(work: Work, number: int) -> int:
 
 
 @_task
-def label_interactions(work: Work, number: int, centroids: Any) -> Any:
-    """Write the labels that the users of a part have in all modalities; gives nothing."""
+def label_interactions(work: Work, number: int, centroids: Any) -> None:
+    """Write the labels that the users of a part have in all modalities."""
     backend, points = _backend(work), _placed(work, number)
     labels = method.behaviour_labels(backend, _part(work, number), points, backend.asarray(centroids))
     write_range(work.path(f"{INTERACTIONS}/labels.npy"), work.bounds[number], backend.to_host(labels))
@@ -564,8 +564,11 @@ def _plan(work: Work, number: int, fitted: Fitted) -> Blend:
     item_labels = None if fitted.item_labels is None else backend.asarray(fitted.item_labels)
     arrays = (backend.asarray(fitted.centroids), backend.asarray(labels), item_labels)
     cold, width = backend.asarray(fitted.cold), modality.values.shape[1]
-    step = method.block_rows(width, 4 * method.ARRAY_BLOCK_BYTES)
-    return method.fit(backend, part, modality, weighting, settings, arrays, fitted.scale, step, cold)
+    return method.fit(backend, part, modality, weighting, settings, arrays, fitted.scale, _block_rows(width), cold)
+
+
+def _block_rows(width: int) -> int:
+    return method.block_rows(width, 4 * method.ARRAY_BLOCK_BYTES)
 
 
 @_task
@@ -599,12 +602,11 @@ def write(work: Work, number: int, fitted: Fitted) -> NormSums:
 
 def _blocks(work: Work, number: int, plan: Blend, dtype: str) -> Any:
     backend, width = _backend(work), plan.modality.values.shape[1]
-    rows = method.block_rows(width, 4 * method.ARRAY_BLOCK_BYTES)
 
     def space(part: slice) -> Any:
         return backend.empty((part.stop - part.start, width), dtype)
 
-    return method.blocks(backend, _part(work, number), plan, rows, dtype, space)
+    return method.blocks(backend, _part(work, number), plan, _block_rows(width), dtype, space)
 
 
 @_task

@@ -254,10 +254,11 @@ class Sink(io.RawIOBase):
             self.size += written
             chunk = chunk[written:]
 
-    def skip(self, data: bytes) -> None:
-        """Count bytes that stand in the file already."""
-        self.digest.update(data)
-        self.size += len(data)
+    def skip(self) -> None:
+        """Count the bytes that stand in the file already, from here to its end."""
+        while data := os.read(self.descriptor, _CHUNK):
+            self.digest.update(data)
+            self.size += len(data)
 
 
 @contextmanager
