@@ -34,7 +34,6 @@ FIRST_PAUSE = 0.5  # seconds; each further one is four times as long
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
 _GLOB = frozenset("*?[")
-_SIZES: dict[str, int] = {}  # as they were found last
 _FINAL = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "InvalidRegionError")
 _TAGS = ("md5Hash", "crc32c", "ETag", "etag")  # of the content, as the stores call them
 
@@ -195,7 +194,7 @@ class Object(io.RawIOBase):
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._size = _SIZES[url] if url in _SIZES else _facts(url)[0]
+        self._size, _ = _facts(url)
         self._at = 0
 
     def readable(self) -> bool:
@@ -239,8 +238,7 @@ def _facts(url: str) -> tuple[int, str]:
     info = _call(url, lambda store, path: store.info(path))
     if info["type"] != "file":
         raise InputError(f"{url}: is no object, but a folder of them.")
-    _SIZES[url] = int(info["size"])
-    return _SIZES[url], str(next((info[name] for name in _TAGS if info.get(name)), ""))
+    return int(info["size"]), str(next((info[name] for name in _TAGS if info.get(name)), ""))
 
 
 def _kind(url: str) -> str | None:
