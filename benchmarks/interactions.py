@@ -49,6 +49,7 @@ DIM = 64
 BOOTSTRAPS = 1000
 REPEATS = 3
 MEMORY = 300_000_000  # bytes that --memory gives
+DRAWN = (2, 6, 10)  # interactions for each user at least: the demo's, and denser data
 TOLD = "told half of the groups"
 PARTS = ("table", "groups", "cost", "svd")
 Features = Mapping[str, NDArray[np.float32]]
@@ -214,10 +215,17 @@ def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def groups(given: argparse.Namespace) -> None:
-    """Clusters against the groups of taste of the demo's data, whose features are made noise."""
+    """Clusters against the groups of taste of the demo's data, and of denser data, whose features are made noise."""
+    lines = [line for drawn in DRAWN for line in _agreement(given, drawn)]
+    columns = ["drawn at least", "clusters on", "K", "interactions at least", "users", "adjusted Rand index"]
+    show("features of noise, groups of taste", columns, lines)
+
+
+def _agreement(given: argparse.Namespace, drawn: int) -> list[list[Any]]:
+    """Rows of the table above for data with so many interactions drawn for each user."""
     users, items = (2000, 400) if given.quick else (20_000, 4000)
     with tempfile.TemporaryDirectory() as folder:
-        made = demo.make(folder, users=users, items=items, seed=0)
+        made = demo.make(folder, users=users, items=items, seed=0, least=drawn)
         R = csr_matrix((np.ones(len(made.seen[0]), np.float32), made.seen), shape=(users, items))
         taste = made.user_groups
     noise = {"noise": np.random.default_rng(0).standard_normal((items, 64)).astype(np.float32)}
@@ -234,10 +242,9 @@ def groups(given: argparse.Namespace) -> None:
             some = degrees >= least
             found = adjusted_rand_score(taste[some], labels[some])
             facts = {"items": items, "clusters": k, "least_degree": least, "users": int(some.sum()), "ari": found}
-            row(given.results / "interactions_groups.csv", clusters_on=kind, **facts)
-            lines.append([kind, k, least, int(some.sum()), found])
-    columns = ["clusters on", "K", "interactions at least", "users", "adjusted Rand index"]
-    show("features of noise, groups of taste", columns, lines)
+            row(given.results / "interactions_groups.csv", clusters_on=kind, drawn=drawn, **facts)
+            lines.append([drawn, kind, k, least, int(some.sum()), found])
+    return lines
 
 
 # What it costs.

@@ -59,7 +59,7 @@ class DemoData:
     item_groups: NDArray[np.int64]
 
 
-def make(folder: str | Path, *, users: int = 20_000, items: int = 4_000, seed: int = 0) -> DemoData:
+def make(folder: str | Path, *, users: int = 20_000, items: int = 4_000, seed: int = 0, least: int = 2) -> DemoData:
     """Write the demo's interactions, features and job file; the same arguments give the same bytes.
 
     Parameters
@@ -71,6 +71,8 @@ def make(folder: str | Path, *, users: int = 20_000, items: int = 4_000, seed: i
         image (rows of NaN) and 5% no text (no row).
     seed : int
         Seeds everything.
+    least : int
+        Interactions drawn for a user who has any, before one is held out and repeated ones count once.
 
     Raises
     ------
@@ -84,7 +86,7 @@ def make(folder: str | Path, *, users: int = 20_000, items: int = 4_000, seed: i
     user_groups = rng.choice(GROUPS, users, p=_falling(GROUPS, 0.5))
     places = _unit_rows(rng.standard_normal((GROUPS, _TASTE_WIDTH)))
     nature = places[item_groups] + 0.25 * rng.standard_normal((items, _TASTE_WIDTH))
-    pairs = _interactions(rng, user_groups, item_groups, nature)
+    pairs = _interactions(rng, user_groups, item_groups, nature, least)
     times = _FIRST_SECOND + rng.integers(0, _YEAR, len(pairs[0]))
     match = user_groups[pairs[0]] == item_groups[pairs[1]]
     ratings = np.clip(rng.binomial(4, 0.6, len(match)) + match + 1, 1, 5)
@@ -174,11 +176,15 @@ def evaluate(
 
 
 def _interactions(
-    rng: np.random.Generator, user_groups: NDArray[np.int64], item_groups: NDArray[np.int64], nature: NDArray[Any]
+    rng: np.random.Generator,
+    user_groups: NDArray[np.int64],
+    item_groups: NDArray[np.int64],
+    nature: NDArray[Any],
+    least: int,
 ) -> Pairs:
     """Draw (users, items), each pair once, sorted by user."""
     n_users, n_items = len(user_groups), len(item_groups)
-    degrees = np.minimum(2 + (4 * rng.pareto(_DEGREE_EXPONENT, n_users)).astype(np.int64), max(n_items // 8, 2))
+    degrees = np.minimum(least + (4 * rng.pareto(_DEGREE_EXPONENT, n_users)).astype(np.int64), max(n_items // 8, 2))
     degrees[rng.permutation(n_users)[: n_users // 100]] = 0
     users = np.repeat(np.arange(n_users), degrees)
     groups = np.where(rng.random(len(users)) < 0.75, user_groups[users], rng.integers(0, GROUPS, len(users)))
