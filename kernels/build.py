@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from gpu_init.errors import ResourceError
 
-from .compiled import compiled, compiled_serial
+from .compiled import compiled, compiled_serial, inner, inner_large
 from .csr import Csr
 from .texts import NumbaTexts
 
@@ -38,7 +38,7 @@ def _count(rows, degrees):  # type: ignore[no-untyped-def]
 # A hash table of numbers: open addressing, at most half full; slots hold codes, -1 where empty.
 
 
-@njit(inline="always")
+@inner
 def _slot(number, slots):  # type: ignore[no-untyped-def]
     mixed = np.uint64(number) * np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(32)
@@ -140,7 +140,8 @@ def _fill(rows, columns, values, cursor, indices, weights):  # type: ignore[no-u
 @compiled_serial
 def _gather(rows, columns, values, shift, places, rows_to, columns_to, values_to):  # type: ignore[no-untyped-def]
     """Copy interactions so that those of neighbouring rows, equal but for the last ``shift`` bits, lie together."""
-    places[:] = 0
+    for group in range(places.size):
+        places[group] = 0
     for k in range(rows.size):
         places[rows[k] >> shift] += 1
     place = 0
@@ -155,42 +156,46 @@ def _gather(rows, columns, values, shift, places, rows_to, columns_to, values_to
         places[rows[k] >> shift] = place + 1
 
 
-@njit
+@inner_large
 def _sort_short(indices, weights, first, last):  # type: ignore[no-untyped-def]
     """Sort interactions by item in place, by insertion."""
-    weighted = weights.size > 0
     for k in range(first + 1, last):
         item = indices[k]
-        weight = weights[k] if weighted else np.float32(1)
+        weight = np.float32(1)
+        if weights is not None:
+            weight = weights[k]
         at = k
         while at > first and indices[at - 1] > item:
             indices[at] = indices[at - 1]
-            if weighted:
+            if weights is not None:
                 weights[at] = weights[at - 1]
             at -= 1
         indices[at] = item
-        if weighted:
+        if weights is not None:
             weights[at] = weight
 
 
-@njit
-def _move_by_digit(shift, items, weights, items_to, weights_to, places):  # type: ignore[no-untyped-def]
+@inner_large
+def _move_by_digit(  # type: ignore[no-untyped-def]
+    shift, items, weights, first, last, items_to, weights_to, first_to, places
+):
     """Copy interactions in order of a digit of their item, those of one digit in the order they have."""
-    places[:] = 0
-    for k in range(items.size):
+    for digit in range(places.size):
+        places[digit] = 0
+    for k in range(first, last):
         places[(items[k] >> shift) & _DIGIT] += 1
-    place = 0
+    place = first_to
     for digit in range(places.size):
         place, places[digit] = place + places[digit], place
-    for k in range(items.size):
+    for k in range(first, last):
         digit = (items[k] >> shift) & _DIGIT
         items_to[places[digit]] = items[k]
-        if weights.size > 0:
+        if weights is not None:
             weights_to[places[digit]] = weights[k]
         places[digit] += 1
 
 
-@njit
+@inner_large
 def _sort(indices, weights, first, last, spare_items, spare_weights):  # type: ignore[no-untyped-def]
     """Sort one row by item, then by weight: by insertion, or by the items' digits, the least first."""
     if last - first <= _SHORT:
@@ -199,20 +204,14 @@ def _sort(indices, weights, first, last, spare_items, spare_weights):  # type: i
         bits = 0
         for k in range(first, last):
             bits |= indices[k]
-        items, values = indices[first:last], weights[first:last]
-        other_items, other_values = spare_items[: last - first], spare_weights[: last - first]
         places = np.empty(_DIGIT + 1, np.int64)
-        shift = 0
-        while bits >> shift:
-            _move_by_digit(shift, items, values, other_items, other_values, places)
-            items, other_items = other_items, items
-            values, other_values = other_values, values
+        start = shift = np.int64(0)  # a constant would be compiled for, too
+        while bits >> shift:  # there and back: two digits
+            _move_by_digit(shift, indices, weights, first, last, spare_items, spare_weights, start, places)
             shift += _DIGIT_BITS
-        if (shift // _DIGIT_BITS) % 2 == 1:
-            indices[first:last] = items
-            if weights.size > 0:
-                weights[first:last] = values
-    if weights.size > 0:
+            _move_by_digit(shift, spare_items, spare_weights, start, last - first, indices, weights, first, places)
+            shift += _DIGIT_BITS
+    if weights is not None:
         start = first
         for k in range(first + 1, last + 1):
             if k == last or indices[k] != indices[start]:
@@ -221,7 +220,7 @@ def _sort(indices, weights, first, last, spare_items, spare_weights):  # type: i
                 start = k
 
 
-@njit
+@inner_large
 def _longest(indptr, first, last):  # type: ignore[no-untyped-def]
     longest = 0
     for row in range(first, last):
@@ -229,13 +228,13 @@ def _longest(indptr, first, last):  # type: ignore[no-untyped-def]
     return longest
 
 
-@njit
+@inner_large
 def _is_sorted(indices, weights, first, last):  # type: ignore[no-untyped-def]
     for k in range(first + 1, last):
         if indices[k] <= indices[k - 1]:
             if indices[k] < indices[k - 1]:
                 return False
-            if weights.size > 0 and weights[k] < weights[k - 1]:
+            if weights is not None and weights[k] < weights[k - 1]:
                 return False
     return True
 
@@ -244,13 +243,12 @@ def _is_sorted(indices, weights, first, last):  # type: ignore[no-untyped-def]
 def _sort_rows(bounds, indptr, indices):  # type: ignore[no-untyped-def]
     """Sort the rows of interactions that weigh 1; returns how many repeat the one before."""
     repeats = 0
-    nothing = np.empty(0, np.float32)
     for part in prange(bounds.size - 1):
         spare = np.empty(_longest(indptr, bounds[part], bounds[part + 1]), np.int32)
         for row in range(bounds[part], bounds[part + 1]):
             first, last = indptr[row], indptr[row + 1]
-            if not _is_sorted(indices, nothing, first, last):
-                _sort(indices, nothing, first, last, spare, nothing)
+            if not _is_sorted(indices, None, first, last):
+                _sort(indices, None, first, last, spare, None)
             for k in range(first + 1, last):
                 repeats += indices[k] == indices[k - 1]
     return repeats
@@ -285,7 +283,8 @@ def _sum_rows(bounds, indptr, indices, weights):  # type: ignore[no-untyped-def]
                     uneven += weights[write] != 1
                     write += 1
             left_over += last - write
-            indices[write:last] = -1
+            for at in range(write, last):
+                indices[at] = -1
     return left_over, uneven
 
 

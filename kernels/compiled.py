@@ -31,8 +31,11 @@ def _cache_folder() -> str | None:
 _REORDERING = {"reassoc", "nsz", "contract"}  # sums in vectors, products fused with them
 
 # What kernels call: compiled apart, which takes much less time than numba's own inlining; LLVM inlines them anyway.
-inner: Any = njit(error_model="numpy", nogil=True, forceinline=True)
-inner_reordering: Any = njit(error_model="numpy", nogil=True, forceinline=True, fastmath=_REORDERING)
+# Nobody else calls them, so they go without the code that would take them there.
+_INNER: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+inner: Any = njit(**_INNER, forceinline=True)
+inner_large: Any = njit(**_INNER)
+inner_reordering: Any = njit(**_INNER, forceinline=True, fastmath=_REORDERING)
 
 
 def _load_threads() -> None:
@@ -65,7 +68,7 @@ def _compile(function: Any, parallel: bool, fastmath: Any = False) -> Any:
     try:
         config.CACHE_DIR = folder or ""  # read when the decorator runs, so it need not stay set for others
         options: dict[str, Any] = {"cache": folder is not None, "nogil": True, "error_model": "numpy"}
-        return njit(parallel=parallel, fastmath=fastmath, **options)(function)
+        return njit(parallel=parallel, fastmath=fastmath, no_cfunc_wrapper=True, **options)(function)
     finally:
         config.CACHE_DIR = before
 

@@ -51,6 +51,21 @@ def _factor(kind, share, weights, entry, item_scale, item):  # type: ignore[no-u
     return kind(factor)
 
 
+# As loops, since numba takes seconds to compile the same of whole arrays.
+
+
+@inner
+def _fill(values, value):  # type: ignore[no-untyped-def]
+    for at in range(values.size):
+        values[at] = value
+
+
+@inner
+def _copy(values, to):  # type: ignore[no-untyped-def]
+    for at in range(values.size):
+        to[at] = values[at]
+
+
 @inner
 def _add_row(total, factor, features, item):  # type: ignore[no-untyped-def]
     if factor != 0.0:  # a missing item's row may be NaN and is not read
@@ -84,15 +99,16 @@ def _add_listed(  # type: ignore[no-untyped-def]
 
     ``factors`` are all ``share`` where interactions have no weights and items no scale.
     """
-    if weights is None and item_scale is None:
-        _add_columns(total, table, indices[first:last], factors, last - first)
-        return
-    count = 0
-    for entry in range(first, last):
-        items[count] = indices[entry]
-        factors[count] = _factor(factors.dtype.type, share, weights, entry, item_scale, indices[entry])
-        count += factors[count] != 0.0  # a missing item's row may be NaN and is not read
-    _add_columns(total, table, items, factors, count)
+    chosen = indices[first:last]
+    count = last - first
+    if weights is not None or item_scale is not None:
+        chosen = items
+        count = 0
+        for entry in range(first, last):
+            items[count] = indices[entry]
+            factors[count] = _factor(factors.dtype.type, share, weights, entry, item_scale, indices[entry])
+            count += factors[count] != 0.0  # a missing item's row may be NaN and is not read
+    _add_columns(total, table, chosen, factors, count)
 
 
 @inner
@@ -106,15 +122,15 @@ def _sum_items(  # type: ignore[no-untyped-def]
     for entry in range(first + _AHEAD, min(last + _AHEAD, stop)):
         prefetch_row(features, indices[entry])
     if weights is None and item_scale is None:
-        factors[:] = share
+        _fill(factors, share)
     if last - first <= _LISTED:
         _add_listed(total, items, factors, share, first, last, indices, weights, item_scale, features)
         return
-    whole[:] = total
+    _copy(total, whole)
     for start in range(first, last, _LISTED):
         end = min(start + _LISTED, last)
         _add_listed(whole, items, factors, share, start, end, indices, weights, item_scale, features)
-    total[:] = whole
+    _copy(whole, total)
 
 
 @compiled
@@ -168,13 +184,13 @@ def _aggregate_blend(  # type: ignore[no-untyped-def]
             first, last = indptr[row], indptr[row + 1]
             cluster_share = scale * (1.0 - lam[row])
             if item_labels is not None:
-                whole[:] = 0.0
+                _fill(whole, 0.0)
                 for entry in range(first, last):
                     label = item_labels[indices[entry]]
                     if label >= 0:
                         share = cluster_share * mean_scale[row]
                         _add_row(whole, _factor(np.float64, share, weights, entry, None, 0), centroids, label)
-                total[:] = whole
+                _copy(whole, total)
             if user_labels is not None:
                 factor = np.float32(cluster_share)
                 for column in range(width):
@@ -259,7 +275,7 @@ def _assign(  # type: ignore[no-untyped-def]
                 soon = rows[at + _AHEAD]
                 for entry in range(indptr[soon], min(indptr[soon + 1], indptr[soon] + _LISTED)):
                     prefetch_row(table, indices[entry])
-            products[:] = 0.0
+            _fill(products, 0.0)
             for first in range(indptr[row], indptr[row + 1], _LISTED):
                 last = min(first + _LISTED, indptr[row + 1])
                 _add_listed(products, items, factors, 1.0, first, last, indices, weights, item_scale, table)
@@ -401,7 +417,7 @@ def _gram(indptr, indices, weights, table, row_factors, far, partial):  # type: 
         last = np.searchsorted(indptr, indptr[0] + (part + 1) * work // parts) if part + 1 < parts else indptr.size - 1
         stop = indptr[last]
         for row in range(first, last):
-            products[:] = 0.0
+            _fill(products, 0.0)
             if far:
                 for entry in range(indptr[row] + _AHEAD, min(indptr[row + 1] + _AHEAD, stop)):
                     prefetch_row(table, indices[entry])
@@ -409,9 +425,12 @@ def _gram(indptr, indices, weights, table, row_factors, far, partial):  # type: 
             for start in range(indptr[row], indptr[row + 1], _LISTED):
                 end = min(start + _LISTED, indptr[row + 1])
                 if weights is not None:
-                    factors[: end - start] = weights[start:end]
+                    for at in range(end - start):
+                        factors[at] = weights[start + at]
                 _add_columns(products, table, indices[start:end], factors, end - start)
-            products *= row_factors[row]
+            row_factor = row_factors[row]
+            for column in range(width):
+                products[column] *= row_factor
             for entry in range(indptr[row], indptr[row + 1]):
                 item, factor = indices[entry], _factor(np.float64, 1.0, weights, entry, None, 0)
                 for column in range(width):
