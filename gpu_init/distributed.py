@@ -16,6 +16,7 @@ import logging
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
@@ -73,15 +74,15 @@ from .job import (
 from .kernels import Csr
 from .objects import open_staging
 from .partitions import SCRATCH, SHARED, Fitted, Rows, Work
-from .progress import Progress
+from .progress import Progress, Step
 from .remote import is_url
 from .storage import expand, make_folder
-from .tables import Table, open_table, pieces
+from .tables import Table, open_table, pieces, stated_rows
 
-PIECE_ROWS = 1 << 22  # of interactions that one task reads
+PIECE_ROWS, MOST_PIECES = 1 << 20, 1 << 12  # of interactions that one task reads, at least; tasks, about
 PART_ROWS = 1 << 22  # of interactions in a part of R, about
-LEAST_PARTS = 8  # where there are users enough
-FAN_IN = 8  # results that one task adds up
+LEAST_PARTS, MOST_PARTS = 8, 1 << 10  # where there are users enough; a step of K-means is a task of each
+FAN_IN = 4  # results that one task adds up
 PATIENCE = 60  # seconds for workers to come, or to come back
 
 
@@ -123,11 +124,13 @@ class _Dask:
             import dask
             import dask.dataframe
             import distributed
+            from dask.sizeof import sizeof
             from distributed.comm.core import CommClosedError
             from distributed.scheduler import KilledWorker
         except ImportError as error:
             raise InputError(f"--scheduler needs Dask ({one_line(error)}): pip install 'gpu-init[dask]'") from None
         self.options: Any = dask.config.set
+        self.sizeof: Callable[[Any], int] = sizeof
         self.from_map: Any = dask.dataframe.from_map
         self.as_completed: Any = distributed.as_completed
         self.Client: Any = distributed.Client
@@ -148,7 +151,10 @@ class Workers:
     def __init__(self, dask: _Dask, client: Any) -> None:
         self._dask = dask
         self._client = client
+        self._size = dask.sizeof
         self._places: dict[int, str] = {}
+        self._work: tuple[Work, Any] | None = None  # the last one that tasks were given, as they were given it
+        self._carried = 0  # bytes to and from this process
 
     def present(self) -> list[str]:
         """Addresses of the workers that are there; where there are none yet, or all are lost, those that come soon."""
@@ -185,49 +191,70 @@ class Workers:
         with suppress(Exception):  # they have gone, or the scheduler has
             self._client.run(partitions.forget)
 
-    def submit(self, function: Callable[..., Any], work: Work, calls: dict[int, tuple[Any, ...]]) -> dict[int, Any]:
-        """Tasks about parts, each with its arguments, on the workers that keep them while there are these."""
-        places = self._placed(calls)
-        options = {"allow_other_workers": True, "pure": False}
+    def traffic(self) -> int:
+        """Bytes so far of what tasks were given, of what they gave to this process, and of what workers sent others.
+
+        What a lost worker had sent is not among them.
+        """
+        return self._carried + int(sum(self._client.run(partitions.sent, on_error="ignore").values()))
+
+    def submit(
+        self, function: Callable[..., Any], work: Work, shared: tuple[Any, ...], own: dict[int, tuple[Any, ...]]
+    ) -> dict[int, Any]:
+        """Tasks about parts, on the workers that keep them while there are these.
+
+        All have ``shared`` arguments, which travel to each worker once, and each its ``own``.
+        """
+        places, given = self._placed(own), self._given(shared) if shared else ()
+        if self._work is None or self._work[0] is not work:
+            self._work = (work, self._given(work))
+        self._carried += sum(map(self._size, own.values()))
+        task, options = (partitions.about, function, self._work[1]), {"allow_other_workers": True, "pure": False}
         return {
-            number: self._client.submit(function, work, number, *arguments, workers=[places[number]], **options)
-            for number, arguments in calls.items()
+            number: self._client.submit(*task, number, given, *arguments, workers=[places[number]], **options)
+            for number, arguments in own.items()
         }
 
-    def of_all(self, function: Callable[..., Any], work: Work, *arguments: Any) -> list[Any]:
-        """A task about each part, in order."""
-        return list(self.submit(function, work, dict.fromkeys(range(len(work.bounds) - 1), arguments)).values())
+    def _given(self, value: Any) -> Any:
+        """As the result of a task, which workers take from each other, and which is made again where it is lost."""
+        self._carried += self._size(value)
+        return self._client.submit(partitions.given, value, pure=False)
 
-    def map(self, function: Callable[..., Any], work: Work, *arguments: Any) -> list[Any]:
+    def of_all(self, function: Callable[..., Any], work: Work, *shared: Any) -> list[Any]:
+        """A task about each part, in order."""
+        return list(self.submit(function, work, shared, dict.fromkeys(range(len(work.bounds) - 1), ())).values())
+
+    def map(self, function: Callable[..., Any], work: Work, *shared: Any) -> list[Any]:
         """Results of a task about each part, in order."""
-        return self.results(self.of_all(function, work, *arguments))
+        return self.results(self.of_all(function, work, *shared))
 
     def results(self, futures: Any) -> list[Any]:
         """Of tasks, in order."""
-        return self._client.gather(list(futures))  # type: ignore[no-any-return]
+        found: list[Any] = self._client.gather(list(futures))
+        self._carried += sum(map(self._size, found))
+        return found
 
-    def each(
-        self, function: Callable[..., Any], work: Work, done: set[int], *arguments: Any
-    ) -> Iterator[tuple[int, Any]]:
+    def each(self, function: Callable[..., Any], work: Work, done: set[int], *shared: Any) -> Iterator[tuple[int, Any]]:
         """Number and result of a task about each part but some, as they come."""
         numbers = [number for number in range(len(work.bounds) - 1) if number not in done]
-        futures = self.submit(function, work, dict.fromkeys(numbers, arguments))
+        futures = self.submit(function, work, shared, dict.fromkeys(numbers, ()))
         numbered = {future: number for number, future in futures.items()}
         for future in self._dask.as_completed(numbered, loop=self._client.loop):
-            yield numbered[future], future.result()
+            yield numbered[future], self.results([future])[0]
 
     def total(
-        self, function: Callable[..., Any], work: Work, *arguments: Any, join: Callable[..., Any] = partitions.add
+        self, function: Callable[..., Any], work: Work, *shared: Any, join: Callable[..., Any] = partitions.add
     ) -> Any:
         """Sum of what a task gives of each part, or another join of it, made on the workers in one order."""
-        futures = self.of_all(function, work, *arguments)
+        futures = self.of_all(function, work, *shared)
         while len(futures) > 1:
             groups = [futures[start : start + FAN_IN] for start in range(0, len(futures), FAN_IN)]
             futures = [self._client.submit(join, *group, pure=False) for group in groups]
-        return futures[0].result()
+        return self.results(futures)[0]
 
     def gather(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Results of calls that are about no part, in order."""
+        self._carried += sum(map(self._size, calls))
         return self.results(self._client.submit(function, *call, pure=False) for call in calls)
 
     def shuffled(self, work: Work, calls: Sequence[tuple[Table, range | None]], axis_rows: int | None) -> list[Any]:
@@ -242,26 +269,29 @@ class Workers:
         count = len(work.bounds) - 1
         split = frame.shuffle("part", npartitions=count)
         stored = split.map_partitions(
-            partitions.store_all, work, meta=pd.DataFrame({"part": [0], "pairs": [0], "weight": [0.0]})
+            partitions.store_all, work, meta=pd.DataFrame({"part": [0], "rows": [0], "pairs": [0], "weight": [0.0]})
         )
         found = self._client.compute(stored).result()
-        by_part = {int(row.part): {"pairs": int(row.pairs), "weight": float(row.weight)} for row in found.itertuples()}
+        by_part = {
+            int(row.part): {"rows": int(row.rows), "pairs": int(row.pairs), "weight": float(row.weight)}
+            for row in found.itertuples()
+        }
         nothing = partitions.no_rows(tables[0])  # of users without interactions
         empty = {number: (nothing,) for number in range(count) if number not in by_part}
-        by_part |= zip(empty, self.results(self.submit(partitions.store, work, empty).values()), strict=True)
+        by_part |= zip(empty, self.results(self.submit(partitions.store, work, (), empty).values()), strict=True)
         return [by_part[number] for number in range(count)]
 
     def _placed(self, numbers: Iterable[int]) -> dict[int, str]:
-        """The worker of each part; parts of one that is gone go to those that have fewest."""
+        """The worker of each part: neighbours on one, as they are added up first; a lost one's go to others."""
         there = self.present()
-        load = dict.fromkeys(there, 0)
-        for place in self._places.values():
-            if place in load:
-                load[place] += 1
-        for number in numbers:
-            if self._places.get(number) not in load:
-                self._places[number] = min(there, key=lambda address: load[address])
-                load[self._places[number]] += 1
+        homeless = [number for number in numbers if self._places.get(number) not in there]
+        load = Counter(dict.fromkeys(there, 0))
+        load.update(place for place in self._places.values() if place in load)
+        share = -(-(sum(load.values()) + len(homeless)) // len(there))
+        for number in homeless:
+            place = next((address for address in there if load[address] < share), there[0])
+            self._places[number] = place
+            load[place] += 1
         return self._places
 
 
@@ -368,6 +398,14 @@ class _Run:
         self._warm: dict[str, list[int]] = {}
         self._pairs = 0
 
+    @contextmanager
+    def _step(self, name: str, **measures: Any) -> Iterator[Step]:
+        """See `Progress.step`; what is carried meanwhile is noted."""
+        before = self.workers.traffic()
+        with self.progress.step(name, **measures) as step:
+            yield step
+            step.cost(carried_bytes=max(0, self.workers.traffic() - before))
+
     # Read.
 
     def read(self) -> Counts:
@@ -375,7 +413,7 @@ class _Run:
         config, progress = self.config, self.progress
         self._tables, present = read_features(config, progress)
         axis = item_axis_of(self._tables)
-        with progress.step("read interactions", unit="row") as step:
+        with self._step("read interactions", unit="row") as step:
             counts = self._store(axis, step)
             step.note(users=counts.users, items=counts.items, pairs=counts.pairs)
         for name, table in self._tables.items():
@@ -396,17 +434,22 @@ class _Run:
         tables = [open_table(path if is_url(path) else os.path.abspath(path), columns, warnings) for path in paths]
         for line in warnings:
             self.progress.warn(line)
-        calls = [(table, groups) for table in tables for groups in pieces(table, PIECE_ROWS)]
-        found = workers.gather(partitions.find, [(self.work, *call, axis.rows) for call in calls])
-        read, kept = sum(one.read for one in found), sum(one.kept for one in found)
+        stated = stated_rows(config.interactions)
+        size = max(PIECE_ROWS, stated // MOST_PIECES)
+        calls = [(table, groups) for table in tables for groups in pieces(table, size)]
+        typed = all(table.separator is None for table in tables)
+        if typed and config.where is None and isinstance(config.users, int) and axis.rows is not None:
+            found, read, kept = [], stated, stated  # no need to look before all are brought together
+        else:
+            found = workers.gather(partitions.find, [(self.work, *call, axis.rows) for call in calls])
+            read, kept = sum(one.read for one in found), sum(one.kept for one in found)
         step.advance(read)
         require_kept(config.interactions, read, kept)
         users, user_ids = self._users([one.users for one in found])
         items, item_ids = axis.rows, None
         if items is None:
-            _, items, item_ids = item_axis(
-                partitions.distinct(*(one.items for one in found)), config.interactions, axis
-            )
+            distinct = partitions.distinct(*(one.items for one in found))
+            _, items, item_ids = item_axis(distinct, config.interactions, axis)
         for name, ids in (("users", user_ids), ("items", item_ids)):
             if ids is not None:
                 self.staging.save_table(f"{SCRATCH}/{name}.parquet", pd.DataFrame({"id": ids}))
@@ -442,7 +485,7 @@ class _Run:
                 continue
             kept = f"{name}/items.npy" if settings.dim is not None else f"{SCRATCH}/{name}.npy"
             if staging.finished(kept) is None:
-                with self.progress.step(f"place {name}" if settings.dim is None else f"project {name}"):
+                with self._step(f"place {name}" if settings.dim is None else f"project {name}"):
                     modality = features.align(
                         self.backend, table, self._masks[name], self._rows[name], exact=settings.dim is not None
                     )
@@ -473,7 +516,7 @@ class _Run:
         )
         items, labels = f"{INTERACTIONS}/items.npy", f"{INTERACTIONS}/labels.npy"
         if staging.finished(items) is None:
-            with self.progress.step("embed interactions") as step:
+            with self._step("embed interactions") as step:
                 graph = _PartitionedGraph(staging, workers, work, self._pairs)
                 embedding = spectral.fit(backend, graph, settings.cluster_rank or method.RANK, settings.seed)
                 facts = {"products": embedding.products, "settled": embedding.settled}
@@ -483,7 +526,7 @@ class _Run:
             staging.finish(items, facts)
         if staging.finished(INTERACTIONS) is None:
             counts = workers.map(partitions.placed, work)
-            with self.progress.step("cluster interactions") as step:
+            with self._step("cluster interactions") as step:
                 middle = np.zeros(staging.load(items).shape[1])
                 found, choice, sizes = self._fit(Rows(INTERACTIONS, "tiled", middle), counts, method.INERTIA_TOLERANCE)
                 step.note(clusters=len(found.centroids), iterations=found.iterations)
@@ -524,7 +567,7 @@ class _Run:
         users, clusters, width = work.bounds[-1], len(fitted.centroids), values.shape[1]
         labelled = staging.finished(f"{name}/labels")
         if labelled is None:
-            with self.progress.step(f"label {name}"):
+            with self._step(f"label {name}"):
                 staging.allocate(f"{name}/labels.npy", (users,), np.int32)
                 sizes, shares = workers.total(partitions.label, work, fitted)
                 staging.adopt(f"{name}/labels.npy")
@@ -536,10 +579,10 @@ class _Run:
         fitted, lam = self._lambda(modality, fitted)
         fitted = replace(fitted, scale=self._scale(modality, fitted))
         staging.allocate(f"{name}/users.npy", (users, width), np.dtype(settings.dtype))
-        with self.progress.step(f"write {name}", total=users, unit="user") as step:
+        with self._step(f"write {name}", total=users, unit="user") as step:
             written = self._write(fitted, step)
             staging.adopt(f"{name}/users.npy")
-        with self.progress.step(f"sample {name}"):
+        with self._step(f"sample {name}"):
             some = functools.partial(self._some, modality, fitted)
             arrays = described(self.backend, modality, fitted.centroids, sum(self._warm[name]), some, settings.seed)
             for part, array in arrays.items():
@@ -569,7 +612,7 @@ class _Run:
                 facts = staging.finished(INTERACTIONS) or {}
                 centroids = self._shared_centroids(rows, sum(self._warm[name]))
             else:
-                with self.progress.step(f"cluster {name}") as step:
+                with self._step(f"cluster {name}") as step:
                     if settings.cluster_on == "users":
                         found, choice, sizes = self._fit(rows, self._warm[name])
                     else:
@@ -605,7 +648,7 @@ class _Run:
         facts = self.staging.finished(key)
         if facts is None:
             facts = {"temperature": TEMPERATURE if settings.temperature is None else settings.temperature}
-            with self.progress.step(f"weigh {name}"):
+            with self._step(f"weigh {name}"):
                 if settings.lam == "shrink":
                     facts = {"tau": settings.tau} if settings.tau is not None else self._tau(modality)
                 fitted = replace(fitted, tau=facts.get("tau"))
@@ -628,7 +671,7 @@ class _Run:
             return 1.0
         facts = self.staging.finished(f"{modality.name}/scale")
         if facts is None:
-            with self.progress.step(f"measure {modality.name}"):
+            with self._step(f"measure {modality.name}"):
                 users = norm_statistics(self.workers.map(partitions.measure, self.work, fitted))["mean"]
             items = item_norms(self.backend, modality)["mean"]
             facts = {"scale": items / users if items > 0 and users > 0 else 1.0}
@@ -647,8 +690,8 @@ class _Run:
 
     def _some(self, modality: Modality, fitted: Fitted, numbers: Any) -> tuple[Interactions, Blend]:
         """See `describe.Some`."""
-        calls = {part: (fitted, index) for part, index in _by_part(self._warm[modality.name], numbers)}
-        parts = self.workers.results(self.workers.submit(partitions.drawn, self.work, calls).values())
+        own = {part: (index,) for part, index in _by_part(self._warm[modality.name], numbers)}
+        parts = self.workers.results(self.workers.submit(partitions.drawn, self.work, (fitted,), own).values())
 
         def joined(key: str) -> Any:
             arrays = [part[key] for part in parts]
@@ -679,7 +722,7 @@ class _Run:
 
 def _bounds(users: int, kept: int) -> tuple[int, ...]:
     """First user of each part, and U, from the number of interactions: multiples of `NORM_ROWS`."""
-    parts = max(LEAST_PARTS, -(-kept // PART_ROWS))
+    parts = min(max(LEAST_PARTS, -(-kept // PART_ROWS)), MOST_PARTS)
     step = max(1, -(-users // (parts * NORM_ROWS))) * NORM_ROWS
     return (*range(0, users, step), users)
 
@@ -723,19 +766,17 @@ class Partitioned:
     def rows(self, index: Any, dtype: Any) -> Any:
         """See `Points.rows`."""
         order = np.argsort(index, kind="stable")
-        calls = {
-            part: (self._rows, numbers, np.dtype(dtype).name)
-            for part, numbers in _by_part(self._warm, np.asarray(index)[order])
-        }
+        calls = {part: (numbers,) for part, numbers in _by_part(self._warm, np.asarray(index)[order])}
         out = np.empty((len(index), len(self.middle)), dtype)
         if calls:
-            futures = self._workers.submit(partitions.some_rows, self._work, calls)
+            shared = (self._rows, np.dtype(dtype).name)
+            futures = self._workers.submit(partitions.some_rows, self._work, shared, calls)
             out[order] = np.concatenate(self._workers.results(futures.values()))
         return out
 
-    def walk(self, clusters: int) -> _PartitionedWalk:  # noqa: ARG002
+    def walk(self, clusters: int) -> PartitionedWalk:  # noqa: ARG002
         """See `Points.walk`."""
-        return _PartitionedWalk(self._workers, self._work, self._rows)
+        return PartitionedWalk(self._workers, self._work, self._rows)
 
     def unlabelled(self) -> Any:
         """See `Points.unlabelled`: labels stay with the rows."""
@@ -768,17 +809,18 @@ class _Turns:
         return self._run, self._turn
 
 
-class _PartitionedWalk:
+class PartitionedWalk:
     """See `kmeans.Walk`."""
 
     def __init__(self, workers: Workers, work: Work, rows: Rows) -> None:
-        self._workers, self._work, self._rows = workers, work, rows
+        self.workers = workers
+        self._work, self._rows = work, rows
         self._turns = _Turns()
 
     def step(self, centroids: Any, reach: Any, fall: float, margin: float) -> kmeans.Step:
         """See `Walk.step`."""
         arguments = (self._rows, self._turns.next(), centroids, reach, fall, margin)
-        return kmeans.Step(*self._workers.total(partitions.walk, self._work, *arguments))
+        return kmeans.Step(*self.workers.total(partitions.walk, self._work, *arguments))
 
 
 class _PartitionedGraph:

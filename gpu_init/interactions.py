@@ -233,17 +233,23 @@ def from_matrix(backend: Backend, matrix: Any, place: str) -> Interactions:
     weights = backend.asarray(entries.data.astype("float64"))
     check_weights(backend, weights, place, lambda k: f"entry ({int(entries.row[k])}, {int(entries.col[k])})")
     rows, columns = backend.asarray(entries.row), backend.asarray(entries.col)
+    return _built(backend, rows, columns, weights, matrix.shape)
+
+
+def _built(backend: Backend, rows: Any, columns: Any, weights: Any, shape: tuple[int, int]) -> Interactions:
+    """R as `build` makes it, by the kernels that build it in place where there are such."""
     builder = backend.kernels.builder()
     if builder is None:
-        return build(backend, rows.astype("int64"), columns.astype("int64"), weights, matrix.shape)
-    starts = np.zeros(matrix.shape[0] + 1, np.int64)
+        return build(backend, rows.astype("int64"), columns.astype("int64"), weights, shape)
+    starts = np.zeros(shape[0] + 1, np.int64)
     parts = [slice(first, first + _ENTRIES) for first in range(0, len(rows), _ENTRIES)]
     for part in parts:
         builder.count(rows[part].astype("int64"), starts[1:])
-    filling = builder.rows(np.cumsum(starts, out=starts), weighted=True)
+    filling = builder.rows(np.cumsum(starts, out=starts), weighted=weights is not None)
     for part in parts:
-        filling.add(rows[part].astype("int64"), columns[part].astype("int64"), weights[part].astype("float32"))
-    return Interactions(filling.finish(), matrix.shape[1])
+        own = None if weights is None else weights[part].astype("float32")
+        filling.add(rows[part].astype("int64"), columns[part].astype("int64"), own)
+    return Interactions(filling.finish(), shape[1])
 
 
 # Reading.
@@ -429,7 +435,7 @@ def assemble(checks: Checks, users: Any, items: Any, weights: Any, times: Any, s
         counts = slice(None) if weights is None else backend.xp.flatnonzero(weights > 0)
         latest = newest(backend, users[counts], times[counts], shape[0])
         weights = checks.decayed(weights, latest[users] - times)
-    return build(backend, users, items, weights, shape)
+    return _built(backend, users, items, weights, shape)
 
 
 class _Held:

@@ -532,7 +532,7 @@ class Points(ABC):
     def nearest(self, centroids: Any) -> Any:
         """Labels (n,) int32 of the nearest centroids, the first of equals, in float64."""
         labels = self.backend.xp.empty(len(self), self.backend.xp.int32)
-        for part, found, _ in self._distances(centroids):
+        for part, found, _ in self._looked(centroids):
             labels[part] = found
         return labels
 
@@ -554,11 +554,16 @@ class Points(ABC):
 
     def _distances(self, centroids: Any) -> Iterator[tuple[slice, Any, Any]]:
         """Range by range: labels of the nearest centroids, and squared distances to them, in float64."""
+        for part, found, least in self._looked(centroids):
+            yield part, found, self.backend.xp.maximum(least + self.squared_norms[part], 0.0)
+
+    def _looked(self, centroids: Any) -> Iterator[tuple[slice, Any, Any]]:
+        """Range by range, in float64: nearest centroids, and squared distances to them less the rows' squared norms."""
         xp = self.backend.xp
         look = self.assigning(centroids, xp.float64)
         for part in ranges(len(self), LOOK_ROWS):
             found, least, _ = look(xp.arange(part.start, part.stop))
-            yield part, found, xp.maximum(least + self.squared_norms[part], 0.0)
+            yield part, found, least
 
     def _one_hot(self, labels: Any, clusters: int) -> Any:
         """Labels as a sparse K x n matrix, made by rows: a transposed product varies between runs on CUDA."""

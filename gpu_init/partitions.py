@@ -143,6 +143,21 @@ def forget() -> None:
         _kept.clear()
 
 
+def given(value: _T) -> _T:
+    """What tasks have in common, as the result of one."""
+    return value
+
+
+def sent(dask_worker: Any) -> int:
+    """Bytes that this worker has sent to others so far."""
+    return int(dask_worker.transfer_outgoing_bytes_total)
+
+
+def about(function: Callable[..., _T], work: Work, number: int, shared: tuple[Any, ...], *own: Any) -> _T:
+    """A task about a part, of what it shares with others and what is its own."""
+    return function(work, number, *shared, *own)
+
+
 def add(*parts: Any) -> Any:
     """Sum of some results, value by value."""
     if isinstance(parts[0], tuple):
@@ -202,7 +217,7 @@ def distinct(*parts: Any) -> Any:
 
 @_task
 def rows(work: Work, table: Table, groups: range | None, axis_rows: int | None) -> pd.DataFrame:
-    """Interactions of a piece as row and column of R, with the number of their part."""
+    """Interactions of a piece: row within its part and column of R, with the part's key, see `_part_keys`."""
     checks, backend = _checks(work, axis_rows), _backend(work)
     columns: dict[str, list[Any]] = {name: [] for name in _columns(table)}
     for batch in checks.batches(table, table.user, table.item, table.weight, table.time, groups=groups):
@@ -214,11 +229,11 @@ def rows(work: Work, table: Table, groups: range | None, axis_rows: int | None) 
             columns["weight"].append(backend.to_host(checks.weights(table, batch)))
         if table.time:
             columns["time"].append(backend.to_host(checks.times(table, batch)))
-    frame = no_rows(table).drop(columns="part")
-    if columns["user"]:
-        frame = pd.DataFrame({name: np.concatenate(parts) for name, parts in columns.items()}).astype(frame.dtypes)
-    frame.insert(0, "part", np.searchsorted(work.bounds, frame["user"], side="right") - 1)
-    return frame
+    found = {name: np.concatenate([np.empty(0, kind), *columns.pop(name)]) for name, kind in _columns(table).items()}
+    part = np.searchsorted(work.bounds, found["user"], side="right") - 1
+    found["user"] -= np.asarray(work.bounds)[part]
+    frame = pd.DataFrame({"part": _part_keys(len(work.bounds) - 1)[part], **found}, copy=False)
+    return frame.astype(no_rows(table).dtypes)
 
 
 def _columns(table: Table) -> dict[str, str]:
@@ -228,7 +243,22 @@ def _columns(table: Table) -> dict[str, str]:
 
 def no_rows(table: Table) -> pd.DataFrame:
     """A frame as `rows` gives, without rows."""
-    return pd.DataFrame({name: np.empty(0, kind) for name, kind in {"part": "int64", **_columns(table)}.items()})
+    kinds = {"part": "int32", **_columns(table), "user": "int32"}
+    return pd.DataFrame({name: np.empty(0, kind) for name, kind in kinds.items()})
+
+
+@functools.cache
+def _part_keys(count: int) -> Any:
+    """A number for each part: such that Dask's shuffle, which goes by their hashes, has one in each partition."""
+    keys, tried = np.full(count, -1, np.int32), 0
+    while (keys < 0).any():
+        numbers = np.arange(tried, tried + 16 * count, dtype=np.int32)
+        hashes = pd.util.hash_pandas_object(pd.DataFrame({"part": numbers.astype(np.float64)}), index=False)
+        places = hashes.to_numpy() % np.uint64(count)
+        found, first = np.unique(places, return_index=True)
+        keys[found] = np.where(keys[found] < 0, numbers[first], keys[found])
+        tried += len(numbers)
+    return keys
 
 
 def _numbers(work: Work, axis: str, column: Any) -> Any:
@@ -248,20 +278,22 @@ def _numbers(work: Work, axis: str, column: Any) -> Any:
 
 def store_all(frame: pd.DataFrame, work: Work) -> pd.DataFrame:
     """`store` the parts whose interactions are in a frame, all of them."""
-    found = [{"part": number, **store(work, number, frame[frame["part"] == number])} for number in set(frame["part"])]
-    return pd.DataFrame(found, columns=["part", "pairs", "weight"])
+    keys = _part_keys(len(work.bounds) - 1)
+    numbers = np.flatnonzero(np.isin(keys, frame["part"].unique()))
+    found = [{"part": number, **store(work, number, frame[frame["part"] == keys[number]])} for number in numbers]
+    return pd.DataFrame(found, columns=["part", "rows", "pairs", "weight"])
 
 
 @_task
 def store(work: Work, number: int, frame: pd.DataFrame) -> dict[str, float]:
-    """Put a part of R on storage, from all interactions of its users; gives its pairs and the sum of its weights."""
+    """Put a part of R on storage, from all interactions of its users; gives rows, pairs and the sum of the weights."""
     backend = _backend(work)
     first, last = work.bounds[number : number + 2]
     checks = _checks(work, work.items)
     columns = {name: backend.asarray(frame[name].to_numpy()) for name in frame if name != "part"}
     made = assemble(
         checks,
-        columns["user"] - first,
+        columns["user"],
         columns["item"],
         columns.get("weight"),
         columns.get("time"),
@@ -272,7 +304,8 @@ def store(work: Work, number: int, frame: pd.DataFrame) -> dict[str, float]:
             with create(_part_path(work, number, name)) as sink:
                 np.lib.format.write_array(sink, backend.to_host(array), allow_pickle=False)
     weights = made.csr.weights
-    return {"pairs": made.pairs, "weight": float(made.pairs if weights is None else weights.sum(dtype="float64"))}
+    weight = float(made.pairs if weights is None else weights.sum(dtype="float64"))
+    return {"rows": len(frame), "pairs": made.pairs, "weight": weight}
 
 
 def _part_path(work: Work, number: int, name: str) -> str:
@@ -374,7 +407,7 @@ def spread(work: Work, number: int, of: Rows) -> float:
 
 
 @_task
-def some_rows(work: Work, number: int, of: Rows, index: Any, dtype: str) -> Any:
+def some_rows(work: Work, number: int, of: Rows, dtype: str, index: Any) -> Any:
     """See `Points.rows`."""
     backend = _backend(work)
     with backend.deterministic():

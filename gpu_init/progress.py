@@ -32,6 +32,8 @@ class Step:
         Units done so far.
     notes : dict
         What the step found, such as ``{"users": 9308}``.
+    costs : dict
+        What it took beside time and memory, such as ``{"carried_bytes": 98304}``.
     """
 
     def __init__(self, name: str, total: int | None, unit: str, view: _View) -> None:
@@ -40,6 +42,7 @@ class Step:
         self.unit = unit
         self.done = 0
         self.notes: dict[str, Any] = {}
+        self.costs: dict[str, float] = {}
         self._view = view
 
     def advance(self, count: int = 1) -> None:
@@ -50,6 +53,11 @@ class Step:
     def note(self, **notes: Any) -> None:
         """Keep what the step found, for the line that ends it; JSON's types and numpy's numbers."""
         self.notes.update({key: _plain(value) for key, value in notes.items()})
+
+    def cost(self, **costs: float) -> None:
+        """Keep what the step took, for the line that ends it and for `Progress.timings`."""
+        self.costs.update(costs)
+        self.note(**costs)
 
 
 class Progress:
@@ -65,8 +73,8 @@ class Progress:
     Attributes
     ----------
     timings : list of dict
-        ``step``, ``seconds`` and, where the system tells, ``memory_bytes`` that the process had at the end, of every
-        step that came to its end, in that order.
+        ``step``, ``seconds``, its other costs and, where the system tells, ``memory_bytes`` that the process had at
+        the end, of every step that came to its end, in that order.
 
     Examples
     --------
@@ -118,7 +126,7 @@ class Progress:
         finally:
             seconds = round(time.perf_counter() - start, 6)
             if outcome == "finished":
-                self.timings.append({"step": name, "seconds": seconds, **_resident()})
+                self.timings.append({"step": name, "seconds": seconds, **_resident(), **step.costs})
             self._view.ended(step, outcome, seconds)
 
     def say(self, line: str) -> None:

@@ -205,11 +205,11 @@ def _sort(indices, weights, first, last, spare_items, spare_weights):  # type: i
         for k in range(first, last):
             bits |= indices[k]
         places = np.empty(_DIGIT + 1, np.int64)
-        start = shift = np.int64(0)  # a constant would be compiled for, too
+        zero = shift = np.int64(0)  # a constant would be compiled for, too
         while bits >> shift:  # there and back: two digits
-            _move_by_digit(shift, indices, weights, first, last, spare_items, spare_weights, start, places)
+            _move_by_digit(shift, indices, weights, first, last, spare_items, spare_weights, zero, places)
             shift += _DIGIT_BITS
-            _move_by_digit(shift, spare_items, spare_weights, start, last - first, indices, weights, first, places)
+            _move_by_digit(shift, spare_items, spare_weights, zero, last - first, indices, weights, first, places)
             shift += _DIGIT_BITS
     if weights is not None:
         start = first

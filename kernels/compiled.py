@@ -67,8 +67,8 @@ def _compile(function: Any, parallel: bool, fastmath: Any = False) -> Any:
     folder = before or _cache_folder()
     try:
         config.CACHE_DIR = folder or ""  # read when the decorator runs, so it need not stay set for others
-        options: dict[str, Any] = {"cache": folder is not None, "nogil": True, "error_model": "numpy"}
-        return njit(parallel=parallel, fastmath=fastmath, no_cfunc_wrapper=True, **options)(function)
+        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+        return njit(parallel=parallel, fastmath=fastmath, cache=folder is not None, **options)(function)
     finally:
         config.CACHE_DIR = before
 

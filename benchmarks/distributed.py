@@ -1,0 +1,206 @@
+"""The job over a Dask cluster on this machine against one process: time, memory, artifact, and what is carried.
+
+One, two and four workers, which share the machine's cores; every run is a process of its own, in turn. What a step of
+K-means carries is counted twice, by the job's own count and by the loopback device's, and put beside K x D.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.append(sys.path.pop(0))  # this folder comes last: Dask has a package of this script's name
+os.environ["PYTHONSAFEPATH"] = "1"  # and in the processes started here, it does not come at all
+
+import baselines
+import numpy as np
+from common import arguments, cores, features, plot, process_cost, row, show, write_interactions
+from job import job_command
+
+import gpu_init
+from gpu_init import artifact, distributed
+from gpu_init.config import load
+from gpu_init.progress import Progress
+
+PLAIN = "one process"
+COMPARED_ROWS = 1 << 18
+_PATIENCE = 60  # seconds for a cluster to start
+
+
+class Size(NamedTuple):
+    """What is measured, and how often."""
+
+    users: int
+    items: int
+    interactions: int
+    width: int
+    repeats: int
+    workers: tuple[int, ...]
+
+
+SIZES = {
+    "quick": Size(20_000, 500, 100_000, 16, 1, (1, 2)),
+    "default": Size(2_000_000, 50_000, 20_000_000, 128, 3, (1, 2, 4)),
+    "large": Size(20_000_000, 200_000, 200_000_000, 128, 1, (1, 2, 4, 8)),
+}
+
+
+def main() -> None:
+    given = arguments(__doc__)
+    size = SIZES[given.size]
+    counts = {"users": size.users, "items": size.items, "interactions": size.interactions}
+    ways: list[int | None] = [None, *size.workers]
+    lines, seconds = [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_interactions(folder / "interactions.parquet", size.users, size.items, size.interactions)
+        np.save(folder / "features.npy", features("groups", size.items, size.width))
+        rounds = [{way: run(folder, size.users, way, keep=turn == 0) for way in ways} for turn in range(size.repeats)]
+        for way in ways:
+            taken = statistics.median(one[way].seconds for one in rounds)
+            seconds.append(taken)
+            facts: dict[str, Any] = {
+                "seconds": taken,
+                "ratio": statistics.median(one[way].seconds / one[None].seconds for one in rounds),
+                "process_peak_mib": max(one[way].driver for one in rounds) >> 20,
+            }
+            if way is not None:
+                facts["worker_peak_mib"] = max(one[way].worker for one in rounds) >> 20
+                facts |= difference(folder / "one", folder / str(way))
+                facts |= traffic(folder, size, way)
+            path, clusters = given.results / "distributed.csv", baselines.CLUSTERS
+            row(path, **counts, D=size.width, K=clusters, workers=way or 0, **facts)
+            lines.append([PLAIN if way is None else str(way), *facts.values()])
+    title = f"the job over Dask: {size.users:,} users, {size.interactions:,} interactions, D {size.width}"
+    heads = ["seconds", "x one process", "driver MiB", "worker MiB", "other labels", "largest difference"]
+    heads += ["bytes a step", "on the wire", "W (2 K D + ...)"]
+    show(title, ["workers", *heads], [[*line, *[""] * (1 + len(heads) - len(line))] for line in lines])
+    names = [PLAIN if way is None else f"{way} workers" for way in ways]
+    plot(given.results / "distributed.png", title, "seconds", names, {"job": seconds})
+
+
+class Run(NamedTuple):
+    """Seconds, and most bytes that the process, and any worker, had in memory."""
+
+    seconds: float
+    driver: int
+    worker: int
+
+
+def run(folder: Path, users: int, workers: int | None, *, keep: bool) -> Run:
+    """One job, in one process or over so many workers; the artifact stays where it is to be compared."""
+    out = folder / ("one" if workers is None else str(workers)) if keep else folder / "out"
+    paths = (str(folder / "interactions.parquet"), str(folder / "features.npy"))
+    command = [*job_command(*paths, users, out, baselines.CLUSTERS), "--overwrite"]
+    if workers is None:
+        return Run(*process_cost(command), 0)
+    with cluster(workers) as (address, processes):
+        cost = process_cost([*command, "--scheduler", address])
+        return Run(*cost, max(map(peak, processes)))
+
+
+@contextlib.contextmanager
+def cluster(workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """A scheduler and so many workers, each with its share of the cores; address, and the workers' processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    threads = str(max(1, cores() // workers))
+    environment = {**os.environ, "NUMBA_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
+
+    def start(kind: str, *arguments: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", f"distributed.cli.dask_{kind}", *arguments, "--no-dashboard"]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    processes = [start("scheduler", "--host", address)]
+    try:
+        flags = ["--nthreads", "1", "--no-nanny", "--memory-limit", "0", "--local-directory", tempfile.gettempdir()]
+        processes += [start("worker", address, *flags) for _ in range(workers)]
+        wait_for(address, workers)
+        yield address, processes[1:]
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+
+
+def wait_for(address: str, workers: int) -> None:
+    """Return once all workers have come."""
+    from distributed import Client
+
+    with Client(address, timeout=_PATIENCE, set_as_default=False) as client:  # type: ignore[no-untyped-call]
+        client.wait_for_workers(workers, timeout=_PATIENCE)
+
+
+def peak(process: subprocess.Popen[bytes]) -> int:
+    """Most bytes that a process has had in memory so far."""
+    status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) << 10
+
+
+def difference(one: Path, other: Path) -> dict[str, float]:
+    """How much of two artifacts is not the same."""
+    if problems := artifact.verify(other):
+        raise SystemExit(f"{other}: {problems[0]}")
+    ours, theirs = gpu_init.load(one)["features"], gpu_init.load(other)["features"]
+    starts = range(0, len(ours.users), COMPARED_ROWS)
+    parts = [slice(at, at + COMPARED_ROWS) for at in starts]
+    largest = max(float(np.abs(ours.users[part] - theirs.users[part]).max()) for part in parts)
+    return {"labels_other": float((ours.labels != theirs.labels).mean()), "largest_difference": largest}
+
+
+def traffic(folder: Path, size: Size, workers: int) -> dict[str, float]:
+    """Median bytes of a step of K-means: as the job counts them, on the loopback device, and what has to travel.
+
+    That is the centroids there, and the sums and counts of each worker's users back.
+    """
+    counted: list[int] = []
+    wire: list[int] = []
+    plain = distributed.PartitionedWalk.step
+
+    def step(self: Any, *given: Any) -> Any:
+        before, sent = self.workers.traffic(), loopback()
+        found = plain(self, *given)
+        wire.append(loopback() - sent)
+        counted.append(self.workers.traffic() - before)
+        return found
+
+    config = {
+        "interactions": str(folder / "interactions.parquet"),
+        "features": {"features": str(folder / "features.npy")},
+        "users": size.users,
+        "backend": "cpu",
+        "clusters": baselines.CLUSTERS,
+        "out": str(folder / "traffic"),
+        "overwrite": True,
+    }
+    distributed.PartitionedWalk.step = step  # type: ignore[method-assign, assignment]
+    try:
+        with cluster(workers) as (address, _), Progress(None) as progress:
+            distributed.run(load(None, {}, {}, {**config, "scheduler": address}), progress)
+    finally:
+        distributed.PartitionedWalk.step = plain  # type: ignore[method-assign]
+    return {
+        "step_bytes": statistics.median(counted),
+        "step_wire_bytes": statistics.median(wire),
+        "formula_bytes": workers * baselines.CLUSTERS * (2 * 8 * size.width + 8),
+    }
+
+
+def loopback() -> int:
+    """Bytes that the loopback device has carried."""
+    lines = Path("/proc/net/dev").read_text(encoding="ascii").splitlines()
+    return next(int(line.split(":")[1].split()[0]) for line in lines if line.strip().startswith("lo:"))
+
+
+if __name__ == "__main__":
+    main()
