@@ -279,6 +279,7 @@ class Workers:
         nothing = partitions.no_rows(tables[0])  # of users without interactions
         empty = {number: (nothing,) for number in range(count) if number not in by_part}
         by_part |= zip(empty, self.results(self.submit(partitions.store, work, (), empty).values()), strict=True)
+        self._client.run(partitions.release, on_error="ignore")
         return [by_part[number] for number in range(count)]
 
     def _placed(self, numbers: Iterable[int]) -> dict[int, str]:

@@ -747,9 +747,12 @@ class Factored(Tiled):
         """See `Points.assigning`: the products of all items are taken once."""
         table = centroids.astype(self.backend.xp.float64) - self.middle
         kernels = self.backend.kernels
-        products = kernels.products(self._features, self.middle, table, dtype)
-        arrays = (products, self._row_scale, self._item_scale, (table * table).sum(axis=1))
+        arrays = (self.item_products(table, dtype), self._row_scale, self._item_scale, (table * table).sum(axis=1))
         return lambda index: kernels.assign(self._csr, self.users[index], *arrays)
+
+    def item_products(self, table: Any, dtype: Any) -> Any:
+        """Products of all items less the middle with ``table`` (K, D), (I, K)."""
+        return self.backend.kernels.products(self._features, self.middle, table, dtype)
 
     def sums(self, labels: Any, clusters: int, dtype: Any) -> Any:
         """See `Points.sums`."""

@@ -7,16 +7,20 @@ its time.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import gc
 import operator
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from . import kmeans, method, spectral
 from .artifact import INTERACTIONS, write_range
@@ -156,6 +160,14 @@ def sent(dask_worker: Any) -> int:
 def about(function: Callable[..., _T], work: Work, number: int, shared: tuple[Any, ...], *own: Any) -> _T:
     """A task about a part, of what it shares with others and what is its own."""
     return function(work, number, *shared, *own)
+
+
+def release() -> None:
+    """Give back to the system what this process's allocators keep for later."""
+    gc.collect()
+    pa.default_memory_pool().release_unused()
+    with suppress(OSError, AttributeError):  # of GNU's library alone
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def add(*parts: Any) -> Any:
@@ -364,14 +376,32 @@ def warm(work: Work, number: int, name: str) -> int:
 # K-means.
 
 
+class _Factored(kmeans.Factored):
+    """Users of one part, for all parts of a process the products of the items, which are worked out once."""
+
+    def item_products(self, table: Any, dtype: Any) -> Any:
+        """See `Factored.item_products`."""
+        of = (self.backend.to_host(table).tobytes(), self.backend.to_host(self.middle).tobytes(), np.dtype(dtype))
+        features, before, products = _kept.pop("products", (None, None, None))
+        if features is not self._features or before != of:
+            del products
+            products = super().item_products(table, dtype)
+        _kept["products"] = (self._features, of, products)
+        return products
+
+
+def _kind(form: str) -> type[kmeans.Tiled]:
+    return _Factored if form == "factored" else kmeans.Tiled
+
+
 def _points(work: Work, number: int, of: Rows) -> kmeans.Points:
     def make() -> kmeans.Points:
-        kind = kmeans.Factored if of.form == "factored" else kmeans.Tiled
         for key in [key for key in _kept if isinstance(key, tuple) and key[0] in ("points", "walk", "labels")]:
             if key[1:3] != (of.name, of.form):
                 del _kept[key]
         backend = _backend(work)
         middle = backend.asarray(of.middle)
+        kind = _kind(of.form)
         points = _placed(work, number, kind) if of.name == INTERACTIONS else _means(work, number, of.name, kind, middle)
         return kmeans.Dense(backend, method.matrix(backend, points), middle) if of.form == "dense" else points
 
@@ -514,8 +544,7 @@ def label_interactions(work: Work, number: int, centroids: Any) -> None:
 def sums_of_labels(work: Work, number: int, of: Rows, clusters: int) -> tuple[Any, Any]:
     """See `method.behaviour_sums`."""
     backend = _backend(work)
-    kind = kmeans.Factored if of.form == "factored" else kmeans.Tiled
-    points = _means(work, number, of.name, kind, backend.asarray(of.middle))
+    points = _means(work, number, of.name, _kind(of.form), backend.asarray(of.middle))
     found = method.behaviour_sums(backend, points, backend.asarray(_shared_labels(work, number)), clusters)
     return backend.to_host(found[0]), backend.to_host(found[1])
 
