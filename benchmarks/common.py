@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 
 VARIANTS = ("groups", "noise")
 
-_PACKAGES = ("numpy", "scipy", "scikit-learn", "numba", "pandas", "pyarrow", "torch")
+_PACKAGES = ("numpy", "scipy", "scikit-learn", "numba", "pandas", "pyarrow", "torch", "dask")
 _GROUPS = 20  # of items that have a place of their own among the features
 _POPULARITY_EXPONENT = 0.8  # Zipf exponent of an item's popularity, by rank
 _CHUNK = 1 << 22  # interactions drawn at a time

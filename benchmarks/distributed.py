@@ -1,12 +1,14 @@
 """The job over a Dask cluster on this machine against one process: time, memory, artifact, and what is carried.
 
-One, two and four workers, which share the machine's cores; every run is a process of its own, in turn. What a step of
-K-means carries is counted twice, by the job's own count and by the loopback device's, and put beside K x D.
+One, two and four workers, which share the machine's cores; every run is a process of its own, in turn, over workers
+that have just started and over those that have run a job before. What a step of K-means carries is counted twice, by
+the job's own count and by the loopback device's, and put beside K x D.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import statistics
@@ -32,6 +34,7 @@ from gpu_init.progress import Progress
 
 PLAIN = "one process"
 COMPARED_ROWS = 1 << 18
+SHUFFLED_BYTES = 12  # of an interaction: part, row and column, 32 bits each
 _PATIENCE = 60  # seconds for a cluster to start
 
 
@@ -48,9 +51,12 @@ class Size(NamedTuple):
 
 SIZES = {
     "quick": Size(20_000, 500, 100_000, 16, 1, (1, 2)),
-    "default": Size(2_000_000, 50_000, 20_000_000, 128, 3, (1, 2, 4)),
+    "default": Size(2_000_000, 50_000, 20_000_000, 128, 1, (1, 2, 4)),
     "large": Size(20_000_000, 200_000, 200_000_000, 128, 1, (1, 2, 4, 8)),
 }
+
+
+BILLION = Size(10**9, 10**8, 5 * 10**10, 384, 0, ())
 
 
 def main() -> None:
@@ -64,12 +70,13 @@ def main() -> None:
         write_interactions(folder / "interactions.parquet", size.users, size.items, size.interactions)
         np.save(folder / "features.npy", features("groups", size.items, size.width))
         rounds = [{way: run(folder, size.users, way, keep=turn == 0) for way in ways} for turn in range(size.repeats)]
+        needs = project(folder / "one", size)
         for way in ways:
-            taken = statistics.median(one[way].seconds for one in rounds)
-            seconds.append(taken)
+            seconds.append(statistics.median(one[way].seconds for one in rounds))
             facts: dict[str, Any] = {
-                "seconds": taken,
+                "seconds": seconds[-1],
                 "ratio": statistics.median(one[way].seconds / one[None].seconds for one in rounds),
+                "ratio_at_first": statistics.median(one[way].first / one[None].seconds for one in rounds),
                 "process_peak_mib": max(one[way].driver for one in rounds) >> 20,
             }
             if way is not None:
@@ -80,31 +87,39 @@ def main() -> None:
             row(path, **counts, D=size.width, K=clusters, workers=way or 0, **facts)
             lines.append([PLAIN if way is None else str(way), *facts.values()])
     title = f"the job over Dask: {size.users:,} users, {size.interactions:,} interactions, D {size.width}"
-    heads = ["seconds", "x one process", "driver MiB", "worker MiB", "other labels", "largest difference"]
+    heads = ["seconds", "x one process", "x at first", "driver MiB", "worker MiB", "other labels", "largest difference"]
     heads += ["bytes a step", "on the wire", "W (2 K D + ...)"]
     show(title, ["workers", *heads], [[*line, *[""] * (1 + len(heads) - len(line))] for line in lines])
+    show(
+        f"what {BILLION.users:.0e} users, {BILLION.items:.0e} items, {BILLION.interactions:.0e} interactions,"
+        f" D {BILLION.width} would need, K {baselines.CLUSTERS}, in these terms",
+        ["", "of it"],
+        needs,
+    )
     names = [PLAIN if way is None else f"{way} workers" for way in ways]
     plot(given.results / "distributed.png", title, "seconds", names, {"job": seconds})
 
 
 class Run(NamedTuple):
-    """Seconds, and most bytes that the process, and any worker, had in memory."""
+    """Seconds, those of the first run over new workers, and most bytes that the process, and any worker, had."""
 
     seconds: float
+    first: float
     driver: int
     worker: int
 
 
 def run(folder: Path, users: int, workers: int | None, *, keep: bool) -> Run:
-    """One job, in one process or over so many workers; the artifact stays where it is to be compared."""
+    """One job in one process, or two over so many workers; the artifact stays where it is to be compared."""
     out = folder / ("one" if workers is None else str(workers)) if keep else folder / "out"
     paths = (str(folder / "interactions.parquet"), str(folder / "features.npy"))
     command = [*job_command(*paths, users, out, baselines.CLUSTERS), "--overwrite"]
     if workers is None:
-        return Run(*process_cost(command), 0)
+        cost = process_cost(command)
+        return Run(cost.seconds, cost.seconds, cost.peak, 0)
     with cluster(workers) as (address, processes):
-        cost = process_cost([*command, "--scheduler", address])
-        return Run(*cost, max(map(peak, processes)))
+        first, cost = (process_cost([*command, "--scheduler", address]) for _ in range(2))
+        return Run(cost.seconds, first.seconds, cost.peak, max(map(peak, processes)))
 
 
 @contextlib.contextmanager
@@ -194,6 +209,29 @@ def traffic(folder: Path, size: Size, workers: int) -> dict[str, float]:
         "step_wire_bytes": statistics.median(wire),
         "formula_bytes": workers * baselines.CLUSTERS * (2 * 8 * size.width + 8),
     }
+
+
+def project(one: Path, measured: Size) -> list[tuple[str, str]]:
+    """What a job that no machine holds would need, from what each term took in one process: arithmetic, no promise."""
+    manifest = json.loads((one / "manifest.json").read_text(encoding="utf-8"))
+    spent = {step["step"]: cores() * step["seconds"] / measured.interactions for step in manifest["timings"]["steps"]}
+    users, items, interactions, width, *_ = BILLION
+    wider = width / measured.width
+    hours = {
+        "reading": spent["read interactions"] * interactions / 3600,
+        "K-means": spent["cluster features"] * interactions / 3600,
+        "writing": spent["write features"] * interactions * wider / 3600,
+    }
+    gigabytes = {
+        "features, mapped on every machine": 4 * items * width,
+        "interactions, over all workers": 4 * interactions + 8 * users,
+        "artifact": users * (4 * width + 4),
+        "carried when interactions are shuffled": SHUFFLED_BYTES * interactions,
+        "carried by a step of K-means, each worker": baselines.CLUSTERS * (2 * 8 * width + 8),
+    }
+    return [(f"{name}, core hours", f"{value:.3g}") for name, value in hours.items()] + [
+        (f"{name}, GB", f"{value / 1e9:.3g}") for name, value in gigabytes.items()
+    ]
 
 
 def loopback() -> int:

@@ -223,3 +223,23 @@ def test_a_run_is_resumed_where_the_scheduler_was_lost(data, tmp_path, capsys):
     assert "going on with the unfinished run" in said
     assert "cluster image" not in said
     assert_same(tmp_path / "one", tmp_path / "many")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["read interactions", "cluster image", "write image", "label text"])
+def test_a_run_is_resumed_where_its_own_process_was_killed(step, cluster, data, tmp_path, capsys):
+    flags = ("--weighting=sym", "--scale=items", f"--scheduler={cluster.scheduler_address}")
+    job = arguments(data, tmp_path / "many", *flags)
+    running = subprocess.Popen([sys.executable, "-m", "gpu_init", *job, "--log-format=json"], stderr=subprocess.PIPE)
+    for line in running.stderr:
+        said = json.loads(line)
+        if (said["event"], said.get("step")) == ("step_started", step):
+            time.sleep(random.Random(step).uniform(0, 0.3))
+            running.kill()
+    running.wait()
+    assert not (tmp_path / "many").exists()
+    capsys.readouterr()
+    assert cli.main([*job, "--resume"]) == 0
+    assert "going on with the unfinished run" in capsys.readouterr().err
+    assert cli.main(arguments(data, tmp_path / "one", *flags[:-1])) == 0
+    assert_same(tmp_path / "one", tmp_path / "many")
