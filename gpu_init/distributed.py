@@ -269,13 +269,10 @@ class Workers:
         count = len(work.bounds) - 1
         split = frame.shuffle("part", npartitions=count)
         stored = split.map_partitions(
-            partitions.store_all, work, meta=pd.DataFrame({"part": [0], "rows": [0], "pairs": [0], "weight": [0.0]})
+            partitions.store_all, work, meta=pd.DataFrame({"part": [0], "pairs": [0], "weight": [0.0]})
         )
         found = self._client.compute(stored).result()
-        by_part = {
-            int(row.part): {"rows": int(row.rows), "pairs": int(row.pairs), "weight": float(row.weight)}
-            for row in found.itertuples()
-        }
+        by_part = {int(row.part): {"pairs": int(row.pairs), "weight": float(row.weight)} for row in found.itertuples()}
         nothing = partitions.no_rows(tables[0])  # of users without interactions
         empty = {number: (nothing,) for number in range(count) if number not in by_part}
         by_part |= zip(empty, self.results(self.submit(partitions.store, work, (), empty).values()), strict=True)

@@ -293,12 +293,12 @@ def store_all(frame: pd.DataFrame, work: Work) -> pd.DataFrame:
     keys = _part_keys(len(work.bounds) - 1)
     numbers = np.flatnonzero(np.isin(keys, frame["part"].unique()))
     found = [{"part": number, **store(work, number, frame[frame["part"] == keys[number]])} for number in numbers]
-    return pd.DataFrame(found, columns=["part", "rows", "pairs", "weight"])
+    return pd.DataFrame(found, columns=["part", "pairs", "weight"])
 
 
 @_task
 def store(work: Work, number: int, frame: pd.DataFrame) -> dict[str, float]:
-    """Put a part of R on storage, from all interactions of its users; gives rows, pairs and the sum of the weights."""
+    """Put a part of R on storage, from all interactions of its users; gives its pairs and the sum of its weights."""
     backend = _backend(work)
     first, last = work.bounds[number : number + 2]
     checks = _checks(work, work.items)
@@ -317,7 +317,7 @@ def store(work: Work, number: int, frame: pd.DataFrame) -> dict[str, float]:
                 np.lib.format.write_array(sink, backend.to_host(array), allow_pickle=False)
     weights = made.csr.weights
     weight = float(made.pairs if weights is None else weights.sum(dtype="float64"))
-    return {"rows": len(frame), "pairs": made.pairs, "weight": weight}
+    return {"pairs": made.pairs, "weight": weight}
 
 
 def _part_path(work: Work, number: int, name: str) -> str:

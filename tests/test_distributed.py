@@ -173,8 +173,11 @@ def test_what_cannot_be_is_refused(cluster, data, tmp_path, capsys):
     assert "beyond --users 5" in refused(capsys, arguments(data, out, here, "--users=5"))
     wrong = pd.read_parquet(data / "log" / "a.parquet").assign(item_id=ITEMS + 7)
     wrong.to_parquet(tmp_path / "wrong.parquet", row_group_size=7000)
-    said = refused(capsys, arguments(data, out, here, f"--interactions={tmp_path}/wrong.parquet"))
-    assert f"has item {ITEMS + 7}, beyond" in said
+    job = arguments(data, out, here, f"--interactions={tmp_path}/wrong.parquet", f"--users={USERS}")
+    assert f"has item {ITEMS + 7}, beyond" in refused(capsys, job)  # by a look before all are brought together
+    job.remove("--where=x_label == 0")
+    wrong.drop(columns="x_label").to_parquet(tmp_path / "wrong.parquet", row_group_size=7000)
+    assert f"has item {ITEMS + 7}, beyond" in refused(capsys, job)  # which there is not
     assert sorted(path.name for path in tmp_path.iterdir()) == ["wrong.parquet"]
 
 
