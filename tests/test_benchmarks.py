@@ -14,6 +14,7 @@ ROWS = {
     "job": {"seconds", "baseline_s", "floor_s", "speedup", "times_floor", "inertia_ratio", "peak_mib"},
     "scale": {"seconds", "us_per_interaction", "peak_mib"},
     "memory": {"seconds", "peak_mib", "promised_mib"},
+    "distributed": {"seconds", "ratio", "process_peak_mib"},
 }
 
 
