@@ -25,7 +25,7 @@ os.environ["PYTHONSAFEPATH"] = "1"  # and in the processes started here, it does
 import baselines
 import numpy as np
 from common import arguments, cores, features, plot, process_cost, row, show, write_interactions
-from job import job_command
+from job import Size, job_command
 
 import gpu_init
 from gpu_init import artifact, distributed
@@ -38,32 +38,20 @@ SHUFFLED_BYTES = 12  # of an interaction: part, row and column, 32 bits each
 _PATIENCE = 60  # seconds for a cluster to start
 
 
-class Size(NamedTuple):
-    """What is measured, and how often."""
-
-    users: int
-    items: int
-    interactions: int
-    width: int
-    repeats: int
-    workers: tuple[int, ...]
-
-
 SIZES = {
-    "quick": Size(20_000, 500, 100_000, 16, 1, (1, 2)),
-    "default": Size(2_000_000, 50_000, 20_000_000, 128, 1, (1, 2, 4)),
-    "large": Size(20_000_000, 200_000, 200_000_000, 128, 1, (1, 2, 4, 8)),
+    "quick": Size(20_000, 500, 100_000, 16, 1),
+    "default": Size(2_000_000, 50_000, 20_000_000, 128, 1),
+    "large": Size(20_000_000, 200_000, 200_000_000, 128, 1),
 }
-
-
-BILLION = Size(10**9, 10**8, 5 * 10**10, 384, 0, ())
+WORKERS = {"quick": (1, 2), "default": (1, 2, 4), "large": (1, 2, 4, 8)}
+BILLION = Size(10**9, 10**8, 5 * 10**10, 384, 0)
 
 
 def main() -> None:
     given = arguments(__doc__)
     size = SIZES[given.size]
     counts = {"users": size.users, "items": size.items, "interactions": size.interactions}
-    ways: list[int | None] = [None, *size.workers]
+    ways: list[int | None] = [None, *WORKERS[given.size]]
     lines, seconds = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -174,10 +162,7 @@ def difference(one: Path, other: Path) -> dict[str, float]:
 
 
 def traffic(folder: Path, size: Size, workers: int) -> dict[str, float]:
-    """Median bytes of a step of K-means: as the job counts them, on the loopback device, and what has to travel.
-
-    That is the centroids there, and the sums and counts of each worker's users back.
-    """
+    """Median bytes of a step of K-means: as the job counts them, on the loopback device, and what has to travel."""
     counted: list[int] = []
     wire: list[int] = []
     plain = distributed.PartitionedWalk.step
@@ -207,15 +192,20 @@ def traffic(folder: Path, size: Size, workers: int) -> dict[str, float]:
     return {
         "step_bytes": statistics.median(counted),
         "step_wire_bytes": statistics.median(wire),
-        "formula_bytes": workers * baselines.CLUSTERS * (2 * 8 * size.width + 8),
+        "formula_bytes": workers * step_bytes(size.width),
     }
+
+
+def step_bytes(width: int) -> int:
+    """What has to travel to a worker and back in a step of K-means: centroids; sums and counts of its users."""
+    return baselines.CLUSTERS * (2 * 8 * width + 8)
 
 
 def project(one: Path, measured: Size) -> list[tuple[str, str]]:
     """What a job that no machine holds would need, from what each term took in one process: arithmetic, no promise."""
     manifest = json.loads((one / "manifest.json").read_text(encoding="utf-8"))
     spent = {step["step"]: cores() * step["seconds"] / measured.interactions for step in manifest["timings"]["steps"]}
-    users, items, interactions, width, *_ = BILLION
+    users, items, interactions, width, _ = BILLION
     wider = width / measured.width
     hours = {
         "reading": spent["read interactions"] * interactions / 3600,
@@ -227,7 +217,7 @@ def project(one: Path, measured: Size) -> list[tuple[str, str]]:
         "interactions, over all workers": 4 * interactions + 8 * users,
         "artifact": users * (4 * width + 4),
         "carried when interactions are shuffled": SHUFFLED_BYTES * interactions,
-        "carried by a step of K-means, each worker": baselines.CLUSTERS * (2 * 8 * width + 8),
+        "carried by a step of K-means, each worker": step_bytes(width),
     }
     return [(f"{name}, core hours", f"{value:.3g}") for name, value in hours.items()] + [
         (f"{name}, GB", f"{value / 1e9:.3g}") for name, value in gigabytes.items()

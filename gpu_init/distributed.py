@@ -77,7 +77,7 @@ from .partitions import SCRATCH, SHARED, Fitted, Rows, Work
 from .progress import Progress, Step
 from .remote import is_url
 from .storage import expand, make_folder
-from .tables import Table, open_table, pieces, stated_rows
+from .tables import Table, open_table, pieces
 
 PIECE_ROWS, MOST_PIECES = 1 << 20, 1 << 12  # of interactions that one task reads, at least; tasks, about
 PART_ROWS = 1 << 22  # of interactions in a part of R, about
@@ -151,7 +151,6 @@ class Workers:
     def __init__(self, dask: _Dask, client: Any) -> None:
         self._dask = dask
         self._client = client
-        self._size = dask.sizeof
         self._places: dict[int, str] = {}
         self._work: tuple[Work, Any] | None = None  # the last one that tasks were given, as they were given it
         self._carried = 0  # bytes to and from this process
@@ -208,7 +207,7 @@ class Workers:
         places, given = self._placed(own), self._given(shared) if shared else ()
         if self._work is None or self._work[0] is not work:
             self._work = (work, self._given(work))
-        self._carried += sum(map(self._size, own.values()))
+        self._carry(own.values())
         task, options = (partitions.about, function, self._work[1]), {"allow_other_workers": True, "pure": False}
         return {
             number: self._client.submit(*task, number, given, *arguments, workers=[places[number]], **options)
@@ -217,8 +216,12 @@ class Workers:
 
     def _given(self, value: Any) -> Any:
         """As the result of a task, which workers take from each other, and which is made again where it is lost."""
-        self._carried += self._size(value)
+        self._carry([value])
         return self._client.submit(partitions.given, value, pure=False)
+
+    def _carry(self, values: Iterable[Any]) -> None:
+        """Count what goes to or comes from this process."""
+        self._carried += sum(map(self._dask.sizeof, values))
 
     def of_all(self, function: Callable[..., Any], work: Work, *shared: Any) -> list[Any]:
         """A task about each part, in order."""
@@ -231,7 +234,7 @@ class Workers:
     def results(self, futures: Any) -> list[Any]:
         """Of tasks, in order."""
         found: list[Any] = self._client.gather(list(futures))
-        self._carried += sum(map(self._size, found))
+        self._carry(found)
         return found
 
     def each(self, function: Callable[..., Any], work: Work, done: set[int], *shared: Any) -> Iterator[tuple[int, Any]]:
@@ -254,7 +257,7 @@ class Workers:
 
     def gather(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Results of calls that are about no part, in order."""
-        self._carried += sum(map(self._size, calls))
+        self._carry(calls)
         return self.results(self._client.submit(function, *call, pure=False) for call in calls)
 
     def shuffled(self, work: Work, calls: Sequence[tuple[Table, range | None]], axis_rows: int | None) -> list[Any]:
@@ -432,12 +435,11 @@ class _Run:
         tables = [open_table(path if is_url(path) else os.path.abspath(path), columns, warnings) for path in paths]
         for line in warnings:
             self.progress.warn(line)
-        stated = stated_rows(config.interactions)
-        size = max(PIECE_ROWS, stated // MOST_PIECES)
-        calls = [(table, groups) for table in tables for groups in pieces(table, size)]
-        typed = all(table.separator is None for table in tables)
-        if typed and config.where is None and isinstance(config.users, int) and axis.rows is not None:
-            found, read, kept = [], stated, stated  # no need to look before all are brought together
+        calls = pieces(tables, PIECE_ROWS, MOST_PIECES)
+        known = [table.whole for table in tables if table.whole is not None]
+        numbered = len(known) == len(tables) and isinstance(config.users, int) and axis.rows is not None
+        if numbered and config.where is None:
+            found, read, kept = [], sum(known), sum(known)  # no need to look before all are brought together
         else:
             found = workers.gather(partitions.find, [(self.work, *call, axis.rows) for call in calls])
             read, kept = sum(one.read for one in found), sum(one.kept for one in found)

@@ -249,14 +249,13 @@ def rows(work: Work, table: Table, groups: range | None, axis_rows: int | None) 
 
 
 def _columns(table: Table) -> dict[str, str]:
-    kinds = {"user": "int64", "item": "int32"}
+    kinds = {"user": "int32", "item": "int32"}  # of rows within their part
     return {**kinds, **({"weight": "float32"} if table.weight else {}), **({"time": "float64"} if table.time else {})}
 
 
 def no_rows(table: Table) -> pd.DataFrame:
     """A frame as `rows` gives, without rows."""
-    kinds = {"part": "int32", **_columns(table), "user": "int32"}
-    return pd.DataFrame({name: np.empty(0, kind) for name, kind in kinds.items()})
+    return pd.DataFrame({name: np.empty(0, kind) for name, kind in {"part": "int32", **_columns(table)}.items()})
 
 
 @functools.cache

@@ -151,19 +151,26 @@ def _whole_numbers(path: str, names: Sequence[str]) -> int | None:
     return int(metadata.num_rows) if whole else None
 
 
-def pieces(table: Table, rows: int) -> list[range | None]:
-    """Runs of row groups of a Parquet file, of about so many rows each; None stands for a text file, read as one."""
-    if table.separator is not None:
-        return [None]
-    found: list[range | None] = []
-    start = held = 0
-    counts = _group_rows(table.path)
-    for group, count in enumerate(counts):
-        if group > start and held + count > rows:
-            found.append(range(start, group))
-            start, held = group, 0
-        held += count
-    return [*found, range(start, len(counts))]
+def pieces(tables: Sequence[Table], least: int, most: int) -> list[tuple[Table, range | None]]:
+    """Runs of row groups of Parquet files, in order, of about ``least`` rows, or more: about ``most`` runs in all.
+
+    None stands for a text file, read as one.
+    """
+    by_table = [_group_rows(table.path) if table.separator is None else [] for table in tables]
+    rows = max(least, sum(map(sum, by_table)) // most)
+    found: list[tuple[Table, range | None]] = []
+    for table, counts in zip(tables, by_table, strict=True):
+        if table.separator is not None:
+            found.append((table, None))
+            continue
+        start = held = 0
+        for group, count in enumerate(counts):
+            if group > start and held + count > rows:
+                found.append((table, range(start, group)))
+                start, held = group, 0
+            held += count
+        found.append((table, range(start, len(counts))))
+    return found
 
 
 def rows_before(path: str, group: int) -> int:

@@ -115,7 +115,8 @@ def test_a_job_over_workers_makes_what_one_process_makes(job, cluster, data, tmp
     ours, theirs = assert_same(tmp_path / "one", tmp_path / "many")
     carried = {step["step"]: step["carried_bytes"] for step in theirs["timings"]["steps"] if "carried_bytes" in step}
     assert carried["read interactions"] > 0
-    assert 0 < carried["write image"] < 100_000  # workers write: the rows themselves are not carried
+    for name in theirs["modalities"]:
+        assert 0 < carried[f"write {name}"] < 100_000  # workers write: the rows themselves are not carried
     sums = [
         [one["interactions"].pop("weight"), *one["interactions"].pop("embedding", {}).get("singular_values", [])]
         for one in (ours, theirs)
