@@ -17,8 +17,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from . import kmeans
 from .backend import Backend, ranges
@@ -214,6 +212,9 @@ def joined_labels(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[n
 
 def _joined(one: NDArray[np.int64], other: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """Component of each of so many labels, some of which are the same."""
+    from scipy.sparse import coo_array  # here, as most jobs start sooner without it
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(count, count))
     return connected_components(graph, directed=False)[1].astype(np.int64)  # type: ignore[no-any-return]
 
