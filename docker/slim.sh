@@ -1,6 +1,7 @@
 #!/bin/sh
 # Removes from the libraries what no job runs: tests, what only compilers and editors read, Arrow's RPC and its own way to
-# S3, what botocore knows of Amazon's other services. The headers of CuPy and CUDA stay, which kernels are compiled with.
+# S3, symbols that nothing links with, what botocore knows of Amazon's other services. The headers of CuPy and CUDA stay,
+# which kernels are compiled with.
 set -eu
 cd /opt/gpu-init/lib/python3*/site-packages
 find . -type d -name tests -prune -exec rm -rf {} +
@@ -12,5 +13,6 @@ for library in pyarrow/*.so.*.*.*; do
         if cmp -s "$name" "$library"; then ln -sf "$(basename "$library")" "$name"; fi
     done
 done
+find llvmlite pyarrow -type f -name 'lib*.so*' -exec strip --strip-unneeded {} +
 cd botocore/data
 find . -mindepth 1 -maxdepth 1 -type d ! -name s3 ! -name sts ! -name 'sso*' ! -name signin -exec rm -rf {} +

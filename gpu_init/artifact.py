@@ -23,8 +23,8 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
@@ -1039,7 +1039,7 @@ class Staging:
         return writer
 
     def allocate(self, relpath: str, shape: Shape, dtype: DTypeLike) -> None:
-        """Make room for an array that others fill by `write_range`, unless an earlier run did; then `adopt` it.
+        """Make room for an array that others fill by `write_range`, unless an earlier run did, see `adopting`.
 
         Raises
         ------
@@ -1057,12 +1057,26 @@ class Staging:
                 sink.write(prefix)
                 os.ftruncate(sink.descriptor, size)
 
-    def adopt(self, relpath: str) -> None:
-        """Note an array as finished that was filled by `write_range`."""
-        path = self._path_for(relpath)
-        with storage.reading(path) as file:
-            sink = storage.Sink(file.fileno())
-            sink.skip()
+    @contextmanager
+    def adopting(self, relpath: str) -> Iterator[Callable[[int], None]]:
+        """Note an array as finished that others fill by `write_range`, when this is left.
+
+        Gives what may be told how many of its first rows are there by now, which are hashed while others are written.
+        """
+        path, sink = self._path_for(relpath), storage.Sink(-1)
+        header = _read_header(path)
+        if header is None:
+            raise _misread(path)
+
+        def hash_to(end: int | None) -> None:
+            with storage.reading(path) as file:  # anew, so that storage over a network shows what others wrote
+                sink.descriptor = file.fileno()
+                os.lseek(sink.descriptor, sink.size, os.SEEK_SET)
+                sink.skip(end)
+
+        row_bytes = header.data_bytes // max(header.shape[0], 1)
+        yield lambda rows: hash_to(header.offset + rows * row_bytes)
+        hash_to(None)
         self._note_array(relpath, sink)
 
     def _path_for(self, relpath: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import time
 import uuid
@@ -73,16 +74,20 @@ from .job import (
 )
 from .kernels import Csr
 from .objects import open_staging
-from .partitions import SCRATCH, SHARED, Fitted, Rows, Work
+from .partitions import SCRATCH, SHARED, Batch, Fitted, Rows, Work
 from .progress import Progress, Step
 from .remote import is_url
 from .storage import expand, make_folder
 from .tables import Table, open_table, pieces
 
-PIECE_ROWS, MOST_PIECES = 1 << 20, 1 << 12  # of interactions that one task reads, at least; tasks, about
-PART_ROWS = 1 << 22  # of interactions in a part of R, about
-LEAST_PARTS, MOST_PARTS = 8, 1 << 10  # where there are users enough; a step of K-means is a task of each
-FAN_IN = 4  # results that one task adds up
+PIECE_ROWS, MOST_PIECES = 1 << 21, 1 << 14  # of interactions that one task reads, at least; tasks, about
+BATCH_PIECES = 2  # of each worker that are brought together by user at a time, at least;
+BATCHES, BATCH_SHARE = 16, 1 / 8  # more where these would not do, as far as this share of the memory holds them
+SHUFFLE_BYTES = 64  # that an interaction takes meanwhile, about
+PART_ROWS = 1 << 23  # of interactions in a part of R, about
+LEAST_PARTS, MOST_PARTS = 4, 1 << 10  # where there are users enough; a step of K-means is a task of each
+FAN_IN = 4  # results that one task joins: a power of 2, see `partitions.joined`
+EVEN = 1.1  # times an even share of the parts that a worker may have
 PATIENCE = 60  # seconds for workers to come, or to come back
 
 
@@ -151,7 +156,9 @@ class Workers:
     def __init__(self, dask: _Dask, client: Any) -> None:
         self._dask = dask
         self._client = client
-        self._places: dict[int, str] = {}
+        self._places: dict[int, str] = {}  # of the worker that keeps a part
+        self._runs: list[range] = []
+        self._arranged: tuple[list[str], int] | None = None  # for these workers, and so many parts
         self._work: tuple[Work, Any] | None = None  # the last one that tasks were given, as they were given it
         self._carried = 0  # bytes to and from this process
 
@@ -200,42 +207,17 @@ class Workers:
     def submit(
         self, function: Callable[..., Any], work: Work, shared: tuple[Any, ...], own: dict[int, tuple[Any, ...]]
     ) -> dict[int, Any]:
-        """Tasks about parts, on the workers that keep them while there are these.
+        """Tasks about single parts, on the workers that keep them while there are these.
 
-        All have ``shared`` arguments, which travel to each worker once, and each its ``own``.
+        All have ``shared`` arguments, and each its ``own``.
         """
-        places, given = self._placed(own), self._given(shared) if shared else ()
-        if self._work is None or self._work[0] is not work:
-            self._work = (work, self._given(work))
+        self._arrange(work)
         self._carry(own.values())
-        task, options = (partitions.about, function, self._work[1]), {"allow_other_workers": True, "pure": False}
+        given = self._given(shared, len(own))
         return {
-            number: self._client.submit(*task, number, given, *arguments, workers=[places[number]], **options)
+            number: self._ask(number, partitions.about, function, self._known(work), number, given, *arguments)
             for number, arguments in own.items()
         }
-
-    def _given(self, value: Any) -> Any:
-        """As the result of a task, which workers take from each other, and which is made again where it is lost."""
-        self._carry([value])
-        return self._client.submit(partitions.given, value, pure=False)
-
-    def _carry(self, values: Iterable[Any]) -> None:
-        """Count what goes to or comes from this process."""
-        self._carried += sum(map(self._dask.sizeof, values))
-
-    def of_all(self, function: Callable[..., Any], work: Work, *shared: Any) -> list[Any]:
-        """A task about each part, in order."""
-        return list(self.submit(function, work, shared, dict.fromkeys(range(len(work.bounds) - 1), ())).values())
-
-    def map(self, function: Callable[..., Any], work: Work, *shared: Any) -> list[Any]:
-        """Results of a task about each part, in order."""
-        return self.results(self.of_all(function, work, *shared))
-
-    def results(self, futures: Any) -> list[Any]:
-        """Of tasks, in order."""
-        found: list[Any] = self._client.gather(list(futures))
-        self._carry(found)
-        return found
 
     def each(self, function: Callable[..., Any], work: Work, done: set[int], *shared: Any) -> Iterator[tuple[int, Any]]:
         """Number and result of a task about each part but some, as they come."""
@@ -245,55 +227,108 @@ class Workers:
         for future in self._dask.as_completed(numbered, loop=self._client.loop):
             yield numbered[future], self.results([future])[0]
 
+    def map(self, function: Callable[..., Any], work: Work, *shared: Any) -> list[Any]:
+        """Results of a task about each part, in order."""
+        found = self.results(self._of_runs((partitions.each, function), work, shared))
+        return [one for some in found for one in some]
+
     def total(
         self, function: Callable[..., Any], work: Work, *shared: Any, join: Callable[..., Any] = partitions.add
     ) -> Any:
-        """Sum of what a task gives of each part, or another join of it, made on the workers in one order."""
-        futures = self.of_all(function, work, *shared)
-        while len(futures) > 1:
+        """Sum of what a task gives of each part, or another join of it, as in `partitions.joined`."""
+        futures = self._of_runs((partitions.total, function, join), work, shared)
+        while len(futures) > FAN_IN:
             groups = [futures[start : start + FAN_IN] for start in range(0, len(futures), FAN_IN)]
-            futures = [self._client.submit(join, *group, pure=False) for group in groups]
-        return self.results(futures)[0]
+            futures = [self._client.submit(partitions.joined, join, group, pure=False) for group in groups]
+        return partitions.joined(join, self.results(futures))
+
+    def _of_runs(self, task: tuple[Any, ...], work: Work, shared: tuple[Any, ...]) -> list[Any]:
+        """A task about each run of parts, in order."""
+        runs = self._arrange(work)
+        given = self._given(shared, len(runs))
+        return [self._ask(run[0], *task, self._known(work), run, given) for run in runs]
+
+    def _ask(self, number: int, *task: Any) -> Any:
+        places = [self._places[number]]
+        return self._client.submit(*task, workers=places, allow_other_workers=True, pure=False)
+
+    def _known(self, work: Work) -> Any:
+        if self._work is None or self._work[0] is not work:
+            self._carry([work])
+            self._work = (work, self._client.submit(partitions.given, work, pure=False))
+        return self._work[1]
+
+    def _given(self, shared: tuple[Any, ...], tasks: int) -> Any:
+        """What tasks share: for many of them the result of one, which workers take from each other, or make again."""
+        if tasks <= FAN_IN:
+            self._carry([shared] * tasks)
+            return shared
+        self._carry([shared])
+        return self._client.submit(partitions.given, shared, pure=False)
+
+    def _carry(self, values: Iterable[Any]) -> None:
+        """Count what goes to or comes from this process."""
+        self._carried += sum(map(self._dask.sizeof, values))
+
+    def results(self, futures: Iterable[Any]) -> list[Any]:
+        """Of tasks, in order."""
+        found: list[Any] = self._client.gather(list(futures))
+        self._carry(found)
+        return found
 
     def gather(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Results of calls that are about no part, in order."""
         self._carry(calls)
         return self.results(self._client.submit(function, *call, pure=False) for call in calls)
 
-    def shuffled(self, work: Work, calls: Sequence[tuple[Table, range | None]], axis_rows: int | None) -> list[Any]:
-        """What `partitions.store` gives of each part, its interactions brought together from pieces of tables."""
-        tables, groups = zip(*calls, strict=True)
+    def shuffle(
+        self, work: Work, calls: Sequence[tuple[Table, range | None]], axis_rows: int | None, batch: Batch
+    ) -> None:
+        """Have the interactions of a batch of pieces of tables put on storage by parts."""
+        tables, groups = zip(*calls[slice(*batch)], strict=True)
         frame = self._dask.from_map(
             functools.partial(partitions.rows, work, axis_rows=axis_rows),
             tables,
             groups,
             meta=partitions.no_rows(tables[0]),
         )
-        count = len(work.bounds) - 1
-        split = frame.shuffle("part", npartitions=count)
-        stored = split.map_partitions(
-            partitions.store_all, work, meta=pd.DataFrame({"part": [0], "pairs": [0], "weight": [0.0]})
-        )
-        found = self._client.compute(stored).result()
-        by_part = {int(row.part): {"pairs": int(row.pairs), "weight": float(row.weight)} for row in found.itertuples()}
-        nothing = partitions.no_rows(tables[0])  # of users without interactions
-        empty = {number: (nothing,) for number in range(count) if number not in by_part}
-        by_part |= zip(empty, self.results(self.submit(partitions.store, work, (), empty).values()), strict=True)
+        split = frame.shuffle("part", npartitions=len(work.bounds) - 1)
+        put = split.map_partitions(partitions.put_all, work, batch, meta=pd.DataFrame({"part": np.empty(0, np.int32)}))
+        self._client.compute(put).result()
         self._client.run(partitions.release, on_error="ignore")
-        return [by_part[number] for number in range(count)]
 
-    def _placed(self, numbers: Iterable[int]) -> dict[int, str]:
-        """The worker of each part: neighbours on one, as they are added up first; a lost one's go to others."""
-        there = self.present()
-        homeless = [number for number in numbers if self._places.get(number) not in there]
-        load = Counter(dict.fromkeys(there, 0))
-        load.update(place for place in self._places.values() if place in load)
-        share = -(-(sum(load.values()) + len(homeless)) // len(there))
-        for number in homeless:
-            place = next((address for address in there if load[address] < share), there[0])
-            self._places[number] = place
-            load[place] += 1
-        return self._places
+    def memory(self) -> list[int]:
+        """Bytes that each worker may take; 0 where it has no limit."""
+        self.present()
+        return [one["memory_limit"] or 0 for one in self._client.scheduler_info(n_workers=-1)["workers"].values()]
+
+    def _arrange(self, work: Work) -> list[range]:
+        """Runs of neighbouring parts, each of one worker; a lost one's go to others, and new ones get a share."""
+        there, count = self.present(), len(work.bounds) - 1
+        if self._arranged != (there, count):
+            length = run_length(count, len(there))
+            runs = [range(first, min(first + length, count)) for first in range(0, count, length)]
+            share = -(-len(runs) // len(there))
+            places: dict[range, str] = {}
+            load = Counter(dict.fromkeys(there, 0))
+            for stay in (True, False):
+                for run in [run for run in runs if run not in places]:
+                    room = [place for place in there if load[place] < share]
+                    place = self._places.get(run[0]) if stay else room[0]
+                    if place in room:
+                        places[run] = place
+                        load[place] += 1
+            self._places = {number: places[run] for run in runs for number in run}
+            self._arranged, self._runs = (there, count), runs
+        return self._runs
+
+
+def run_length(parts: int, workers: int) -> int:
+    """Neighbouring parts that one task is about: the highest power of 2 that leaves workers about even shares."""
+    even = EVEN * parts / workers
+    lengths = [1 << power for power in range(parts.bit_length() + 1)]
+    most = {length: min(parts, length * math.ceil(math.ceil(parts / length) / workers)) for length in lengths}
+    return max((length for length in lengths if most[length] <= even), default=1)
 
 
 @contextmanager
@@ -457,11 +492,21 @@ class _Run:
         parts = (self.staging.finished("parts") or {}).get("parts")
         if parts is None:
             make_folder(self.work.path(SCRATCH))
-            parts = workers.shuffled(self.work, calls, axis.rows)
+            parts = self._shuffled(calls, axis.rows)
             require_unchanged(tables)
             self.staging.finish("parts", {"parts": parts})
         self._pairs, weight = sum(one["pairs"] for one in parts), sum(one["weight"] for one in parts)
         return Counts(users, user_ids, items, item_ids, read, kept, self._pairs, weight)
+
+    def _shuffled(self, calls: list[tuple[Table, range | None]], axis_rows: int | None) -> list[Any]:
+        """What `partitions.store` gives of each part, its interactions brought together batch by batch."""
+        staging, workers = self.staging, self.workers
+        done = [(first, last) for first, last in (staging.finished("batches") or {}).get("batches", [])]
+        while (first := done[-1][1] if done else 0) < len(calls):
+            done.append((first, min(first + _batch_size(len(calls), workers.memory()), len(calls))))
+            workers.shuffle(self.work, calls, axis_rows, done[-1])
+            staging.finish("batches", {"batches": done})
+        return workers.map(partitions.store, self.work, calls[0][0], done)
 
     def _users(self, found: list[Any]) -> tuple[int, Any]:
         """U, and the ids of the rows where these are found by them."""
@@ -532,8 +577,8 @@ class _Run:
                 step.note(clusters=len(found.centroids), iterations=found.iterations)
             staging.save(f"{INTERACTIONS}/centroids.npy", found.centroids)
             staging.allocate(labels, (work.bounds[-1],), np.int32)
-            workers.map(partitions.label_interactions, work, found.centroids)
-            staging.adopt(labels)
+            with staging.adopting(labels):
+                workers.map(partitions.label_interactions, work, found.centroids)
             staging.finish(INTERACTIONS, kmeans_facts(found, choice, sizes, "interactions", self.progress))
         return embedding_facts(staging)
 
@@ -569,8 +614,8 @@ class _Run:
         if labelled is None:
             with self._step(f"label {name}"):
                 staging.allocate(f"{name}/labels.npy", (users,), np.int32)
-                sizes, shares = workers.total(partitions.label, work, fitted)
-                staging.adopt(f"{name}/labels.npy")
+                with staging.adopting(f"{name}/labels.npy"):
+                    sizes, shares = workers.total(partitions.label, work, fitted)
             labelled = {"sizes": sizes.tolist(), "shares": shares.tolist()}
             staging.finish(f"{name}/labels", labelled)
         cold = method.mean_global(self.backend, np.array(labelled["shares"]), sum(self._warm[name]), fitted.centroids)
@@ -581,7 +626,6 @@ class _Run:
         staging.allocate(f"{name}/users.npy", (users, width), np.dtype(settings.dtype))
         with self._step(f"write {name}", total=users, unit="user") as step:
             written = self._write(fitted, step)
-            staging.adopt(f"{name}/users.npy")
         with self._step(f"sample {name}"):
             some = functools.partial(self._some, modality, fitted)
             arrays = described(self.backend, modality, fitted.centroids, sum(self._warm[name]), some, settings.seed)
@@ -682,10 +726,12 @@ class _Run:
         """Have the parts written that an earlier run did not write; gives the norms of all."""
         key, bounds = f"{fitted.name}/written", self.work.bounds
         done = {int(number): NormSums(*sums) for number, sums in (self.staging.finished(key) or {}).items()}
-        for number, sums in self.workers.each(partitions.write, self.work, set(done), fitted):
-            done[number] = sums
-            self.staging.finish(key, {str(one): list(found) for one, found in done.items()})
-            step.advance(bounds[number + 1] - bounds[number])
+        with self.staging.adopting(f"{fitted.name}/users.npy") as there:
+            for number, sums in self.workers.each(partitions.write, self.work, set(done), fitted):
+                done[number] = sums
+                self.staging.finish(key, {str(one): list(found) for one, found in done.items()})
+                step.advance(bounds[number + 1] - bounds[number])
+                there(next((bounds[one] for one in range(len(bounds) - 1) if one not in done), bounds[-1]))
         return [done[number] for number in range(len(bounds) - 1)]
 
     def _some(self, modality: Modality, fitted: Fitted, numbers: Any) -> tuple[Interactions, Blend]:
@@ -725,6 +771,12 @@ def _bounds(users: int, kept: int) -> tuple[int, ...]:
     parts = min(max(LEAST_PARTS, -(-kept // PART_ROWS)), MOST_PARTS)
     step = max(1, -(-users // (parts * NORM_ROWS))) * NORM_ROWS
     return (*range(0, users, step), users)
+
+
+def _batch_size(count: int, memory: Sequence[int]) -> int:
+    """Pieces, of so many, that are brought together at a time; ``memory``: bytes of each worker."""
+    held = int(sum(memory) * BATCH_SHARE) // (SHUFFLE_BYTES * PIECE_ROWS)
+    return max(BATCH_PIECES * len(memory), min(held, count // BATCHES))
 
 
 def _by_part(counts: Sequence[int], numbers: Any) -> Iterator[tuple[int, Any]]:
@@ -836,7 +888,7 @@ class _PartitionedGraph:
 
     def large(self, most: int) -> Any:
         """See `Graph.large`."""
-        labels = self._workers.total(partitions.components, self._work, join=partitions.join)
+        labels = self._workers.total(partitions.components, self._work, join=spectral.joined_labels)
         found = self._workers.total(partitions.component_sizes, self._work, labels)
         return spectral.large_labels(labels, found, most)
 

@@ -12,10 +12,11 @@ import functools
 import gc
 import operator
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any, TypeVar
 
 import numpy as np
@@ -51,9 +52,12 @@ from .where import parse
 
 SHARED = "shared"  # form of labels that are those of all modalities
 SCRATCH = "scratch"  # what is in the way only, in the staging folder
+BLOCK_BYTES = 16 << 20  # of the users' rows that a process makes and writes at a time
+CLUSTERING = ("points", "walk", "labels")  # keys of what is kept for K-means
 _T = TypeVar("_T")
 _kept: dict[Any, Any] = {}
 _turn = Lock()  # of tasks in one process: kernels take all its threads
+_keeping = RLock()
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,11 @@ class Work:
     items: int = 0
     features: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def part_users(self) -> int:
+        """Users of each part but the last."""
+        return self.bounds[1]
+
     def path(self, name: str) -> str:
         """Of a file in the staging folder."""
         return os.path.join(self.staging, name)
@@ -105,21 +114,45 @@ def _task(function: Callable[..., _T]) -> Callable[..., _T]:
 
     @functools.wraps(function)
     def wrapped(work: Work, *arguments: Any, **named: Any) -> _T:
-        with _turn:
-            if _kept.get("run") != work.run:
-                _kept.clear()
-                _kept["run"] = work.run
-            with _backend(work).explained():
-                return function(work, *arguments, **named)
+        with _turn, _of_run(work):
+            return function(work, *arguments, **named)
 
     return wrapped
 
 
+def _reading(function: Callable[..., _T]) -> Callable[..., _T]:
+    """Beside others of its kind: most of it takes one thread."""
+
+    @functools.wraps(function)
+    def wrapped(work: Work, *arguments: Any, **named: Any) -> _T:
+        with _of_run(work):
+            return function(work, *arguments, **named)
+
+    return wrapped
+
+
+@contextmanager
+def _of_run(work: Work) -> Iterator[None]:
+    with _keeping:
+        if _kept.get("run") != work.run:
+            _kept.clear()
+            _kept["run"] = work.run
+    with _backend(work).explained():
+        yield
+
+
 def _keep(key: Any, make: Callable[[], _T]) -> _T:
-    if key not in _kept:
-        _kept[key] = make()
-    found: _T = _kept[key]
-    return found
+    with _keeping:
+        if key not in _kept:
+            _kept[key] = make()
+        found: _T = _kept[key]
+        return found
+
+
+def _drop(which: Callable[[tuple[Any, ...]], bool]) -> None:
+    """Forget some of what is kept under keys of several parts."""
+    for key in [key for key in _kept if isinstance(key, tuple) and which(key)]:
+        del _kept[key]
 
 
 @functools.cache
@@ -162,6 +195,35 @@ def about(function: Callable[..., _T], work: Work, number: int, shared: tuple[An
     return function(work, number, *shared, *own)
 
 
+def each(function: Callable[..., _T], work: Work, numbers: range, shared: tuple[Any, ...]) -> list[_T]:
+    """A task about neighbouring parts: what it gives of each."""
+    return [function(work, number, *shared) for number in numbers]
+
+
+def total(
+    function: Callable[..., _T], join: Callable[[_T, _T], _T], work: Work, numbers: range, shared: tuple[Any, ...]
+) -> _T:
+    """A task about neighbouring parts: what it gives of each, joined as in `joined`."""
+    return joined(join, (function(work, number, *shared) for number in numbers))
+
+
+def joined(join: Callable[[_T, _T], _T], values: Iterable[_T]) -> _T:
+    """Join neighbours, then neighbours among what comes of that, and so on.
+
+    So what is joined in runs of 2, 4, 8, ... first, and then these, comes to the same.
+    """
+    found: list[tuple[int, _T]] = []  # and how many times it was joined
+    for value in values:
+        found.append((0, value))
+        while len(found) > 1 and found[-1][0] == found[-2][0]:
+            (level, one), (_, other) = found[-2:]
+            found[-2:] = [(level + 1, join(one, other))]
+    whole = found.pop()[1]
+    while found:
+        whole = join(found.pop()[1], whole)
+    return whole
+
+
 def release() -> None:
     """Give back to the system what this process's allocators keep for later."""
     gc.collect()
@@ -170,11 +232,9 @@ def release() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def add(*parts: Any) -> Any:
-    """Sum of some results, value by value."""
-    if isinstance(parts[0], tuple):
-        return tuple(functools.reduce(operator.add, values) for values in zip(*parts, strict=True))
-    return functools.reduce(operator.add, parts)
+def add(one: Any, other: Any) -> Any:
+    """Sum of two results, value by value."""
+    return tuple(map(operator.add, one, other)) if isinstance(one, tuple) else one + other
 
 
 # Reading.
@@ -198,7 +258,7 @@ def _checks(work: Work, axis_rows: int | None) -> Checks:
     return Checks(_backend(work), where, ItemAxis(axis_rows), users, lambda _: None, recency)
 
 
-@_task
+@_reading
 def find(work: Work, table: Table, groups: range | None, axis_rows: int | None) -> Found:
     """Count the rows of a piece, and find its ids where they are no row numbers."""
     checks, backend = _checks(work, axis_rows), _backend(work)
@@ -227,25 +287,30 @@ def distinct(*parts: Any) -> Any:
     return pd.concat(series, ignore_index=True).drop_duplicates(ignore_index=True)
 
 
-@_task
+@_reading
 def rows(work: Work, table: Table, groups: range | None, axis_rows: int | None) -> pd.DataFrame:
     """Interactions of a piece: row within its part and column of R, with the part's key, see `_part_keys`."""
     checks, backend = _checks(work, axis_rows), _backend(work)
-    columns: dict[str, list[Any]] = {name: [] for name in _columns(table)}
+    kinds, parts = _columns(table), [np.empty(0, np.int32)]
+    columns: dict[str, list[Any]] = {name: [np.empty(0, kind)] for name, kind in kinds.items()}
     for batch in checks.batches(table, table.user, table.item, table.weight, table.time, groups=groups):
         if len(batch.frame) == 0:
             continue
-        columns["user"].append(_numbers(work, "users", backend.host_column(checks.users(table, batch))))
-        columns["item"].append(_numbers(work, "items", backend.host_column(checks.items(table, batch))))
+        found = {
+            "user": _numbers(work, "users", backend.host_column(checks.users(table, batch))),
+            "item": _numbers(work, "items", backend.host_column(checks.items(table, batch))),
+        }
         if table.weight:
-            columns["weight"].append(backend.to_host(checks.weights(table, batch)))
+            found["weight"] = backend.to_host(checks.weights(table, batch))
         if table.time:
-            columns["time"].append(backend.to_host(checks.times(table, batch)))
-    found = {name: np.concatenate([np.empty(0, kind), *columns.pop(name)]) for name, kind in _columns(table).items()}
-    part = np.searchsorted(work.bounds, found["user"], side="right") - 1
-    found["user"] -= np.asarray(work.bounds)[part]
-    frame = pd.DataFrame({"part": _part_keys(len(work.bounds) - 1)[part], **found}, copy=False)
-    return frame.astype(no_rows(table).dtypes)
+            found["time"] = backend.to_host(checks.times(table, batch))
+        part = found["user"] // work.part_users
+        found["user"] = found["user"] - part * work.part_users
+        for name, values in found.items():
+            columns[name].append(values.astype(kinds[name], copy=False))
+        parts.append(_part_keys(len(work.bounds) - 1)[part])
+    whole = {"part": np.concatenate(parts), **{name: np.concatenate(columns.pop(name)) for name in kinds}}
+    return pd.DataFrame(whole, copy=False)
 
 
 def _columns(table: Table) -> dict[str, str]:
@@ -287,25 +352,52 @@ def _numbers(work: Work, axis: str, column: Any) -> Any:
     return known.get_indexer(pd.Index(column))
 
 
-def store_all(frame: pd.DataFrame, work: Work) -> pd.DataFrame:
-    """`store` the parts whose interactions are in a frame, all of them."""
-    keys = _part_keys(len(work.bounds) - 1)
-    numbers = np.flatnonzero(np.isin(keys, frame["part"].unique()))
-    found = [{"part": number, **store(work, number, frame[frame["part"] == keys[number]])} for number in numbers]
-    return pd.DataFrame(found, columns=["part", "pairs", "weight"])
+Batch = tuple[int, int]
+"""Pieces whose interactions are brought together by user at a time: the first, and one after the last."""
+
+
+def put_all(frame: pd.DataFrame, work: Work, batch: Batch) -> pd.DataFrame:
+    """`put` the parts whose interactions are in a frame; gives no rows."""
+    keys, part = _part_keys(len(work.bounds) - 1), frame["part"].to_numpy()
+    there = part[:1] if (part == part[:1]).all() else np.unique(part)  # one, as a rule
+    for key in there:
+        put(work, int(np.flatnonzero(keys == key)[0]), frame if len(there) == 1 else frame[part == key], batch)
+    return frame[["part"]].iloc[:0]
+
+
+@_reading
+def put(work: Work, number: int, frame: pd.DataFrame, batch: Batch) -> None:
+    """Put a part's interactions of a batch of pieces on storage, column after column."""
+    with create(_batch_path(work, number, batch)) as sink:
+        for name in frame.columns.drop("part"):
+            np.lib.format.write_array(sink, frame[name].to_numpy(), allow_pickle=False)
+
+
+def _batch_path(work: Work, number: int, batch: Batch) -> str:
+    return work.path(f"{SCRATCH}/{number}.{batch[0]}-{batch[1]}")
 
 
 @_task
-def store(work: Work, number: int, frame: pd.DataFrame) -> dict[str, float]:
+def store(work: Work, number: int, table: Table, batches: list[Batch]) -> dict[str, float]:
     """Put a part of R on storage, from all interactions of its users; gives its pairs and the sum of its weights."""
     backend = _backend(work)
     first, last = work.bounds[number : number + 2]
-    checks = _checks(work, work.items)
-    columns = {name: backend.asarray(frame[name].to_numpy()) for name in frame if name != "part"}
+    found: dict[str, list[Any]] = {name: [np.empty(0, kind)] for name, kind in _columns(table).items()}
+    for batch in batches:
+        path = _batch_path(work, number, batch)
+        if os.path.exists(path):  # else its users had none
+            with open(path, "rb") as file:
+                for arrays in found.values():
+                    arrays.append(np.lib.format.read_array(file, allow_pickle=False))
+    columns = {name: np.concatenate(found.pop(name)) for name in list(found)}
+    if len(columns) > 2:  # equal pairs are summed, in an order that does not hang on what came in which batch
+        order = np.lexsort([columns[name] for name in columns if name not in ("user", "item")])
+        columns = {name: column[order] for name, column in columns.items()}
+    columns = {name: backend.asarray(column) for name, column in columns.items()}
     made = assemble(
-        checks,
-        columns["user"],
-        columns["item"],
+        _checks(work, work.items),
+        columns.pop("user"),
+        columns.pop("item"),
         columns.get("weight"),
         columns.get("time"),
         (last - first, work.items),
@@ -339,8 +431,7 @@ def _modality(work: Work, name: str) -> Modality:
     """Features that the run put, or found, on storage: mapped, and on a device taken there."""
 
     def load() -> Modality:
-        for key in [key for key in _kept if isinstance(key, tuple) and key[0] == "modality"]:
-            del _kept[key]  # one at a time
+        _drop(lambda key: key[0] == "modality")  # one at a time
         backend = _backend(work)
         values = np.load(work.features[name], mmap_mode="r")
         present = np.load(work.path(f"{SCRATCH}/{name}.present.npy"))
@@ -395,9 +486,7 @@ def _kind(form: str) -> type[kmeans.Tiled]:
 
 def _points(work: Work, number: int, of: Rows) -> kmeans.Points:
     def make() -> kmeans.Points:
-        for key in [key for key in _kept if isinstance(key, tuple) and key[0] in ("points", "walk", "labels")]:
-            if key[1:3] != (of.name, of.form):
-                del _kept[key]
+        _drop(lambda key: key[0] in CLUSTERING and key[1:3] != (of.name, of.form))
         backend = _backend(work)
         middle = backend.asarray(of.middle)
         kind = _kind(of.form)
@@ -492,11 +581,6 @@ def components(work: Work, number: int) -> Any:
     return spectral.component_labels(_backend(work), _part(work, number))
 
 
-def join(*labels: Any) -> Any:
-    """See `spectral.joined_labels`."""
-    return functools.reduce(spectral.joined_labels, labels)
-
-
 @_task
 def component_sizes(work: Work, number: int, labels: Any) -> tuple[Any, Any]:
     """See `spectral.component_sizes`."""
@@ -584,6 +668,7 @@ def label(work: Work, number: int, fitted: Fitted) -> tuple[Any, Any]:
     else:
         with backend.deterministic():
             labels = method.nearest(backend, part, modality, weighting, centroids, fitted.form)
+        _drop(lambda key: key[0] in CLUSTERING)
     clusters = len(fitted.centroids)
     shares = method.cluster_shares(backend, part, weighting, clusters, labels, item_labels)
     host = backend.to_host(labels)
@@ -629,7 +714,7 @@ def _plan(work: Work, number: int, fitted: Fitted) -> Blend:
 
 
 def _block_rows(width: int) -> int:
-    return method.block_rows(width, 4 * method.ARRAY_BLOCK_BYTES)
+    return method.block_rows(width, 4 * BLOCK_BYTES)
 
 
 @_task
@@ -644,30 +729,44 @@ def lambdas(work: Work, number: int, fitted: Fitted) -> tuple[Any, Any]:
 def measure(work: Work, number: int, fitted: Fitted) -> NormSums:
     """Norms of the users' rows of a part, which are not kept."""
     backend, plan = _backend(work), _plan(work, number, fitted)
-    return norm_sums(backend, (block for _, block in _blocks(work, number, plan, "float32")))
+    width = plan.modality.values.shape[1]
+    room = backend.empty((_block_rows(width), width), "float32")
+    blocks = method.blocks(
+        backend, _part(work, number), plan, len(room), "float32", lambda part: room[: part.stop - part.start]
+    )
+    return norm_sums(backend, (block for _, block in blocks))
 
 
 @_task
 def write(work: Work, number: int, fitted: Fitted) -> NormSums:
-    """Write the users' rows of a part; gives their norms."""
+    """Write the users' rows of a part, each block while the next one is made; gives their norms."""
     backend, plan = _backend(work), _plan(work, number, fitted)
-    path = work.path(f"{fitted.name}/users.npy")
+    dtype, width = work.config.settings.dtype, plan.modality.values.shape[1]
+    path, row = work.path(f"{fitted.name}/users.npy"), work.bounds[number]
+    most = min(_block_rows(width), work.bounds[number + 1] - row)
+    before: Future[None] | None = None
 
-    def blocks() -> Any:
-        for part, block in _blocks(work, number, plan, work.config.settings.dtype):
-            write_range(path, work.bounds[number] + part.start, backend.to_host(block))
-            yield block
+    def send(block: Any) -> None:
+        nonlocal row, before
+        if before is not None:
+            before.result()  # its space may be used again
+        before = writer.submit(write_range, path, row, block)
+        row += len(block)
 
-    return norm_sums(backend, blocks())
+    def blocks() -> Iterator[Any]:
+        made = method.blocks(
+            backend, _part(work, number), plan, most, dtype, lambda part: outbox.space(part.stop - part.start)
+        )
+        for _, block in made:
+            yield block  # for its norms
+            outbox.send(block)
 
-
-def _blocks(work: Work, number: int, plan: Blend, dtype: str) -> Any:
-    backend, width = _backend(work), plan.modality.values.shape[1]
-
-    def space(part: slice) -> Any:
-        return backend.empty((part.stop - part.start, width), dtype)
-
-    return method.blocks(backend, _part(work, number), plan, _block_rows(width), dtype, space)
+    with ThreadPoolExecutor(1) as writer:
+        with backend.outbox(most, width, dtype, send) as outbox:
+            found = norm_sums(backend, blocks())
+        if before is not None:
+            before.result()
+    return found
 
 
 @_task

@@ -254,9 +254,9 @@ class Sink(io.RawIOBase):
             self.size += written
             chunk = chunk[written:]
 
-    def skip(self) -> None:
-        """Count the bytes that stand in the file already, from here to its end."""
-        while data := os.read(self.descriptor, _CHUNK):
+    def skip(self, end: int | None = None) -> None:
+        """Count the bytes that stand in the file already, from here to the byte ``end``, or to the file's end."""
+        while data := os.read(self.descriptor, _CHUNK if end is None else min(_CHUNK, end - self.size)):
             self.digest.update(data)
             self.size += len(data)
 

@@ -186,19 +186,19 @@ class Jobs:
             path.mkdir(exist_ok=True)
             path.chmod(0o777)
 
-    def command(self, name, arguments, options=()):
-        limits = ["--rm", "--name", name, "--network=none", "--read-only", "--memory=2g", "--cap-drop=ALL"]
+    def command(self, name, arguments, options=(), network="none"):
+        limits = ["--rm", "--name", name, f"--network={network}", "--read-only", "--memory=2g", "--cap-drop=ALL"]
         data = ["--mount", f"type=bind,src={TIKTOK},dst=/data/tiktok,readonly"] if TIKTOK.is_dir() else []
         for path in [*self.folder.glob("*.toml"), *self.folder.glob("*.npy"), *self.folder.glob("*.inter")]:
             data += ["--mount", f"type=bind,src={path},dst=/data/{path.name},readonly"]
         data += ["--mount", f"type=bind,src={self.out},dst=/out"]
         return ["/usr/bin/docker", "run", *limits, *data, *options, "gpu-init:cpu", *arguments]
 
-    def start(self, name, *arguments, cache=True, **environment):
+    def start(self, name, *arguments, cache=True, network="none", **environment):
         """A container; with a cache of compiled kernels, unless it is to do without."""
         options = [f"--env={key}={value}" for key, value in environment.items()]
         options += ["--mount", f"type=bind,src={self.cache},dst=/cache"] if cache else []
-        command = self.command(name, arguments, options)
+        command = self.command(name, arguments, options, network)
         return subprocess.Popen(
             command, env=self.engine.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
@@ -220,20 +220,27 @@ def contents(folder):
 
 def assert_same(ours, theirs):
     """Two artifacts: the same bytes, or, by other versions of the libraries, the same to rounding."""
+    from gpu_init import artifact
+
+    versions = [artifact.load(folder).manifest["backend"]["versions"] for folder in (ours, theirs)]
+    if versions[0] == versions[1]:
+        assert contents(ours) == contents(theirs)
+        return "the same bytes"
+    return f"{assert_close(ours, theirs)}, by {versions[0]} and {versions[1]}"
+
+
+def assert_close(ours, theirs):
+    """Two artifacts: the same labels, and the same vectors to rounding."""
     import numpy as np
 
     from gpu_init import artifact
 
     opened = [artifact.load(folder) for folder in (ours, theirs)]
-    versions = [one.manifest["backend"]["versions"] for one in opened]
-    if versions[0] == versions[1]:
-        assert contents(ours) == contents(theirs)
-        return "the same bytes"
     for name in opened[0]:
         one, other = (side[name] for side in opened)
         np.testing.assert_array_equal(one.labels, other.labels)
         np.testing.assert_allclose(one.users, other.users, rtol=1e-4, atol=1e-5)
-    return f"the same to rounding, by {versions[0]} and {versions[1]}"
+    return "the same to rounding"
 
 
 @timed
@@ -307,6 +314,39 @@ def stopped_and_resumed(jobs):
     assert contents(jobs.out / "whole") == contents(jobs.out / "stopped")
 
 
+@timed
+def cluster(jobs):
+    """A scheduler and two workers, of which one is killed on the way: the artifact of one process."""
+    here = "tcp://127.0.0.1:8786"  # all share the scheduler's network, which has no more than that
+    commands = {
+        "scheduler": ["dask", "scheduler", "--host=127.0.0.1", "--no-dashboard"],
+        **{
+            name: ["dask", "worker", here, "--nthreads=1", "--no-dashboard", "--local-directory=/cache"]
+            for name in ("one", "other")
+        },
+    }
+    for name, (program, *arguments) in commands.items():
+        options = [f"--entrypoint={program}", "--detach", "--mount", f"type=bind,src={jobs.cache},dst=/cache"]
+        network = "none" if name == "scheduler" else "container:scheduler"
+        run(jobs.command(name, arguments, options, network=network), env=jobs.engine.environment)
+    settings = {"GPU_INIT_SCHEDULER": here, "GPU_INIT_LOG_FORMAT": "json"}
+    process = jobs.start(
+        "job", "run", "/data/large.toml", "--out=/out/cluster", network="container:scheduler", **settings
+    )
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        event = json.loads(line)
+        if (event["event"], event.get("step")) == ("step_started", "write first"):
+            jobs.engine.docker("kill", "one")
+    assert process.wait() == 0, said
+    for name in ("other", "scheduler"):
+        jobs.engine.docker("kill", name)
+    workers = [json.loads(line) for line in said if "2 workers" in line]
+    assert workers, said
+    print("over two workers, one killed, and in one process:", assert_close(jobs.out / "cluster", jobs.out / "whole"))
+
+
 def make_large(folder, users=150_000, items=400, width=256):
     """Data of a job that writes for a second or so, in groups that K-means finds at once."""
     import numpy as np
@@ -334,7 +374,7 @@ def check(engine, cuda):
     with tempfile.TemporaryDirectory() as folder:
         jobs = Jobs(engine, Path(folder))
         make_large(jobs.folder)
-        for part in (tiktok, stopped_and_resumed, without_a_cache, wrong_input):
+        for part in (tiktok, stopped_and_resumed, cluster, without_a_cache, wrong_input):
             part(jobs)
 
 

@@ -13,7 +13,7 @@ from gpu_init import config
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
-EXTRAS = {"cpu": ("s3",), "cuda": ("cuda12", "s3")}
+EXTRAS = {"cpu": ("dask", "s3"), "cuda": ("cuda12", "dask", "s3")}
 
 yaml = pytest.importorskip("yaml")
 
@@ -25,6 +25,10 @@ def documents():
 def pod(document):
     spec = document["spec"]["jobTemplate"]["spec"] if document["kind"] == "CronJob" else document["spec"]
     return spec["template"]["spec"]
+
+
+def composed(name):
+    return yaml.safe_load((DOCKER / name).read_text(encoding="utf-8"))["services"]
 
 
 @pytest.mark.parametrize("version", ["1.29", "1.34", "1.37"])
@@ -60,8 +64,8 @@ def test_variables_are_keys_of_a_job_or_stand_before_their_use():
         assert one["name"] in known or not one["name"].startswith(config.PREFIX)
         assert set(re.findall(r"\$\((\w+)\)", one.get("value", ""))) <= set(said)
         said.append(one["name"])
-    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))
-    assert {name for one in compose["services"].values() for name in one["environment"]} <= known
+    for services in map(composed, ("compose.yaml", "cluster.yaml")):
+        assert {name for one in services.values() for name in one.get("environment", {})} <= known
 
 
 def test_images_and_user_are_those_of_the_dockerfile():
@@ -70,9 +74,24 @@ def test_images_and_user_are_those_of_the_dockerfile():
     assert targets == set(EXTRAS)
     assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["65532:65532"] * len(targets)
     assert pod(documents()[0])["securityContext"]["runAsUser"] == 65532
-    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    compose = composed("compose.yaml")
     assert {name: one["build"]["target"] for name, one in compose.items()} == {name: name for name in targets}
     assert {one["image"] for one in compose.values()} == {f"gpu-init:{name}" for name in targets}
+
+
+def test_processes_of_a_cluster_find_each_other_and_are_shut_off():
+    cluster = composed("cluster.yaml")
+    scheduler = cluster["job"]["environment"]["GPU_INIT_SCHEDULER"]
+    assert scheduler == cluster["worker"]["entrypoint"][-1] == "tcp://scheduler:8786"
+    assert cluster["scheduler"]["command"][:2] == ["--port", "8786"]
+    assert cluster["job"]["volumes"] == cluster["worker"]["volumes"]  # as they share the inputs and the output
+    for one in cluster.values():
+        assert (one["image"], one["read_only"], one["cap_drop"], one["user"]) == (
+            "gpu-init:cpu",
+            True,
+            ["ALL"],
+            composed("compose.yaml")["cpu"]["user"],
+        )
 
 
 @pytest.mark.parametrize("target", EXTRAS)
