@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = (3, 11)
-PROJECTS = {"cpu": ".[dask,s3]", "cuda": ".[cuda12,dask,s3]"}
+PROJECTS = {"cpu": ".[dask,s3]", "cuda": ".[cuda12,dask-cuda,s3]"}
 
 
 def resolved(project: str) -> list[str]:

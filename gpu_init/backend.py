@@ -80,6 +80,15 @@ class Backend(Protocol):
     def deterministic(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, dense products give the same bytes for any number of threads."""
 
+    def local_cluster(self, **options: Any) -> Any:
+        """Dask's cluster of processes that take all of this machine.
+
+        Raises
+        ------
+        InputError
+            A library for it is missing.
+        """
+
     def in_order(self, function: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
         """``function`` of each part, in order; parts run side by side, each as `deterministic` has it."""
 
@@ -220,6 +229,13 @@ class CpuBackend:
     def deterministic(self) -> contextlib.AbstractContextManager[Any]:
         """See `Backend.deterministic`: BLAS, LAPACK and OpenMP split sums by thread, so one thread."""
         return self._threads.limit(limits=1)  # type: ignore[no-any-return]
+
+    def local_cluster(self, **options: Any) -> Any:
+        """See `Backend.local_cluster`: one for each core."""
+        import distributed
+
+        kind: Any = distributed.LocalCluster  # which has no types
+        return kind(n_workers=cores(), threads_per_worker=1, env={"NUMBA_NUM_THREADS": "1"}, **options)
 
     def in_order(self, function: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
         """See `Backend.in_order`: a thread per core, a few results ahead of their use."""
@@ -368,6 +384,16 @@ class CudaBackend:
     def deterministic(self) -> contextlib.AbstractContextManager[Any]:
         """See `Backend.deterministic`: threads of the host have no part in a device's products."""
         return contextlib.nullcontext()
+
+    def local_cluster(self, **options: Any) -> Any:
+        """See `Backend.local_cluster`: one for each device."""
+        try:
+            from dask_cuda import LocalCUDACluster
+        except ImportError as error:
+            raise InputError(
+                f"--scheduler local on CUDA needs dask-cuda ({one_line(error)}): pip install 'gpu-init[dask-cuda]'"
+            ) from None
+        return LocalCUDACluster(**options)
 
     def in_order(self, function: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
         """See `Backend.in_order`: one after another, a device being busy with one."""

@@ -31,7 +31,7 @@ import pandas as pd
 from . import features, kmeans, method, partitions, spectral
 from .artifact import INTERACTIONS, Staging
 from .axes import ItemAxis, item_axis, user_axis
-from .backend import Backend, cores, one_line, select
+from .backend import Backend, one_line, select
 from .blend import (
     NORM_ROWS,
     TEMPERATURE,
@@ -139,7 +139,6 @@ class _Dask:
         self.from_map: Any = dask.dataframe.from_map
         self.as_completed: Any = distributed.as_completed
         self.Client: Any = distributed.Client
-        self.LocalCluster: Any = distributed.LocalCluster
         self.CommClosedError: Any = CommClosedError
         self.KilledWorker: Any = KilledWorker
 
@@ -358,13 +357,7 @@ def _cluster(config: JobConfig, progress: Progress) -> Iterator[Workers]:
     with _silence(), dask.options(options):
         try:
             if address == "local":
-                cluster = dask.LocalCluster(
-                    n_workers=cores(),
-                    threads_per_worker=1,
-                    env={"NUMBA_NUM_THREADS": "1"},
-                    dashboard_address="127.0.0.1:0",
-                    silence_logs=50,
-                )
+                cluster = select(config.backend).local_cluster(dashboard_address="127.0.0.1:0", silence_logs=50)
             client = dask.Client(cluster if address == "local" else address, timeout="10s", set_as_default=False)
         except (OSError, ValueError) as error:
             raise InputError(f"--scheduler {address}: no scheduler answers there ({one_line(error)}).") from None

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpu_init
-from gpu_init import backend, kmeans, method
+from gpu_init import backend, cli, kmeans, method, partitions
 from gpu_init.backend import CpuBackend, in_blocks, row_groups, select, text_parts
 from gpu_init.blend import NORM_ROWS
 from gpu_init.errors import InputError, ResourceError
@@ -100,6 +100,38 @@ def test_both_kmeans_find_clusters_as_good(cupy, monkeypatch):
 def test_the_factored_form_gives_the_same_bytes(cupy, monkeypatch, tmp_path):
     monkeypatch.setattr(kmeans, "SAMPLE_ROWS", 512)
     jobs.check_same_bytes(monkeypatch, tmp_path, users=2000)
+
+
+def test_a_cluster_of_devices_makes_the_same(cupy, monkeypatch, tmp_path):
+    """Two workers in this process, as the stand-ins are in no other."""
+    distributed = pytest.importorskip("distributed")
+    started = []
+
+    def local(**options):
+        started.append(options)
+        return distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=False, **options)
+
+    monkeypatch.setitem(sys.modules, "dask_cuda", types.SimpleNamespace(LocalCUDACluster=local))
+    partitions._select.cache_clear()
+    jobs.write_job(tmp_path, users=1500)
+    one = jobs.run(tmp_path / "one", tmp_path, "--backend=cpu", "--clusters=3")
+    many = jobs.run(tmp_path / "many", tmp_path, "--backend=cuda", "--clusters=3", "--scheduler=local")
+    partitions._select.cache_clear()
+    assert len(started) == 1
+    assert many.manifest["backend"]["name"] == "cuda"
+    for name in one:
+        np.testing.assert_array_equal(many[name].labels, one[name].labels)
+        np.testing.assert_allclose(many[name].users, one[name].users, atol=1e-5)
+
+
+def test_a_cluster_of_devices_says_what_it_needs(cupy, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "dask_cuda", None)
+    pytest.importorskip("distributed")
+    given = [f"--interactions={tmp_path}/clicks.parquet", f"--features=text={tmp_path}/text.npy"]
+    jobs.write_job(tmp_path, users=50)
+    assert cli.main(["run", *given, f"--out={tmp_path / 'many'}", "--backend=cuda", "--scheduler=local"]) == 2
+    assert "pip install 'gpu-init[dask-cuda]'" in capsys.readouterr().err
+    assert not (tmp_path / "many").exists()
 
 
 # K-means and its memory.

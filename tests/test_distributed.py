@@ -17,7 +17,8 @@ import pandas as pd
 import pytest
 
 import gpu_init
-from gpu_init import artifact, cli
+from gpu_init import artifact, cli, distributed, partitions
+from gpu_init.errors import ResourceError
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="needs Dask")
 
@@ -131,6 +132,79 @@ def test_a_job_over_workers_makes_what_one_process_makes(job, cluster, data, tmp
         assert np.allclose(
             [one["norms"]["users"]["mean"], one["scale"]], [other["norms"]["users"]["mean"], other["scale"]]
         )
+
+
+def test_parts_join_to_the_same_in_runs_of_any_length():
+    def join(one, other):
+        return f"({one}{other})"
+
+    for count in range(1, 30):
+        whole = partitions.joined(join, map(str, range(count)))
+        for workers in range(1, 9):
+            length = distributed.run_length(count, workers)
+            runs = [range(first, min(first + length, count)) for first in range(0, count, length)]
+            most = length * -(-len(runs) // workers)
+            assert min(most, count) <= max(distributed.EVEN * count / workers, -(-count // workers))
+            each = [partitions.joined(join, map(str, run)) for run in runs]
+            groups = [each[first : first + distributed.FAN_IN] for first in range(0, len(each), distributed.FAN_IN)]
+            assert partitions.joined(join, [partitions.joined(join, group) for group in groups]) == whole
+    assert [distributed.run_length(8, workers) for workers in (1, 2, 3, 4, 8, 9)] == [16, 4, 1, 2, 1, 1]
+
+
+def test_batches_of_any_size_come_to_the_same_bytes(cluster, data, tmp_path, monkeypatch):
+    """Pairs that come more than once have weights whose sum hangs on their order; a run is resumed between batches."""
+    log = pd.read_parquet(data / "log")
+    log["rating"] = np.random.default_rng(1).lognormal(size=len(log))
+    log.to_parquet(tmp_path / "log.parquet", row_group_size=10_000)
+    flags = (f"--interactions={tmp_path}/log.parquet", "--weight-column=rating", "--half-life=30d")
+    flags += (f"--scheduler={cluster.scheduler_address}", "--clusters=2", f"--users={USERS}")
+    one, other, resumed = (
+        arguments(data, tmp_path / name, *flags, features=("image.npy",)) for name in ("one", "other", "resumed")
+    )
+    monkeypatch.setattr(distributed, "PIECE_ROWS", 10_000)
+    shuffle, batches = distributed.Workers.shuffle, []
+
+    def noted(self, work, calls, axis_rows, batch):
+        if batches and batches[-1] is None:
+            raise ResourceError("this is enough")
+        batches.append(batch)
+        shuffle(self, work, calls, axis_rows, batch)
+
+    monkeypatch.setattr(distributed.Workers, "shuffle", noted)
+    monkeypatch.setattr(distributed, "BATCH_PIECES", 100)
+    assert cli.main(one) == 0
+    assert batches == [(0, 15)]
+    monkeypatch.setattr(distributed, "BATCH_PIECES", 3)
+    monkeypatch.setattr(distributed, "BATCHES", 100)
+    assert cli.main(other) == 0
+    assert batches[1:] == [(0, 6), (6, 12), (12, 15)]
+    resumed.append("--resume")
+    monkeypatch.setattr(
+        distributed.Workers, "shuffle", lambda self, *given: (noted(self, *given), batches.append(None))
+    )
+    assert cli.main(resumed) == 3
+    monkeypatch.setattr(distributed.Workers, "shuffle", noted)
+    monkeypatch.setattr(distributed, "BATCH_PIECES", 4)
+    batches.clear()
+    assert cli.main(resumed) == 0
+    assert batches == [(6, 14), (14, 15)]
+    made = [(tmp_path / name / "image" / "users.npy").read_bytes() for name in ("one", "other", "resumed")]
+    assert made[0] == made[1] == made[2]
+
+
+@pytest.mark.slow
+def test_a_task_that_kills_every_worker_ends_the_job_to_be_resumed(cluster, data, tmp_path, monkeypatch, capsys):
+    job = arguments(data, tmp_path / "many", f"--scheduler={cluster.scheduler_address}", "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(partitions, "label", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert "workers died of a task" in refused(capsys, job, code=3)
+    cluster.wait_for_workers(2)
+    assert cli.main(job) == 0
+    said = capsys.readouterr().err
+    assert "going on with the unfinished run" in said
+    assert "cluster image" not in said
+    assert cli.main(arguments(data, tmp_path / "one")) == 0
+    assert_same(tmp_path / "one", tmp_path / "many")
 
 
 @pytest.mark.parametrize("kills", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 11))])

@@ -205,3 +205,13 @@ def test_the_compiler_is_there(rapids):
     """The extra's ctk brings NVRTC."""
     major, _ = rapids["cupy"].cuda.nvrtc.getVersion()
     assert major in (12, 13)
+
+
+def test_a_cluster_of_devices_takes_what_it_is_given():
+    """`CudaBackend.local_cluster`: what it does not know itself goes to Dask's own."""
+    dask_cuda = pytest.importorskip("dask_cuda", reason="pip install 'gpu-init[dask-cuda]'")
+    distributed = importlib.import_module("distributed")
+    options = inspect.signature(dask_cuda.LocalCUDACluster).parameters
+    assert issubclass(dask_cuda.LocalCUDACluster, distributed.LocalCluster)
+    assert options["kwargs"].kind is inspect.Parameter.VAR_KEYWORD
+    assert {"dashboard_address", "silence_logs"} <= set(inspect.signature(distributed.LocalCluster).parameters)
