@@ -125,7 +125,7 @@ def cluster(workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]
 
     processes = [start("scheduler", "--host", address)]
     try:
-        flags = ["--nthreads", "1", "--no-nanny", "--memory-limit", "0", "--local-directory", tempfile.gettempdir()]
+        flags = ["--nthreads", threads, "--no-nanny", "--memory-limit", "0", "--local-directory", tempfile.gettempdir()]
         processes += [start("worker", address, *flags) for _ in range(workers)]
         wait_for(address, workers)
         yield address, processes[1:]

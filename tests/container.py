@@ -326,7 +326,13 @@ def cluster(jobs):
         },
     }
     for name, (program, *arguments) in commands.items():
-        options = [f"--entrypoint={program}", "--detach", "--mount", f"type=bind,src={jobs.cache},dst=/cache"]
+        options = [
+            f"--entrypoint={program}",
+            "--detach",
+            "--tmpfs=/tmp",
+            "--mount",
+            f"type=bind,src={jobs.cache},dst=/cache",
+        ]
         network = "none" if name == "scheduler" else "container:scheduler"
         run(jobs.command(name, arguments, options, network=network), env=jobs.engine.environment)
     settings = {"GPU_INIT_SCHEDULER": here, "GPU_INIT_LOG_FORMAT": "json"}
