@@ -14,7 +14,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock, RLock
 from typing import Any, TypeVar
@@ -109,36 +109,31 @@ class Rows:
     middle: Any
 
 
-def _task(function: Callable[..., _T]) -> Callable[..., _T]:
-    """One at a time in a process, and what another run kept is dropped."""
-
-    @functools.wraps(function)
-    def wrapped(work: Work, *arguments: Any, **named: Any) -> _T:
-        with _turn, _of_run(work):
-            return function(work, *arguments, **named)
-
-    return wrapped
-
-
 def _reading(function: Callable[..., _T]) -> Callable[..., _T]:
-    """Beside others of its kind: most of it takes one thread."""
+    """A task beside others of its kind, as most of it takes one thread; what another run kept is dropped."""
 
     @functools.wraps(function)
     def wrapped(work: Work, *arguments: Any, **named: Any) -> _T:
-        with _of_run(work):
+        with _keeping:
+            if _kept.get("run") != work.run:
+                _kept.clear()
+                _kept["run"] = work.run
+        with _backend(work).explained():
             return function(work, *arguments, **named)
 
     return wrapped
 
 
-@contextmanager
-def _of_run(work: Work) -> Iterator[None]:
-    with _keeping:
-        if _kept.get("run") != work.run:
-            _kept.clear()
-            _kept["run"] = work.run
-    with _backend(work).explained():
-        yield
+def _task(function: Callable[..., _T]) -> Callable[..., _T]:
+    """One at a time in a process, beside those that read."""
+    alone = _reading(function)
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Any, **named: Any) -> _T:
+        with _turn:
+            return alone(*arguments, **named)
+
+    return wrapped
 
 
 def _keep(key: Any, make: Callable[[], _T]) -> _T:
@@ -151,8 +146,9 @@ def _keep(key: Any, make: Callable[[], _T]) -> _T:
 
 def _drop(which: Callable[[tuple[Any, ...]], bool]) -> None:
     """Forget some of what is kept under keys of several parts."""
-    for key in [key for key in _kept if isinstance(key, tuple) and which(key)]:
-        del _kept[key]
+    with _keeping:
+        for key in [key for key in _kept if isinstance(key, tuple) and which(key)]:
+            del _kept[key]
 
 
 @functools.cache
