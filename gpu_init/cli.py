@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from threading import Event, Thread
+from threading import Event, Thread, Timer
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -117,8 +117,9 @@ def _complain(error: MemoryError | GpuInitError | Stopped, progress: Progress | 
 class _Signals:
     """SIGTERM and SIGINT end the job as an exception, so that everything opened is closed.
 
-    Python raises it once the main thread is back from native code. Where that takes longer than `GRACE_SECONDS`,
-    a watching thread ends the process: what is written can be resumed, as after a kill.
+    Python raises it once the main thread is back from native code, and again after a destructor or a callback, which
+    lets no exception through. Where that takes longer than `GRACE_SECONDS`, a watching thread ends the process: what
+    is written can be resumed, as after a kill.
     """
 
     def __init__(self) -> None:
@@ -130,6 +131,7 @@ class _Signals:
         os.set_blocking(self._tell, False)
         self._fd_before = signal.set_wakeup_fd(self._tell, warn_on_full_buffer=False)  # written to as a signal comes
         self._before = {one: signal.signal(one, self._stop) for one in (signal.SIGTERM, signal.SIGINT)}
+        self._hook_before, sys.unraisablehook = sys.unraisablehook, self._swallowed
         Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -137,6 +139,7 @@ class _Signals:
         self._ended.set()
         for one, handler in self._before.items():
             signal.signal(one, handler)
+        sys.unraisablehook = self._hook_before
         signal.set_wakeup_fd(self._fd_before)
         os.close(self._tell)
 
@@ -144,6 +147,14 @@ class _Signals:
         for one in self._before:  # once is enough: a second one would break off the closing
             signal.signal(one, signal.SIG_IGN)
         raise Stopped(signum)
+
+    def _swallowed(self, what: sys.UnraisableHookArgs) -> None:
+        if not isinstance(what.exc_value, Stopped):
+            self._hook_before(what)
+            return
+        signum = what.exc_value.exit_code - 128
+        signal.signal(signum, self._stop)
+        Timer(0.01, os.kill, (os.getpid(), signum)).start()  # not at once, or it were raised in here
 
     def _watch(self) -> None:
         with os.fdopen(self._told, "rb", buffering=0) as told:

@@ -1542,6 +1542,39 @@ def test_a_signal_ends_a_long_native_call(log_format, job):
     assert err.count("\n") == 1
 
 
+IN_A_DESTRUCTOR = """
+import time
+from gpu_init import cli
+
+class Slow:
+    def __del__(self):
+        time.sleep(0.5)
+
+def run(job, progress):
+    with progress.step("build"):
+        progress.say("in")
+        one = Slow()
+        del one
+        time.sleep(60)
+
+cli._run_job = run
+cli.program()
+"""
+
+
+def test_a_signal_that_a_destructor_swallows_is_raised_after_it(job):
+    job.flags["log_format"] = "json"
+    command = [sys.executable, "-c", IN_A_DESTRUCTOR, *job.arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+        assert [json.loads(process.stderr.readline())["event"] for _ in range(2)] == ["step_started", "message"]
+        time.sleep(0.1)
+        process.terminate()
+        left = [json.loads(line) for line in process.stderr.read().splitlines()]
+        assert process.wait(30) == 128 + signal.SIGTERM
+    assert [line["event"] for line in left] == ["step_stopped", "error"]
+    assert "stopped by signal 15; --resume" in left[1]["message"]
+
+
 def test_a_broken_off_import_does_not_keep_the_process():
     waiting = "import threading; from gpu_init import cli; cli.main = lambda: 143;"
     waiting += "threading.Thread(target=threading.Event().wait).start(); cli.program()"
