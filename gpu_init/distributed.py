@@ -291,7 +291,7 @@ class Workers:
             groups,
             meta=partitions.no_rows(tables[0]),
         )
-        split = frame.shuffle("part", npartitions=len(work.bounds) - 1)
+        split = frame.shuffle("part", npartitions=len(work.bounds) - 1, ignore_index=True)
         put = split.map_partitions(partitions.put_all, work, batch, meta=pd.DataFrame({"part": np.empty(0, np.int32)}))
         self._client.compute(put).result()
         self._client.run(partitions.release, on_error="ignore")

@@ -550,12 +550,12 @@ def step(work: Work, number: int, of: Rows, turn: Turn, centroids: Any) -> tuple
     """See `Points.step`; where the labels of the turn before are not here, all change."""
     backend, key = _backend(work), ("labels", of.name, of.form, number)
     points = _points(work, number, of)
-    before, labels = _kept.pop(key, (None, None))
+    before, labels, _ = _kept.pop(key, (None, None, None))
     if not _follows(before, turn):
         labels = points.unlabelled()
     with backend.deterministic():
         inertia, changed, sums, counts = points.step(backend.asarray(centroids), labels)
-    _kept[key] = (turn, labels)
+    _kept[key] = (turn, labels, centroids)
     return inertia, changed, backend.to_host(sums), backend.to_host(counts)
 
 
@@ -655,21 +655,30 @@ class Fitted:
 @_task
 def label(work: Work, number: int, fitted: Fitted) -> tuple[Any, Any]:
     """Write the labels of a part; gives how many users have each, and the clusters' shares in the sum of G, (K,)."""
-    backend, weighting = _backend(work), _operator(work, fitted.name, number)
-    part, modality = _part(work, number), _modality(work, fitted.name)
-    centroids = backend.asarray(fitted.centroids)
+    backend, part, weighting = _backend(work), _part(work, number), _operator(work, fitted.name, number)
     item_labels = None if fitted.item_labels is None else backend.asarray(fitted.item_labels)
-    if fitted.form == SHARED:
-        labels = backend.asarray(np.where(backend.to_host(weighting.warm), _shared_labels(work, number), -1))
-    else:
-        with backend.deterministic():
-            labels = method.nearest(backend, part, modality, weighting, centroids, fitted.form)
-        _drop(lambda key: key[0] in CLUSTERING)
+    labels = _labels(work, number, fitted)
+    _drop(lambda key: key[0] in CLUSTERING and key[-1] == number)
     clusters = len(fitted.centroids)
     shares = method.cluster_shares(backend, part, weighting, clusters, labels, item_labels)
     host = backend.to_host(labels)
     write_range(work.path(f"{fitted.name}/labels.npy"), work.bounds[number], host)
     return np.bincount(host[host >= 0], minlength=clusters), backend.to_host(shares)
+
+
+def _labels(work: Work, number: int, fitted: Fitted) -> Any:
+    """Labels of a part's users, -1 for cold ones: those of K-means' last step, where that was here."""
+    backend, weighting = _backend(work), _operator(work, fitted.name, number)
+    if fitted.form == SHARED:
+        return backend.asarray(np.where(backend.to_host(weighting.warm), _shared_labels(work, number), -1))
+    _, found, of = _kept.get(("labels", fitted.name, fitted.form, number), (None, None, None))
+    if fitted.form != "dense" and np.array_equal(of, fitted.centroids):
+        labels = backend.xp.full(len(weighting.warm), -1, "int32")
+        labels[weighting.warm] = found
+        return labels
+    part, modality = _part(work, number), _modality(work, fitted.name)
+    with backend.deterministic():
+        return method.nearest(backend, part, modality, weighting, backend.asarray(fitted.centroids), fitted.form)
 
 
 @_task
