@@ -98,6 +98,9 @@ class Backend(Protocol):
     def takes_matrix(self, rows: int, width: int, clusters: int) -> bool:
         """Whether rows (n, D) should be made for `kmeans`; where only memory speaks against it, one line says so."""
 
+    def free_memory(self) -> int:
+        """Bytes that arrays may still take."""
+
     def outbox(self, rows: int, width: int, dtype: str, write: Callable[[Any], None]) -> Outbox:
         """Way of blocks of at most so many rows to ``write``, which is called with each as numpy's, in order."""
 
@@ -255,6 +258,10 @@ class CpuBackend:
     def takes_matrix(self, rows: int, width: int, clusters: int) -> bool:  # noqa: ARG002
         """See `Backend.takes_matrix`: there is no library to make it for."""
         return False
+
+    def free_memory(self) -> int:
+        """See `Backend.free_memory`."""
+        return memory.available().bytes
 
     def outbox(self, rows: int, width: int, dtype: str, write: Callable[[Any], None]) -> Outbox:
         """See `Backend.outbox`: blocks lie on the host already."""
@@ -425,9 +432,13 @@ class CudaBackend:
         """See `Backend.takes_matrix`: twice the matrix must fit, and what is kept per row."""
         return not _crashes(rows, width, clusters) and self._has_room(rows, width, 4, 2)
 
+    def free_memory(self) -> int:
+        """See `Backend.free_memory`: of the device, what no array of the pool has."""
+        return int(self._limit - self._memory.allocation_counts.current_bytes)
+
     def _has_room(self, rows: int, width: int, itemsize: int, copies: int) -> bool:
         needed = rows * (copies * width * itemsize + LIBRARY_ROW_BYTES)
-        free = self._limit - self._memory.allocation_counts.current_bytes
+        free = self.free_memory()
         if needed <= SPARE * free:
             return True
         self.say(

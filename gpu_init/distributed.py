@@ -12,6 +12,7 @@ tasks go to others, which open its parts again.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import os
@@ -31,7 +32,7 @@ import pandas as pd
 from . import features, kmeans, method, partitions, spectral
 from .artifact import INTERACTIONS, Staging
 from .axes import ItemAxis, item_axis, user_axis
-from .backend import Backend, one_line, select
+from .backend import Backend, one_line, ranges, select
 from .blend import (
     NORM_ROWS,
     TEMPERATURE,
@@ -86,6 +87,8 @@ BATCHES, BATCH_SHARE = 16, 1 / 8  # more where these would not do, as far as thi
 SHUFFLE_BYTES = 64  # that an interaction takes meanwhile, about
 PART_ROWS = 1 << 23  # of interactions in a part of R, about
 LEAST_PARTS, MOST_PARTS = 4, 1 << 10  # where there are users enough; a step of K-means is a task of each
+LINE_VALUES = 16  # float32 of a cache line
+CUT_BYTES = 64 << 20  # of features that one task cuts into slices of columns
 FAN_IN = 4  # results that one task joins: a power of 2, see `partitions.joined`
 EVEN = 1.1  # times an even share of the parts that a worker may have
 PATIENCE = 60  # seconds for workers to come, or to come back
@@ -301,6 +304,10 @@ class Workers:
         self.present()
         return [one["memory_limit"] or 0 for one in self._client.scheduler_info(n_workers=-1)["workers"].values()]
 
+    def room(self, backend: str) -> int:
+        """Bytes that features may take on any worker."""
+        return int(min(self._client.run(partitions.room, backend).values()))
+
     def _arrange(self, work: Work) -> list[range]:
         """Runs of neighbouring parts, each of one worker; a lost one's go to others, and new ones get a share."""
         there, count = self.present(), len(work.bounds) - 1
@@ -409,7 +416,8 @@ def _run(config: JobConfig, workers: Workers, progress: Progress) -> str:
         manifest = manifest_of(config, inputs.files, theirs, counts, statistics)
         if embedding is not None:
             manifest["interactions"]["embedding"] = embedding
-        manifest["cluster"] = {"workers": len(workers.present()), "parts": len(run.work.bounds) - 1}
+        slices = {name: len(bounds) - 1 for name, bounds in run.work.columns.items()}
+        manifest["cluster"] = {"workers": len(workers.present()), "parts": len(run.work.bounds) - 1, "slices": slices}
         return staging.commit({**manifest, "timings": timings_of(started, progress, backend)})
 
 
@@ -535,11 +543,36 @@ class _Run:
                 staging.finish(kept, {})
             places[name] = os.path.join(staging.path, kept)
         self.work = replace(self.work, features=places)
+        self._cut_features()
         if settings.weighting == "sym":
             degrees = self.workers.total(partitions.item_sums, self.work)
             for name, mask in self._masks.items():
                 factors = mask.astype(np.float64) * power(np, degrees, -0.5)
                 staging.save(f"{name}/item_factors.npy", factors)
+
+    def _cut_features(self) -> None:
+        """Have features that do not fit into a worker's memory cut into slices of columns that do."""
+        staging, workers = self.staging, self.workers
+        room = workers.room(self.work.backend)
+        for name, path in self.work.features.items():
+            items, width = np.load(path, mmap_mode="r").shape
+            bounds = column_bounds(items, width, room)
+            if len(bounds) == 2:
+                continue
+            kept = f"{SCRATCH}/{name}.columns"
+            before = (staging.finished(kept) or {}).get("bounds")
+            self.work = replace(self.work, columns={**self.work.columns, name: bounds})
+            if before == list(bounds):
+                continue
+            with self._step(f"cut {name}") as step:
+                step.note(slices=len(bounds) - 1)
+                for first, last in itertools.pairwise(bounds):
+                    relpath = os.path.relpath(partitions.slice_path(self.work, name, first), staging.path)
+                    staging.allocate(relpath, (items, last - first), np.float32)
+                rows = max(1, CUT_BYTES // (4 * width))
+                calls = [(self.work, name, part.start, part.stop) for part in ranges(items, rows)]
+                workers.gather(partitions.cut, calls)
+            staging.finish(kept, {"bounds": list(bounds)})
 
     # Users by what they did.
 
@@ -587,11 +620,17 @@ class _Run:
         assert isinstance(clusters, int)
         if rows.name == INTERACTIONS:
             method.check_placed(sum(counts), clusters)
-        sizes = (sum(counts), self.work.items, self._pairs, clusters, len(rows.middle))
-        form = method.kmeans_form(*sizes, self.config.memory)
+        form = self._form(rows, sum(counts), clusters)
         points = Partitioned(backend, self.workers, self.work, replace(rows, form=form), counts)
         found = kmeans.fit(backend, points, clusters, settings.seed, settings.restarts, inertia_tolerance)
         return found, choice, [int(count) for count in points.counts]
+
+    def _form(self, rows: Rows, count: int, clusters: int) -> str:
+        """See `method.kmeans_form`; from features in slices no rows are made but a few."""
+        if rows.name in self.work.columns:
+            return "factored"
+        sizes = (count, self.work.items, self._pairs, clusters, len(rows.middle))
+        return method.kmeans_form(*sizes, self.config.memory)
 
     # Fit and write.
 
@@ -672,8 +711,7 @@ class _Run:
     def _shared_centroids(self, rows: Rows, warm: int) -> Any:
         """Of the clusters that all modalities have, see `method.of_behaviour`."""
         clusters = len(self.staging.load(f"{INTERACTIONS}/centroids.npy"))
-        sizes = (warm, self.work.items, self._pairs, clusters, len(rows.middle))
-        rows = replace(rows, form=method.kmeans_form(*sizes, self.config.memory))
+        rows = replace(rows, form=self._form(rows, warm, clusters))
         sums, counts = self.workers.total(partitions.sums_of_labels, self.work, rows, clusters)
         return method.behaviour_means(self.backend, sums, counts, rows.middle)
 
@@ -764,6 +802,13 @@ def _bounds(users: int, kept: int) -> tuple[int, ...]:
     parts = min(max(LEAST_PARTS, -(-kept // PART_ROWS)), MOST_PARTS)
     step = max(1, -(-users // (parts * NORM_ROWS))) * NORM_ROWS
     return (*range(0, users, step), users)
+
+
+def column_bounds(items: int, width: int, room: int) -> tuple[int, ...]:
+    """First column of each slice of features (I, D) float32 that ``room`` bytes hold, and D; whole cache lines."""
+    most = room // (4 * items)
+    step = width if most >= width else max(1, most // LINE_VALUES) * LINE_VALUES
+    return (*range(0, width, step), width)
 
 
 def _batch_size(count: int, memory: Sequence[int]) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 
 from .backend import Backend, ranges
 from .kernels import PARTS, PARTS_BYTES, Csr
+from .kernels.columns import of_columns
 
 BLOCK_ROWS = 4096  # fixed, so that sums run in one order whatever the memory or the number of threads
 TILE_ROWS = 4 * BLOCK_ROWS  # rows made at a time by the tiled form, fewer where they are long
@@ -709,12 +710,9 @@ class Tiled(Points):
         self.backend.kernels.move_rows(self._csr, *arrays, total)
         return total
 
-    def _items(self, part: slice, dtype: Any) -> Any:
-        """Rows of F; those of missing items are zero."""
-        return _present(self._features, part, self._missing if self._any_missing else None, dtype)
-
 
 def _present(features: Any, part: slice, missing: Any, dtype: Any) -> Any:
+    """Rows of F; those of missing items are zero."""
     block = features[part].astype(dtype, copy=missing is not None)
     if missing is not None:
         block[missing[part]] = 0
@@ -725,9 +723,12 @@ def mean_item(backend: Backend, features: Any, present: Any) -> Any:
     """Mean (D,) float64 of the rows of F (I, D) that are present (I,) bool."""
     xp = backend.xp
     missing = None if bool(present.all()) else ~present
-    parts = ranges(len(features), BLOCK_ROWS)
-    totals = backend.in_order(lambda part: _present(features, part, missing, xp.float64).sum(axis=0), parts)
-    return sum(totals) / max(int(present.sum()), 1)
+
+    def total(_: slice, values: Any) -> Any:
+        parts = ranges(len(values), BLOCK_ROWS)
+        return sum(backend.in_order(lambda part: _present(values, part, missing, xp.float64).sum(axis=0), parts))
+
+    return xp.concatenate(of_columns(features, total)) / max(int(present.sum()), 1)
 
 
 class Factored(Tiled):
@@ -761,10 +762,14 @@ class Factored(Tiled):
         kernels = self.backend.kernels
         kernels.label_sums(self._csr, self.users, labels, self._row_scale, self._item_scale, by_item)
         total = xp.zeros((clusters, self._features.shape[1]), xp.float64)
+        missing = self._missing if self._any_missing else None
 
-        def work(part: slice) -> Any:
-            return by_item[part].T.astype(dtype) @ self._items(part, dtype)
+        def add(columns: slice, features: Any) -> None:
+            def work(part: slice) -> Any:
+                return by_item[part].T.astype(dtype) @ _present(features, part, missing, dtype)
 
-        for partial in self.backend.in_order(work, ranges(len(self._features), BLOCK_ROWS)):
-            total += partial
+            for partial in self.backend.in_order(work, ranges(len(features), BLOCK_ROWS)):
+                total[:, columns] += partial
+
+        of_columns(self._features, add)
         return total - by_item.sum(axis=0)[:, None] * self.middle

@@ -10,12 +10,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import itertools
+import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from tempfile import TemporaryFile
 from threading import Lock, RLock
 from typing import Any, TypeVar
 
@@ -26,7 +29,7 @@ import pyarrow as pa
 from . import kmeans, method, spectral
 from .artifact import INTERACTIONS, write_range
 from .axes import ItemAxis
-from .backend import Backend, select
+from .backend import Backend, ranges, select
 from .blend import (
     Blend,
     Centre,
@@ -44,8 +47,9 @@ from .ids import is_text
 from .interactions import Checks, Interactions, assemble
 from .job import backend_facts
 from .kernels import Csr
+from .kernels.columns import ColumnKernels, Columns
 from .recency import Recency
-from .storage import create
+from .storage import create, writing
 from .tables import Table
 from .version import __version__
 from .where import parse
@@ -53,6 +57,7 @@ from .where import parse
 SHARED = "shared"  # form of labels that are those of all modalities
 SCRATCH = "scratch"  # what is in the way only, in the staging folder
 BLOCK_BYTES = 16 << 20  # of the users' rows that a process makes and writes at a time
+FEATURES_SHARE = 1 / 2  # of a process's memory that the features it has open may take
 CLUSTERING = ("points", "walk", "labels")  # keys of what is kept for K-means
 _T = TypeVar("_T")
 _kept: dict[Any, Any] = {}
@@ -80,6 +85,8 @@ class Work:
         I.
     features : dict of str to str
         Modality name to the .npy file of its items' rows, (I, D) float32.
+    columns : dict of str to tuple of int
+        Of a modality whose features do not fit: first column of each slice of them that does, and D.
     """
 
     config: JobConfig
@@ -89,6 +96,7 @@ class Work:
     bounds: tuple[int, ...] = ()
     items: int = 0
     features: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def part_users(self) -> int:
@@ -153,7 +161,9 @@ def _drop(which: Callable[[tuple[Any, ...]], bool]) -> None:
 
 @functools.cache
 def _select(name: str) -> Backend:
-    return select(name)
+    backend = select(name)
+    backend.kernels = ColumnKernels(backend.kernels, backend.xp)
+    return backend
 
 
 def _backend(work: Work) -> Backend:
@@ -163,6 +173,12 @@ def _backend(work: Work) -> Backend:
 def facts(backend: str) -> dict[str, Any]:
     """What this process is: the manifest's words on the backend, and the version of the program."""
     return {**backend_facts(_select(backend)), "gpu_init": __version__}
+
+
+def room(backend: str, dask_worker: Any) -> int:
+    """Bytes that features may take here."""
+    limit = dask_worker.memory_manager.memory_limit or math.inf
+    return int(min(limit, _select(backend).free_memory()) * FEATURES_SHARE)
 
 
 def missing(paths: list[str]) -> list[str]:
@@ -428,12 +444,38 @@ def _modality(work: Work, name: str) -> Modality:
 
     def load() -> Modality:
         _drop(lambda key: key[0] == "modality")  # one at a time
-        backend = _backend(work)
-        values = np.load(work.features[name], mmap_mode="r")
+        backend, bounds = _backend(work), work.columns.get(name)
         present = np.load(work.path(f"{SCRATCH}/{name}.present.npy"))
-        return Modality(name, backend.asarray(values), backend.asarray(present), int(present.sum()))
+        values: Any
+        if bounds is None:
+            values = backend.asarray(np.load(work.features[name], mmap_mode="r"))
+        else:
+            paths = [slice_path(work, name, first) for first in bounds[:-1]]
+            values = Columns(paths, bounds, work.items, lambda path: backend.asarray(_ahead(path)))
+        return Modality(name, values, backend.asarray(present), int(present.sum()))
 
     return _keep(("modality", name), load)
+
+
+def slice_path(work: Work, name: str, column: int) -> str:
+    """Of the slice of a modality's features from some column on."""
+    return work.path(f"{SCRATCH}/{name}.{column}.npy")
+
+
+def _ahead(path: str) -> Any:
+    """An array in a file, mapped, and read ahead in one go: rows are then taken from it in no order."""
+    values = np.load(path, mmap_mode="r")
+    with open(path, "rb") as file, suppress(OSError, AttributeError):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    return values
+
+
+@_reading
+def cut(work: Work, name: str, first: int, last: int) -> None:
+    """Put some items' features on storage slice by slice of their columns."""
+    values, bounds = np.load(work.features[name], mmap_mode="r")[first:last], work.columns[name]
+    for start, stop in itertools.pairwise(bounds):
+        write_range(slice_path(work, name, start), first, values[:, start:stop])
 
 
 def _operator(work: Work, name: str, number: int) -> Weighting:
@@ -736,10 +778,37 @@ def measure(work: Work, number: int, fitted: Fitted) -> NormSums:
     backend, plan = _backend(work), _plan(work, number, fitted)
     width = plan.modality.values.shape[1]
     room = backend.empty((_block_rows(width), width), "float32")
-    blocks = method.blocks(
-        backend, _part(work, number), plan, len(room), "float32", lambda part: room[: part.stop - part.start]
-    )
+    blocks = _blocks(work, number, plan, len(room), "float32", lambda part: room[: part.stop - part.start])
     return norm_sums(backend, (block for _, block in blocks))
+
+
+def _blocks(
+    work: Work, number: int, plan: Blend, step: int, dtype: str, space: Callable[[slice], Any]
+) -> Iterator[tuple[slice, Any]]:
+    """See `method.blocks`; where features come in slices, all rows' columns of a slice first, by way of files."""
+    backend, part, modality = _backend(work), _part(work, number), plan.modality
+    if not isinstance(modality.values, Columns):
+        yield from method.blocks(backend, part, plan, step, dtype, space)
+        return
+    xp, folder, itemsize = backend.xp, work.path(SCRATCH), np.dtype(dtype).itemsize
+
+    def put(columns: slice, values: Any) -> slice:
+        centroids, cold = (xp.ascontiguousarray(array[..., columns]) for array in (plan.centroids, plan.cold))
+        own = replace(plan, modality=replace(modality, values=values), centroids=centroids, cold=cold)
+        room = backend.empty((step, values.shape[1]), dtype)
+        for _, block in method.blocks(backend, part, own, step, dtype, lambda rows: room[: rows.stop - rows.start]):
+            file.write(backend.to_host(block).data)
+        return columns
+
+    with writing(folder, part.users * modality.values.shape[1] * itemsize), TemporaryFile(dir=folder) as file:
+        slices = modality.values.map(put)
+        for rows in ranges(part.users, step):
+            block = space(rows)
+            for columns in slices:
+                shape = (rows.stop - rows.start, columns.stop - columns.start)
+                file.seek((part.users * columns.start + rows.start * shape[1]) * itemsize)
+                block[:, columns] = backend.asarray(np.fromfile(file, dtype, math.prod(shape)).reshape(shape))
+            yield rows, block
 
 
 @_task
@@ -759,10 +828,7 @@ def write(work: Work, number: int, fitted: Fitted) -> NormSums:
         row += len(block)
 
     def blocks() -> Iterator[Any]:
-        made = method.blocks(
-            backend, _part(work, number), plan, most, dtype, lambda part: outbox.space(part.stop - part.start)
-        )
-        for _, block in made:
+        for _, block in _blocks(work, number, plan, most, dtype, lambda part: outbox.space(part.stop - part.start)):
             yield block  # for its norms
             outbox.send(block)
 

@@ -134,6 +134,36 @@ def test_a_job_over_workers_makes_what_one_process_makes(job, cluster, data, tmp
         )
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--lambda=attention", "--scale=items", "--weight-column=rating"),
+        pytest.param(("--weighting=sym", "--clusters=30", "--dtype=float16"), marks=pytest.mark.slow),
+        pytest.param(("--lambda=shrink", "--clusters=auto"), marks=pytest.mark.slow),
+        pytest.param(("--cluster-on=interactions", "--cluster-rank=8"), marks=pytest.mark.slow),
+        pytest.param(("--cluster-on=items", "--dim=20"), marks=pytest.mark.slow),
+    ],
+)
+def test_features_that_do_not_fit_are_taken_in_slices_of_columns(flags, cluster, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed.Workers, "room", lambda self, backend: 4 * ITEMS * 17)
+    monkeypatch.setattr(distributed, "CUT_BYTES", 10_000)
+    assert cli.main(arguments(data, tmp_path / "one", *flags, features=("image.npy",))) == 0
+    flags += (f"--scheduler={cluster.scheduler_address}",)
+    assert cli.main(arguments(data, tmp_path / "many", *flags, features=("image.npy",))) == 0
+    _, theirs = assert_same(tmp_path / "one", tmp_path / "many")
+    assert theirs["modalities"]["image"]["kmeans"]["form"] == ("dense" if "items" in flags[0] else "factored")
+    assert theirs["cluster"]["slices"] == {"image": 2}
+    assert not (tmp_path / "many" / "scratch").exists()
+
+
+def test_slices_of_columns_are_lines_long_and_as_few_as_fit():
+    assert distributed.column_bounds(100, 40, 10**6) == (0, 40)
+    assert distributed.column_bounds(100, 40, 4 * 100 * 40) == (0, 40)
+    assert distributed.column_bounds(100, 40, 4 * 100 * 39) == (0, 32, 40)
+    assert distributed.column_bounds(100, 40, 4 * 100 * 31) == (0, 16, 32, 40)
+    assert distributed.column_bounds(100, 40, 1) == (0, 16, 32, 40)
+
+
 def test_parts_join_to_the_same_in_runs_of_any_length():
     def join(one, other):
         return f"({one}{other})"

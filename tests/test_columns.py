@@ -1,0 +1,70 @@
+"""Kernels take features in slices of columns as they take them whole."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from gpu_init.backend import select
+from gpu_init.kernels import Csr
+from gpu_init.kernels.columns import ColumnKernels, Columns
+
+USERS, ITEMS, WIDTH = 60, 30, 40
+
+
+@pytest.fixture
+def whole():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(ITEMS, WIDTH)).astype(np.float32)
+
+
+@pytest.fixture
+def sliced(whole, tmp_path):
+    bounds = (0, 16, 32, WIDTH)
+    paths = []
+    for first, last in itertools.pairwise(bounds):
+        paths.append(str(tmp_path / f"{first}.npy"))
+        np.save(paths[-1], whole[:, first:last])
+    opened.clear()
+    return Columns(paths, bounds, ITEMS, lambda path: opened.append(path) or np.load(path, mmap_mode="r"))
+
+
+opened: list[str] = []
+
+
+def calls(kernels, features):
+    rng = np.random.default_rng(1)
+    degrees = rng.integers(0, 6, USERS)
+    indptr = np.concatenate([[0], np.cumsum(degrees)])
+    csr = Csr(indptr, rng.integers(0, ITEMS, indptr[-1]).astype(np.int32), rng.random(indptr[-1], np.float32))
+    scales = (1 / np.maximum(degrees, 1), (rng.random(ITEMS) < 0.9).astype(float))
+    middle, points = rng.normal(size=WIDTH), rng.normal(size=(5, WIDTH))
+    labels, after = rng.integers(-1, 5, 20).astype(np.int32), rng.integers(0, 5, 20).astype(np.int32)
+    sums = rng.normal(size=(5, WIDTH))
+    yield kernels.lengths(features)
+    yield kernels.aggregate(csr, features, *scales, middle, np.float32)
+    yield kernels.squared_norms(csr, features, *scales, middle)
+    yield kernels.products(features, middle, points, np.float64)
+    kernels.move_rows(csr, np.arange(0, 40, 2), features, *scales, middle, labels, after, sums)
+    yield sums
+
+
+def test_kernels_give_the_same(whole, sliced):
+    kernels = ColumnKernels(select("cpu").kernels, np)
+    assert sliced.shape == whole.shape
+    assert len(sliced) == len(whole)
+    for expected, found, plain in zip(
+        calls(kernels, whole), calls(kernels, sliced), calls(select("cpu").kernels, whole), strict=True
+    ):
+        assert np.array_equal(expected, plain)
+        assert found.dtype == expected.dtype
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12 if found.dtype == np.float64 else 1e-6)
+
+
+def test_a_slice_stays_open_until_another_is_asked_for(sliced):
+    found = sliced.map(lambda columns, values: (columns.start, values.shape))
+    assert found == [(0, (ITEMS, 16)), (16, (ITEMS, 16)), (32, (ITEMS, 8))]
+    assert len(opened) == 3
+    assert sliced._open[0] == 2
