@@ -56,15 +56,15 @@ def described(backend: Backend, modality: Modality, centroids: Any, warm: int, s
         item_places = xp.concatenate([(values - middle) @ plane, _lengths(xp, values)[:, None]], axis=1)
         found = {"sample_items": item_places, "typical": typical(backend, modality, centroids)}
         if len(users):
-            found["sample"] = _of_users(backend, *some(users), rng, items, middle, plane)
+            found["sample"] = _of_users(backend, *some(users), rng, values, middle, plane)
     kinds = {"sample": "float32", "sample_items": "float32", "typical": "int32"}
     return {name: backend.to_host(array).astype(kinds[name]) for name, array in found.items()}
 
 
 def _of_users(
-    backend: Backend, own: Interactions, plan: Blend, rng: np.random.Generator, items: Any, middle: Any, plane: Any
+    backend: Backend, own: Interactions, plan: Blend, rng: np.random.Generator, others: Any, middle: Any, plane: Any
 ) -> Any:
-    """Rows of ``sample``, (n, 11), for the interactions and the plan of some users."""
+    """Rows of ``sample``, (n, 11), for the interactions and the plan of some users, beside some items' rows (m, D)."""
     xp = backend.xp
     n, width = own.users, plan.modality.values.shape[1]
     blended = blend(backend, own, plan, slice(0, n)).astype(xp.float64)
@@ -76,8 +76,9 @@ def _of_users(
     lengths = xp.where(present, xp.sqrt(backend.kernels.lengths(values)), 0.0)
     to_unit = xp.where(lengths > 0, 1.0 / xp.where(lengths > 0, lengths, 1.0), 0.0)
     mine = backend.kernels.aggregate(own.csr, values, plan.weighting.mean_rows, to_unit, nowhere, xp.float64)
-    others = backend.asarray(rng.integers(0, len(items), (n, _RANDOM)))
-    theirs = (values[items].astype(xp.float64) * to_unit[items][:, None])[others].mean(axis=1)
+    far = _lengths(xp, others)
+    directions = others / xp.where(far > 0, far, 1.0)[:, None]
+    theirs = directions[backend.asarray(rng.integers(0, len(others), (n, _RANDOM)))].mean(axis=1)
     counts = 1.0 / own.square_sums(backend, plan.weighting.mean_rows, plan.weighting.present)
     lam = xp.full(n, plan.lam) if isinstance(plan.lam, float) else plan.lam
     columns = {"lambda": lam, "count": counts}

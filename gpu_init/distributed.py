@@ -74,6 +74,7 @@ from .job import (
     users_of,
 )
 from .kernels import Csr
+from .npy import read_rows
 from .objects import open_staging
 from .partitions import SCRATCH, SHARED, Batch, Fitted, Rows, Work
 from .progress import Progress, Step
@@ -238,7 +239,14 @@ class Workers:
         self, function: Callable[..., Any], work: Work, *shared: Any, join: Callable[..., Any] = partitions.add
     ) -> Any:
         """Sum of what a task gives of each part, or another join of it, as in `partitions.joined`."""
-        futures = self._of_runs((partitions.total, function, join), work, shared)
+        return self._joined((partitions.total, function, join), join, work, shared)
+
+    def total_sums(self, function: Callable[..., Any], at: int, work: Work, rows: Rows, *shared: Any) -> Any:
+        """`total` of a task of K-means whose sums of rows are at some place of its result."""
+        return self._joined((partitions.total_sums, function, at), partitions.add, work, (rows, *shared))
+
+    def _joined(self, task: tuple[Any, ...], join: Callable[..., Any], work: Work, shared: tuple[Any, ...]) -> Any:
+        futures = self._of_runs(task, work, shared)
         while len(futures) > FAN_IN:
             groups = [futures[start : start + FAN_IN] for start in range(0, len(futures), FAN_IN)]
             futures = [self._client.submit(partitions.joined, join, group, pure=False) for group in groups]
@@ -712,7 +720,7 @@ class _Run:
         """Of the clusters that all modalities have, see `method.of_behaviour`."""
         clusters = len(self.staging.load(f"{INTERACTIONS}/centroids.npy"))
         rows = replace(rows, form=self._form(rows, warm, clusters))
-        sums, counts = self.workers.total(partitions.sums_of_labels, self.work, rows, clusters)
+        sums, counts = self.workers.total_sums(partitions.sums_of_labels, 0, self.work, rows, clusters)
         return method.behaviour_means(self.backend, sums, counts, rows.middle)
 
     def _lambda(self, modality: Modality, fitted: Fitted) -> tuple[Fitted, Any]:
@@ -779,22 +787,24 @@ class _Run:
             np.ones(len(part["indices"]), np.float32) if part["weights"] is None else part["weights"] for part in parts
         ]
         every = None if all(part["weights"] is None for part in parts) else np.concatenate(weights)
-        csr = Csr(np.concatenate([[0], np.cumsum(lengths)]), joined("indices"), every)
+        items, own = np.unique(joined("indices"), return_inverse=True)  # features of other items are not looked at
+        csr = Csr(np.concatenate([[0], np.cumsum(lengths)]), own.astype(np.int32), every)
+        values = read_rows(self.work.features[modality.name], items)
         path = os.path.join(self.staging.path, f"{modality.name}/item_factors.npy")
-        present = modality.present.astype(np.float64)
-        factors = np.load(path) if os.path.exists(path) else present
-        weighting = Weighting(joined("local_rows"), factors, joined("mean_rows"), present)
+        mask = modality.present[items]
+        present = mask.astype(np.float64)
+        factors = np.load(path, mmap_mode="r")[items] if os.path.exists(path) else present
         plan = Blend(
-            modality,
-            weighting,
+            Modality(modality.name, values, mask, int(mask.sum())),
+            Weighting(joined("local_rows"), factors, joined("mean_rows"), present),
             self.config.settings.lam if parts[0]["lam"] is None else joined("lam"),
             fitted.centroids,
             joined("labels"),
-            fitted.item_labels,
+            None if fitted.item_labels is None else fitted.item_labels[items],
             fitted.cold,
             fitted.scale,
         )
-        return Interactions(csr, self.work.items), plan
+        return Interactions(csr, len(items)), plan
 
 
 def _bounds(users: int, kept: int) -> tuple[int, ...]:
@@ -874,7 +884,7 @@ class Partitioned:
 
     def step(self, centroids: Any, labels: Any) -> tuple[float, int, Any, Any]:
         """See `Points.step`."""
-        found = self._workers.total(partitions.step, self._work, self._rows, labels.next(), centroids)
+        found = self._workers.total_sums(partitions.step, 2, self._work, self._rows, labels.next(), centroids)
         self.counts = found[3]
         return found  # type: ignore[no-any-return]
 
@@ -910,7 +920,7 @@ class PartitionedWalk:
     def step(self, centroids: Any, reach: Any, fall: float, margin: float) -> kmeans.Step:
         """See `Walk.step`."""
         arguments = (self._rows, self._turns.next(), centroids, reach, fall, margin)
-        return kmeans.Step(*self.workers.total(partitions.walk, self._work, *arguments))
+        return kmeans.Step(*self.workers.total_sums(partitions.walk, 1, self._work, *arguments))
 
 
 class _PartitionedGraph:

@@ -347,6 +347,8 @@ class Walk:
             else:
                 changes.clear()
         del look, doubtful  # and the memory that they take
+        if not points.keeps_sums:
+            return Step(moved, points.sums(self._labels, clusters, xp.float64), self._counts, float(self._upper.sum()))
         if moved and not points.few(moved // 8):
             self._sums = points.sums(self._labels, clusters, xp.float64)
         for rows, before, after in changes:
@@ -410,6 +412,7 @@ class Points(ABC):
     """
 
     form: str
+    keeps_sums = True  # between steps, so that only moves are added
 
     def __init__(self, backend: Backend, count: int) -> None:
         self.backend = backend
@@ -757,11 +760,19 @@ class Factored(Tiled):
 
     def sums(self, labels: Any, clusters: int, dtype: Any) -> Any:
         """See `Points.sums`."""
+        return self.summed(self.by_item(labels, clusters), dtype)
+
+    def by_item(self, labels: Any, clusters: int) -> Any:
+        """``A^T Z``, Z the one-hot labels (n, K) of the rows: (I, K) float64."""
+        table = self.backend.xp.zeros((len(self._features), clusters))
+        arrays = (self.users, labels, self._row_scale, self._item_scale, table)
+        self.backend.kernels.label_sums(self._csr, *arrays)
+        return table
+
+    def summed(self, by_item: Any, dtype: Any) -> Any:
+        """See `Points.sums`, from the table (I, K) of the rows; features are gone through once."""
         xp = self.backend.xp
-        by_item = xp.zeros((len(self._features), clusters), xp.float64)
-        kernels = self.backend.kernels
-        kernels.label_sums(self._csr, self.users, labels, self._row_scale, self._item_scale, by_item)
-        total = xp.zeros((clusters, self._features.shape[1]), xp.float64)
+        total = xp.zeros((by_item.shape[1], self._features.shape[1]))
         missing = self._missing if self._any_missing else None
 
         def add(columns: slice, features: Any) -> None:
@@ -773,3 +784,20 @@ class Factored(Tiled):
 
         of_columns(self._features, add)
         return total - by_item.sum(axis=0)[:, None] * self.middle
+
+
+class ByItem(Factored):
+    """The same rows again, of features in `Columns`: sums stay by item and label, (I, K) float64, until `summed`.
+
+    So the tables of several points are added up first, and features are gone through once for all of them.
+    """
+
+    keeps_sums = False
+
+    def few(self, count: int) -> bool:
+        """See `Points.few`."""
+        return bool(self._features.few(count * len(self._csr.indices) // max(1, len(self))))
+
+    def sums(self, labels: Any, clusters: int, dtype: Any) -> Any:  # noqa: ARG002
+        """See `Points.sums`."""
+        return self.by_item(labels, clusters)

@@ -7,6 +7,7 @@ bytes that are there.
 from __future__ import annotations
 
 import io
+import mmap
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -83,6 +84,20 @@ def read_header(file: Any) -> Header:
     if min(shape, default=0) < 0:
         raise ValueError(f"a shape of {shape}")
     return Header(shape, "F" if fortran else "C", dtype, start.tell())
+
+
+def read_rows(path: str, index: Any) -> Any:
+    """Some rows (n,) of a matrix in an .npy file of ours, each read by itself: a mapping reads what is around as well."""
+    with open(path, "rb") as file:
+        header = read_header(file)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            mapped.madvise(mmap.MADV_RANDOM)
+            return _rows(mapped, header, index)
+
+
+def _rows(mapped: mmap.mmap, header: Header, index: Any) -> Any:
+    """Copied, so that nothing holds the mapping when this is left."""
+    return np.ndarray(header.shape, header.dtype, mapped, header.offset)[index]
 
 
 @contextmanager

@@ -48,6 +48,7 @@ from .interactions import Checks, Interactions, assemble
 from .job import backend_facts
 from .kernels import Csr
 from .kernels.columns import ColumnKernels, Columns
+from .npy import read_rows
 from .recency import Recency
 from .storage import create, writing
 from .tables import Table
@@ -217,6 +218,11 @@ def total(
 ) -> _T:
     """A task about neighbouring parts: what it gives of each, joined as in `joined`."""
     return joined(join, (function(work, number, *shared) for number in numbers))
+
+
+def total_sums(function: Callable[..., _T], at: int, work: Work, numbers: range, shared: tuple[Any, ...]) -> Any:
+    """`total` of a task of K-means, whose sums, at a place of the result, may be by item yet."""
+    return _summed(work, numbers[0], total(function, add, work, numbers, shared), at, shared[0])
 
 
 def joined(join: Callable[[_T, _T], _T], values: Iterable[_T]) -> _T:
@@ -451,7 +457,13 @@ def _modality(work: Work, name: str) -> Modality:
             values = backend.asarray(np.load(work.features[name], mmap_mode="r"))
         else:
             paths = [slice_path(work, name, first) for first in bounds[:-1]]
-            values = Columns(paths, bounds, work.items, lambda path: backend.asarray(_ahead(path)))
+            values = Columns(
+                paths,
+                bounds,
+                work.items,
+                lambda path: backend.asarray(_ahead(path)),
+                lambda items: backend.asarray(read_rows(work.features[name], backend.to_host(items))),
+            )
         return Modality(name, values, backend.asarray(present), int(present.sum()))
 
     return _keep(("modality", name), load)
@@ -505,7 +517,7 @@ def warm(work: Work, number: int, name: str) -> int:
 
 
 class _Factored(kmeans.Factored):
-    """Users of one part, for all parts of a process the products of the items, which are worked out once."""
+    """Users of one part; the products of the items are worked out once for all parts of a process."""
 
     def item_products(self, table: Any, dtype: Any) -> Any:
         """See `Factored.item_products`."""
@@ -518,8 +530,14 @@ class _Factored(kmeans.Factored):
         return products
 
 
-def _kind(form: str) -> type[kmeans.Tiled]:
-    return _Factored if form == "factored" else kmeans.Tiled
+class _ByItem(_Factored, kmeans.ByItem):
+    """The same of features in slices."""
+
+
+def _kind(work: Work, of: Rows) -> type[kmeans.Tiled]:
+    if of.form != "factored":
+        return kmeans.Tiled
+    return _ByItem if of.name in work.columns else _Factored
 
 
 def _points(work: Work, number: int, of: Rows) -> kmeans.Points:
@@ -527,7 +545,7 @@ def _points(work: Work, number: int, of: Rows) -> kmeans.Points:
         _drop(lambda key: key[0] in CLUSTERING and key[1:3] != (of.name, of.form))
         backend = _backend(work)
         middle = backend.asarray(of.middle)
-        kind = _kind(of.form)
+        kind = _kind(work, of)
         points = _placed(work, number, kind) if of.name == INTERACTIONS else _means(work, number, of.name, kind, middle)
         return kmeans.Dense(backend, method.matrix(backend, points), middle) if of.form == "dense" else points
 
@@ -610,6 +628,16 @@ def far(work: Work, number: int, of: Rows, centroids: Any, count: int) -> tuple[
     return backend.to_host(found[0]), backend.to_host(found[1])
 
 
+@_task
+def _summed(work: Work, number: int, found: Any, at: int, of: Rows) -> Any:
+    points, backend = _points(work, number, of), _backend(work)
+    if not isinstance(points, kmeans.ByItem):
+        return found
+    with backend.deterministic():
+        sums = points.summed(backend.asarray(found[at]), backend.xp.float64)
+    return (*found[:at], backend.to_host(sums), *found[at + 1 :])
+
+
 # Users by what they did.
 
 
@@ -665,7 +693,7 @@ def label_interactions(work: Work, number: int, centroids: Any) -> None:
 def sums_of_labels(work: Work, number: int, of: Rows, clusters: int) -> tuple[Any, Any]:
     """See `method.behaviour_sums`."""
     backend = _backend(work)
-    points = _means(work, number, of.name, _kind(of.form), backend.asarray(of.middle))
+    points = _means(work, number, of.name, _kind(work, of), backend.asarray(of.middle))
     found = method.behaviour_sums(backend, points, backend.asarray(_shared_labels(work, number)), clusters)
     return backend.to_host(found[0]), backend.to_host(found[1])
 

@@ -9,6 +9,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from .csr import Csr
+
+ROW_BYTES = 8192  # that a row is worth which is read at random: two pages
+FEW_SHARE = 1 / 16  # of the features that so many rows are worth at most
 _T = TypeVar("_T")
 
 
@@ -25,17 +29,31 @@ class Columns:
         I.
     take : callable
         Opens a path: gives an array (I, d) of the device.
+    pick : callable
+        Gives the rows (n, D) of some items (n,) by themselves.
     """
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, paths: Sequence[str], bounds: Sequence[int], items: int, take: Callable[[str], Any]) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str],
+        bounds: Sequence[int],
+        items: int,
+        take: Callable[[str], Any],
+        pick: Callable[[Any], Any],
+    ) -> None:
         self.shape = (items, bounds[-1])
+        self.pick = pick
         self._paths, self._bounds, self._take = paths, bounds, take
         self._open: tuple[int, Any] | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def few(self, interactions: int) -> bool:
+        """Whether the items of so many interactions are better picked than looked up in all slices."""
+        return interactions * ROW_BYTES <= FEW_SHARE * self.dtype.itemsize * self.shape[0] * self.shape[1]
 
     def map(self, function: Callable[[slice, Any], _T]) -> list[_T]:
         """What a function gives of each slice: which columns it has, and the array."""
@@ -58,7 +76,7 @@ def of_columns(features: Any, function: Callable[[slice, Any], _T]) -> list[_T]:
 
 
 class ColumnKernels:
-    """Kernels of a device, of which those that K-means and the policies call take `Columns` for features too.
+    """Kernels of a device, of which those that factored K-means and the policies call take `Columns` for features too.
 
     What they sum over the columns is summed slice after slice.
     """
@@ -75,6 +93,12 @@ class ColumnKernels:
 
     def aggregate(self, csr: Any, features: Any, row_scale: Any, item_scale: Any, middle: Any, dtype: Any) -> Any:
         """See `Kernels.aggregate`."""
+        first, last = int(csr.indptr[0]), int(csr.indptr[-1])
+        if isinstance(features, Columns) and features.few(last - first):
+            items, own = self._xp.unique(csr.indices[first:last], return_inverse=True)
+            weights = None if csr.weights is None else csr.weights[first:last]
+            chosen = Csr(csr.indptr - first, own.astype(np.int32), weights)
+            return self._kernels.aggregate(chosen, features.pick(items), row_scale, item_scale[items], middle, dtype)
 
         def rows(columns: slice, values: Any) -> Any:
             return self._kernels.aggregate(csr, values, row_scale, item_scale, middle[columns], dtype)
@@ -98,27 +122,6 @@ class ColumnKernels:
             return self._kernels.products(values, middle[columns], own, dtype)
 
         return _sum(of_columns(features, products))
-
-    def move_rows(
-        self,
-        csr: Any,
-        rows: Any,
-        features: Any,
-        row_scale: Any,
-        item_scale: Any,
-        middle: Any,
-        before: Any,
-        after: Any,
-        sums: Any,
-    ) -> None:
-        """See `Kernels.move_rows`."""
-
-        def move(columns: slice, values: Any) -> None:
-            own = self._xp.ascontiguousarray(sums[:, columns])
-            self._kernels.move_rows(csr, rows, values, row_scale, item_scale, middle[columns], before, after, own)
-            sums[:, columns] = own
-
-        of_columns(features, move)
 
 
 def _sum(parts: list[Any]) -> Any:

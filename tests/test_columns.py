@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpu_init.backend import select
-from gpu_init.kernels import Csr
+from gpu_init.kernels import Csr, columns
 from gpu_init.kernels.columns import ColumnKernels, Columns
 
 USERS, ITEMS, WIDTH = 60, 30, 40
@@ -28,7 +28,12 @@ def sliced(whole, tmp_path):
         paths.append(str(tmp_path / f"{first}.npy"))
         np.save(paths[-1], whole[:, first:last])
     opened.clear()
-    return Columns(paths, bounds, ITEMS, lambda path: opened.append(path) or np.load(path, mmap_mode="r"))
+
+    def take(path):
+        opened.append(path)
+        return np.load(path, mmap_mode="r")
+
+    return Columns(paths, bounds, ITEMS, take, whole.__getitem__)
 
 
 opened: list[str] = []
@@ -41,17 +46,15 @@ def calls(kernels, features):
     csr = Csr(indptr, rng.integers(0, ITEMS, indptr[-1]).astype(np.int32), rng.random(indptr[-1], np.float32))
     scales = (1 / np.maximum(degrees, 1), (rng.random(ITEMS) < 0.9).astype(float))
     middle, points = rng.normal(size=WIDTH), rng.normal(size=(5, WIDTH))
-    labels, after = rng.integers(-1, 5, 20).astype(np.int32), rng.integers(0, 5, 20).astype(np.int32)
-    sums = rng.normal(size=(5, WIDTH))
     yield kernels.lengths(features)
     yield kernels.aggregate(csr, features, *scales, middle, np.float32)
     yield kernels.squared_norms(csr, features, *scales, middle)
     yield kernels.products(features, middle, points, np.float64)
-    kernels.move_rows(csr, np.arange(0, 40, 2), features, *scales, middle, labels, after, sums)
-    yield sums
 
 
-def test_kernels_give_the_same(whole, sliced):
+@pytest.mark.parametrize("share", [0, 1e9])
+def test_kernels_give_the_same(share, whole, sliced, monkeypatch):
+    monkeypatch.setattr(columns, "FEW_SHARE", share)
     kernels = ColumnKernels(select("cpu").kernels, np)
     assert sliced.shape == whole.shape
     assert len(sliced) == len(whole)
