@@ -87,7 +87,7 @@ def read_header(file: Any) -> Header:
 
 
 def read_rows(path: str, index: Any) -> Any:
-    """Some rows (n,) of a matrix in an .npy file of ours, each read by itself: a mapping reads what is around as well."""
+    """Some rows (n,) of a matrix in an .npy file of ours, each read by itself: a mapping reads around them."""
     with open(path, "rb") as file:
         header = read_header(file)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
