@@ -34,7 +34,6 @@ from gpu_init.progress import Progress
 
 PLAIN = "one process"
 COMPARED_ROWS = 1 << 18
-SHUFFLED_BYTES = 12  # of an interaction: part, row and column, 32 bits each
 _PATIENCE = 60  # seconds for a cluster to start
 
 
@@ -58,7 +57,8 @@ def main() -> None:
         write_interactions(folder / "interactions.parquet", size.users, size.items, size.interactions)
         np.save(folder / "features.npy", features("groups", size.items, size.width))
         rounds = [{way: run(folder, size.users, way, keep=turn == 0) for way in ways} for turn in range(size.repeats)]
-        needs = project(folder / "one", size)
+        carried = shuffled_bytes(folder, size, WORKERS[given.size][-1])
+        needs = project(folder / "one", size, carried)
         for way in ways:
             seconds.append(statistics.median(one[way].seconds for one in rounds))
             facts: dict[str, Any] = {
@@ -201,7 +201,14 @@ def step_bytes(width: int) -> int:
     return baselines.CLUSTERS * (2 * 8 * width + 8)
 
 
-def project(one: Path, measured: Size) -> list[tuple[str, str]]:
+def shuffled_bytes(folder: Path, measured: Size, workers: int) -> float:
+    """What is carried of an interaction that goes to another worker, as all but one in ``workers`` do."""
+    manifest = json.loads((folder / str(workers) / "manifest.json").read_text(encoding="utf-8"))
+    [carried] = [step["carried_bytes"] for step in manifest["timings"]["steps"] if step["step"] == "read interactions"]
+    return float(carried / (measured.interactions * (1 - 1 / workers)))
+
+
+def project(one: Path, measured: Size, carried: float) -> list[tuple[str, str]]:
     """What a job that no machine holds would need, from what each term took in one process: arithmetic, no promise."""
     manifest = json.loads((one / "manifest.json").read_text(encoding="utf-8"))
     spent = {step["step"]: cores() * step["seconds"] / measured.interactions for step in manifest["timings"]["steps"]}
@@ -213,10 +220,10 @@ def project(one: Path, measured: Size) -> list[tuple[str, str]]:
         "writing": spent["write features"] * interactions * wider / 3600,
     }
     gigabytes = {
-        "features, mapped on every machine": 4 * items * width,
+        "features, for every machine to read": 4 * items * width,
         "interactions, over all workers": 4 * interactions + 8 * users,
         "artifact": users * (4 * width + 4),
-        "carried when interactions are shuffled": SHUFFLED_BYTES * interactions,
+        "carried when interactions are shuffled": carried * interactions,
         "carried by a step of K-means, each worker": step_bytes(width),
     }
     return [(f"{name}, core hours", f"{value:.3g}") for name, value in hours.items()] + [

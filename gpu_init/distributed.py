@@ -787,8 +787,8 @@ class _Run:
             np.ones(len(part["indices"]), np.float32) if part["weights"] is None else part["weights"] for part in parts
         ]
         every = None if all(part["weights"] is None for part in parts) else np.concatenate(weights)
-        items, own = np.unique(joined("indices"), return_inverse=True)  # features of other items are not looked at
-        csr = Csr(np.concatenate([[0], np.cumsum(lengths)]), own.astype(np.int32), every)
+        items, columns = np.unique(joined("indices"), return_inverse=True)  # features of other items are not looked at
+        csr = Csr(np.concatenate([[0], np.cumsum(lengths)]), columns.astype(np.int32), every)
         values = read_rows(self.work.features[modality.name], items)
         path = os.path.join(self.staging.path, f"{modality.name}/item_factors.npy")
         mask = modality.present[items]
