@@ -57,7 +57,7 @@ def main() -> None:
         write_interactions(folder / "interactions.parquet", size.users, size.items, size.interactions)
         np.save(folder / "features.npy", features("groups", size.items, size.width))
         rounds = [{way: run(folder, size.users, way, keep=turn == 0) for way in ways} for turn in range(size.repeats)]
-        carried = shuffled_bytes(folder, size, WORKERS[given.size][-1])
+        carried = shuffled_bytes(folder / "2", size)
         needs = project(folder / "one", size, carried)
         for way in ways:
             seconds.append(statistics.median(one[way].seconds for one in rounds))
@@ -201,11 +201,11 @@ def step_bytes(width: int) -> int:
     return baselines.CLUSTERS * (2 * 8 * width + 8)
 
 
-def shuffled_bytes(folder: Path, measured: Size, workers: int) -> float:
-    """What is carried of an interaction that goes to another worker, as all but one in ``workers`` do."""
-    manifest = json.loads((folder / str(workers) / "manifest.json").read_text(encoding="utf-8"))
-    [carried] = [step["carried_bytes"] for step in manifest["timings"]["steps"] if step["step"] == "read interactions"]
-    return float(carried / (measured.interactions * (1 - 1 / workers)))
+def shuffled_bytes(two: Path, measured: Size) -> float:
+    """What is carried of an interaction that goes to another worker, as half of them do of two."""
+    manifest = json.loads((two / "manifest.json").read_text(encoding="utf-8"))
+    steps = {step["step"]: step for step in manifest["timings"]["steps"]}
+    return float(2 * steps["read interactions"]["carried_bytes"] / measured.interactions)
 
 
 def project(one: Path, measured: Size, carried: float) -> list[tuple[str, str]]:
