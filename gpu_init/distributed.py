@@ -314,7 +314,11 @@ class Workers:
 
     def room(self, backend: str) -> int:
         """Bytes that features may take on any worker."""
-        return int(min(self._client.run(partitions.room, backend).values()))
+        found = self._client.run(partitions.room, backend, on_error="ignore")  # of those that are not lost meanwhile
+        if not found:
+            self.present()
+            found = self._client.run(partitions.room, backend)
+        return int(min(found.values()))
 
     def _arrange(self, work: Work) -> list[range]:
         """Runs of neighbouring parts, each of one worker; a lost one's go to others, and new ones get a share."""

@@ -630,9 +630,10 @@ def far(work: Work, number: int, of: Rows, centroids: Any, count: int) -> tuple[
 
 @_task
 def _summed(work: Work, number: int, found: Any, at: int, of: Rows) -> Any:
-    points, backend = _points(work, number, of), _backend(work)
-    if not isinstance(points, kmeans.ByItem):
+    if of.name not in work.columns:
         return found
+    points, backend = _points(work, number, of), _backend(work)
+    assert isinstance(points, kmeans.ByItem)
     with backend.deterministic():
         sums = points.summed(backend.asarray(found[at]), backend.xp.float64)
     return (*found[:at], backend.to_host(sums), *found[at + 1 :])
