@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,22 @@ def _compile(function: Any, parallel: bool, fastmath: Any = False) -> Any:
     try:
         config.CACHE_DIR = folder or ""  # read when the decorator runs, so it need not stay set for others
         options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-        return njit(parallel=parallel, fastmath=fastmath, cache=folder is not None, **options)(function)
+        found = njit(parallel=parallel, fastmath=fastmath, cache=folder is not None, **options)(function)
     finally:
         config.CACHE_DIR = before
+    if folder is not None:
+        found._cache.save_overload = _where_there_is_room(found._cache.save_overload)
+    return found
+
+
+def _where_there_is_room(save: Callable[..., None]) -> Callable[..., None]:
+    """Keep machine code as numba does, but let nothing fail for it, such as a full disk."""
+
+    def attempt(*arguments: Any) -> None:
+        with suppress(OSError):
+            save(*arguments)
+
+    return attempt
 
 
 def compiled(function: Any) -> Any:

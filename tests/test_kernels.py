@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import pytest
 import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core import caching
 
 from gpu_init.errors import InputError
 from gpu_init.kernels import Csr, cpu_kernels
+from gpu_init.kernels.compiled import compiled_serial
 from gpu_init.kernels.cpu import NumbaKernels
 from gpu_init.kernels.reference import ReferenceKernels
 
@@ -338,3 +341,16 @@ def test_what_is_noted_decides_who_is_in_doubt(kernels, rng):
     wanted = [row for row in range(count) if upper[row] + reach[labels[row]] > lower[row] - fall]
     assert 0 < len(wanted) < count
     np.testing.assert_array_equal(doubtful, wanted)
+
+
+def _twice(number):
+    return 2 * number
+
+
+def test_a_kernel_runs_where_its_machine_code_cannot_be_kept(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(caching.FunctionCache, "save_overload", full)
+    assert compiled_serial(_twice)(4) == 8
