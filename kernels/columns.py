@@ -93,18 +93,22 @@ class ColumnKernels:
 
     def aggregate(self, csr: Any, features: Any, row_scale: Any, item_scale: Any, middle: Any, dtype: Any) -> Any:
         """See `Kernels.aggregate`."""
-        first, last = int(csr.indptr[0]), int(csr.indptr[-1])
-        if isinstance(features, Columns) and features.few(last - first):
-            items, own = self._xp.unique(csr.indices[first:last], return_inverse=True)
-            weights = None if csr.weights is None else csr.weights[first:last]
-            chosen = Csr(csr.indptr - first, own.astype(np.int32), weights)
-            return self._kernels.aggregate(chosen, features.pick(items), row_scale, item_scale[items], middle, dtype)
+        if isinstance(features, Columns) and features.few(int(csr.indptr[-1] - csr.indptr[0])):
+            return self._of_picked(csr, features, row_scale, item_scale, middle, dtype)
 
         def rows(columns: slice, values: Any) -> Any:
             return self._kernels.aggregate(csr, values, row_scale, item_scale, middle[columns], dtype)
 
         found = of_columns(features, rows)
         return found[0] if len(found) == 1 else self._xp.concatenate(found, axis=1)
+
+    def _of_picked(self, csr: Any, features: Columns, row_scale: Any, item_scale: Any, middle: Any, dtype: Any) -> Any:
+        """See `Kernels.aggregate`, from the rows of the items that come up alone."""
+        entries = slice(int(csr.indptr[0]), int(csr.indptr[-1]))
+        items, own = self._xp.unique(csr.indices[entries], return_inverse=True)
+        weights = None if csr.weights is None else csr.weights[entries]
+        chosen = Csr(csr.indptr - entries.start, own.astype(np.int32), weights)
+        return self._kernels.aggregate(chosen, features.pick(items), row_scale, item_scale[items], middle, dtype)
 
     def squared_norms(self, csr: Any, features: Any, row_scale: Any, item_scale: Any, middle: Any) -> Any:
         """See `Kernels.squared_norms`."""
