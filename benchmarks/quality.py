@@ -34,7 +34,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import small_model
+import torch
 from common import RESULTS, row, show
+from graph_sums import keep_memory, replace_sums
 from numpy.typing import NDArray
 from ranking import Split, metrics
 from scipy.sparse import csr_matrix
@@ -97,6 +99,7 @@ class Recorder:
 
 def main() -> None:
     given = _arguments()
+    keep_memory()
     path = given.results / "quality.csv"
     if given.table is None:
         if not (given.data / f"{given.dataset}.inter").is_file():
@@ -179,7 +182,7 @@ def _run_one(
 ) -> None:
     """Run one arm with one seed, which K-means takes too unless the recipe says otherwise, and append its row."""
     with tempfile.TemporaryDirectory() as folder:
-        prepare: Callable[[Any], object] | None = None
+        attach: Callable[[Any], object] | None = None
         if preset is not None:
             width = int(
                 library.config(key["model"], data, config)["embedding_size"] if library else config.get("dim", 64)
@@ -187,8 +190,14 @@ def _run_one(
             settings = {"seed": seed, **mmrec.job_settings(preset, width)}
             artifact = gpu_init.load(mmrec.make(data, settings, f"{folder}/vectors"))
 
-            def prepare(model: Any) -> object:
+            def attach(model: Any) -> object:
                 return mmrec.attach(model, artifact, preset)
+
+        def prepare(model: Any) -> None:
+            if attach is not None:
+                attach(model)
+            if library is not None and not torch.cuda.is_available():
+                replace_sums(model)
 
         recorder = Recorder(split)
         if library is None:

@@ -22,7 +22,7 @@ def modules():
     """The benchmarks' modules, which are no package."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        yield {name: importlib.import_module(name) for name in ("ranking", "small_model", "quality")}
+        yield {name: importlib.import_module(name) for name in ("ranking", "small_model", "quality", "graph_sums")}
     finally:
         sys.path.remove(str(BENCHMARKS))
 
@@ -94,6 +94,72 @@ def test_the_small_model_gains_on_the_demo(modules, tmp_path):
     gains = scores[:, 1] - scores[:, 0]
     assert gains.mean() > 2 * gains.std(ddof=1) / np.sqrt(len(gains))
     assert scores[:, 0].min() > 0.1  # random tables learn too
+
+
+class MessagePassing(torch.nn.Module):
+    """What the libraries' graph layers use of PyTorch Geometric's class, a row copied for each edge."""
+
+    def __init__(self, aggr, inverse_roots):
+        super().__init__()
+        self.aggr, self.inverse_roots = aggr, inverse_roots
+
+    def forward(self, x, edge_index):
+        return self.propagate(edge_index, size=(len(x), len(x)), x=x)
+
+    def propagate(self, edge_index, size, x):
+        target = edge_index[1]
+        sums = torch.zeros(size[1], x.shape[1]).index_add(0, target, self.message(x[edge_index[0]], edge_index, size))
+        counts = torch.bincount(target, minlength=size[1]).clamp(min=1) if self.aggr == "mean" else torch.ones(size[1])
+        return self.update(sums / counts[:, None])
+
+    def message(self, x_j, edge_index, size):
+        degree = torch.bincount(edge_index[0], minlength=size[0]).float()
+        weight = (degree[edge_index[0]] * degree[edge_index[1]]) ** -0.5 if self.inverse_roots else torch.ones(1)
+        return weight.reshape(-1, 1) * x_j
+
+    def update(self, sums):
+        return 2 * sums
+
+
+class Attention(MessagePassing):
+    def message(self, x_i, x_j):
+        return x_i * x_j
+
+
+class User_Graph_sample(torch.nn.Module):
+    def forward(self, features, user_graph, user_matrix):
+        return (user_matrix.unsqueeze(1) @ features[torch.tensor(user_graph)]).squeeze()
+
+
+def test_sums_over_graphs_are_those_of_the_models(modules, rng):
+    """Values and gradients, for two graphs in turn, as edges or neighbours are drawn anew."""
+    nodes, width, neighbours = 30, 5, 4
+    layers = {f"{aggr}_{roots}": MessagePassing(aggr, roots) for aggr in ("add", "mean") for roots in (True, False)}
+    model = torch.nn.ModuleDict({**layers, "user_graph": User_Graph_sample(), "other": Attention("add", False)})
+
+    def results():
+        for _, graph in zip(range(3), cases, strict=True):
+            for name in (*layers, "user_graph"):
+                x = torch.nn.Parameter(torch.tensor(values))
+                given = (graph["edges"],) if name in layers else (graph["neighbours"], graph["weights"])
+                out = model[name](x, *given)
+                out.square().sum().backward()
+                yield out.detach(), x.grad
+
+    values = rng.standard_normal((nodes, width)).astype(np.float32)
+    drawn = []
+    for _ in range(2):
+        pairs = np.unique(rng.integers(0, nodes - 2, (40, 2)), axis=0)  # two nodes have no edge
+        edges = torch.tensor(np.concatenate([pairs, pairs[:, ::-1]]).T.copy())
+        weights = torch.softmax(torch.tensor(rng.standard_normal((nodes - 6, neighbours)).astype(np.float32)), dim=1)
+        near = rng.integers(0, nodes - 6, (nodes - 6, neighbours)).tolist()
+        drawn.append({"edges": edges, "neighbours": near, "weights": weights})
+    cases = [drawn[0], {**drawn[0], "edges": drawn[0]["edges"].clone()}, drawn[1]]
+    wanted = list(results())
+    assert modules["graph_sums"].replace_sums(model) == [*layers, "user_graph"]
+    for (value, gradient), (found, slope) in zip(wanted, results(), strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(slope, gradient, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture

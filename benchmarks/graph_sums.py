@@ -1,0 +1,106 @@
+"""Sums over graphs of the libraries' models as sparse products, on a CPU: the same formulas in half the time.
+
+MMGCN and DRAGON copy a row for each edge, and DRAGON one for each of a user's 40 neighbours, before they sum. Where a
+row's weight hangs on the graph alone, that is a product with a matrix, which is made once and copies nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+
+def replace_sums(model: torch.nn.Module) -> list[str]:
+    """Let a built model sum by sparse products; what is not known to be such a sum is left as it is.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of one of the libraries, on a CPU; changed in place.
+
+    Returns
+    -------
+    list of str
+        Dotted paths of the modules that do.
+    """
+    replaced: list[tuple[str, torch.nn.Module]] = []
+    for path, module in model.named_modules():
+        kinds = {one.__name__ for one in type(module).__mro__}
+        if "MessagePassing" in kinds and _is_weighted(module):
+            _set(module, "propagate", partial(_propagate, module, []))
+        elif "User_Graph_sample" in kinds:
+            _set(module, "forward", partial(_neighbours, []))
+        else:
+            continue
+        replaced.append((path, module))
+    return [path for path, _ in replaced]
+
+
+def keep_memory() -> None:
+    """Keep what tensors give back for the next ones: glibc returns large blocks, and faults their pages in anew."""
+    if sys.platform == "linux":
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(option, value)
+
+
+def _set(module: torch.nn.Module, name: str, value: Any) -> None:
+    module.__dict__[name] = value
+
+
+def _is_weighted(module: Any) -> bool:
+    """Whether messages are a neighbour's row, perhaps by a weight of the graph, and are added or averaged."""
+    code = type(module).message.__code__
+    names = code.co_varnames[1 : code.co_argcount]
+    return names == ("x_j", "edge_index", "size") and module.aggr in ("add", "mean")
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, matrix: torch.Tensor, transposed: torch.Tensor) -> torch.Tensor:
+        ctx.transposed = transposed
+        return matrix @ rows
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return ctx.transposed @ gradients[0], None, None
+
+
+_product: Callable[..., torch.Tensor] = _Product.apply
+
+
+def _matrices(
+    row: torch.Tensor, column: torch.Tensor, weight: torch.Tensor, shape: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    def csr(rows: torch.Tensor, columns: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        return torch.sparse_coo_tensor(torch.stack((rows, columns)), weight, tuple(size)).coalesce().to_sparse_csr()
+
+    return csr(row, column, shape), csr(column, row, shape[::-1])
+
+
+def _propagate(module: Any, kept: list[Any], edge_index: torch.Tensor, size: tuple[int, int], x: Any) -> torch.Tensor:
+    """PyTorch Geometric's: from the first row of `edge_index` to the second, added or averaged."""
+    if not kept or not torch.equal(kept[0], edge_index):
+        source, target = edge_index
+        weight = module.message(torch.ones(source.numel(), 1), edge_index, size).reshape(-1)
+        if module.aggr == "mean":
+            weight = weight / torch.bincount(target, minlength=size[1])[target]
+        kept[:] = [edge_index, *_matrices(target, source, weight, (size[1], size[0]))]
+    result: torch.Tensor = module.update(_product(x, *kept[1:]))
+    return result
+
+
+def _neighbours(
+    kept: list[Any], features: torch.Tensor, user_graph: list[list[int]], user_matrix: torch.Tensor
+) -> torch.Tensor:
+    """DRAGON's: of each user's `user_graph` (n, k) the rows of `features`, by the weights `user_matrix` (n, k)."""
+    if not kept or kept[0] is not user_graph or kept[1] is not user_matrix:
+        users, neighbours = user_matrix.shape
+        row = torch.arange(users).repeat_interleave(neighbours)
+        pair = _matrices(row, torch.tensor(user_graph).reshape(-1), user_matrix.reshape(-1), (users, len(features)))
+        kept[:] = [user_graph, user_matrix, *pair]
+    return _product(features, *kept[2:])
