@@ -18,7 +18,7 @@ import math
 import os
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
@@ -293,8 +293,11 @@ class Workers:
 
     def shuffle(
         self, work: Work, calls: Sequence[tuple[Table, range | None]], axis_rows: int | None, batch: Batch
-    ) -> None:
-        """Have the interactions of a batch of pieces of tables put on storage by parts."""
+    ) -> Callable[[], None]:
+        """Have the interactions of a batch of pieces of tables put on storage by parts; to be called: waits for it.
+
+        Batches go after each other, but for workers that have nothing left to do about one.
+        """
         tables, groups = zip(*calls[slice(*batch)], strict=True)
         frame = self._dask.from_map(
             functools.partial(partitions.rows, work, axis_rows=axis_rows),
@@ -304,8 +307,13 @@ class Workers:
         )
         split = frame.shuffle("part", npartitions=len(work.bounds) - 1, ignore_index=True)
         put = split.map_partitions(partitions.put_all, work, batch, meta=pd.DataFrame({"part": np.empty(0, np.int32)}))
-        self._client.compute(put).result()
-        self._client.run(partitions.release, on_error="ignore")
+        future = self._client.compute(put, fifo_timeout="0s")
+
+        def wait() -> None:
+            future.result()
+            self._client.run(partitions.release, on_error="ignore")
+
+        return wait
 
     def memory(self) -> list[int]:
         """Bytes that each worker may take; 0 where it has no limit."""
@@ -409,7 +417,6 @@ def _run(config: JobConfig, workers: Workers, progress: Progress) -> str:
     check_inputs(config, inputs.files)
     theirs = workers.facts(config.backend)
     progress.say(f"{len(workers.present())} workers, backend {theirs['name']}, kernels {theirs['kernels']}")
-    backend = select("cpu")  # of this process, which adds up what they give
     identity = identity_of(config, inputs.files, theirs["name"], theirs["kernels"])
     identity["program"]["distributed"] = True
     with open_staging(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
@@ -417,9 +424,8 @@ def _run(config: JobConfig, workers: Workers, progress: Progress) -> str:
             return config.out
         files = [one["path"] for one in inputs.files if not is_url(one["path"])]
         workers.require_sight([os.path.abspath(path) for path in (staging.path, *files)])
-        run = _Run(
-            config, workers, progress, backend, staging, Work(config, theirs["name"], uuid.uuid4().hex, staging.path)
-        )
+        work = Work(config, theirs["name"], uuid.uuid4().hex, staging.path)
+        run = _Run(config, workers, progress, staging, work)
         counts = run.read()
         embedding = run.behaviour() if config.settings.cluster_on == "interactions" else None
         statistics = {name: run.modality(name) for name in config.features}
@@ -430,22 +436,27 @@ def _run(config: JobConfig, workers: Workers, progress: Progress) -> str:
             manifest["interactions"]["embedding"] = embedding
         slices = {name: len(bounds) - 1 for name, bounds in run.work.columns.items()}
         manifest["cluster"] = {"workers": len(workers.present()), "parts": len(run.work.bounds) - 1, "slices": slices}
-        return staging.commit({**manifest, "timings": timings_of(started, progress, backend)})
+        return staging.commit({**manifest, "timings": timings_of(started, progress, run.backend)})
 
 
 class _Run:
     """A run's steps, in the order of `job`."""
 
-    def __init__(
-        self, config: JobConfig, workers: Workers, progress: Progress, backend: Backend, staging: Staging, work: Work
-    ) -> None:
+    def __init__(self, config: JobConfig, workers: Workers, progress: Progress, staging: Staging, work: Work) -> None:
         self.config, self.workers, self.progress = config, workers, progress
-        self.backend, self.staging, self.work = backend, staging, work
+        self.staging, self.work = staging, work
         self._tables: dict[str, FeatureTable] = {}
         self._masks: dict[str, Any] = {}
         self._rows: dict[str, Any] = {}
         self._warm: dict[str, list[int]] = {}
         self._pairs = 0
+
+    @functools.cached_property
+    def backend(self) -> Backend:
+        """Of this process, which adds up what workers give; with the compiled code that K-means of a sample needs."""
+        backend = select("cpu")
+        kmeans.fit(backend, kmeans.Dense(backend, np.eye(4, dtype=np.float32)), 2, 0)
+        return backend
 
     @contextmanager
     def _step(self, name: str, **measures: Any) -> Iterator[Step]:
@@ -515,17 +526,26 @@ class _Run:
         """What `partitions.store` gives of each part, its interactions brought together batch by batch."""
         staging, workers = self.staging, self.workers
         done = [(first, last) for first, last in (staging.finished("batches") or {}).get("batches", [])]
-        while (first := done[-1][1] if done else 0) < len(calls):
-            done.append((first, min(first + _batch_size(len(calls), workers.memory()), len(calls))))
-            workers.shuffle(self.work, calls, axis_rows, done[-1])
+        started: deque[tuple[Batch, Callable[[], None]]] = deque()
+        first = done[-1][1] if done else 0
+        while first < len(calls) or started:
+            if first < len(calls) and len(started) < 2:
+                batch = first, min(first + _batch_size(len(calls), workers.memory()), len(calls))
+                started.append((batch, workers.shuffle(self.work, calls, axis_rows, batch)))
+                first = batch[1]
+                continue
+            _ = self.backend  # loaded while workers are busy
+            batch, wait = started.popleft()
+            wait()
+            done.append(batch)
             staging.finish("batches", {"batches": done})
         return workers.map(partitions.store, self.work, calls[0][0], done)
 
     def _users(self, found: list[Any]) -> tuple[int, Any]:
         """U, and the ids of the rows where these are found by them."""
+        if isinstance(self.config.users, int):
+            return self.config.users, None
         listed = users_of(self.config, self.backend)
-        if isinstance(listed, int):
-            return listed, None
         _, count, ids = user_axis(partitions.distinct(*found), self.config.interactions, listed)
         tell_gaps(self.config, ids, self.progress)
         return count, ids
@@ -875,7 +895,11 @@ class Partitioned:
         if calls:
             shared = (self._rows, np.dtype(dtype).name)
             futures = self._workers.submit(partitions.some_rows, self._work, shared, calls)
-            out[order] = np.concatenate(self._workers.results(futures.values()))
+            start = 0
+            for future in futures.values():
+                (found,) = self._workers.results([future])
+                out[order[start : start + len(found)]] = found
+                start += len(found)
         return out
 
     def walk(self, clusters: int) -> PartitionedWalk:  # noqa: ARG002

@@ -195,10 +195,11 @@ def test_batches_of_any_size_come_to_the_same_bytes(cluster, data, tmp_path, mon
     shuffle, batches = distributed.Workers.shuffle, []
 
     def noted(self, work, calls, axis_rows, batch):
-        if batches and batches[-1] is None:
-            raise ResourceError("this is enough")
         batches.append(batch)
-        shuffle(self, work, calls, axis_rows, batch)
+        return shuffle(self, work, calls, axis_rows, batch)
+
+    def enough():
+        raise ResourceError("this is enough")
 
     monkeypatch.setattr(distributed.Workers, "shuffle", noted)
     monkeypatch.setattr(distributed, "BATCH_PIECES", 100)
@@ -209,9 +210,8 @@ def test_batches_of_any_size_come_to_the_same_bytes(cluster, data, tmp_path, mon
     assert cli.main(other) == 0
     assert batches[1:] == [(0, 6), (6, 12), (12, 15)]
     resumed.append("--resume")
-    monkeypatch.setattr(
-        distributed.Workers, "shuffle", lambda self, *given: (noted(self, *given), batches.append(None))
-    )
+    batches.clear()
+    monkeypatch.setattr(distributed.Workers, "shuffle", lambda self, *given: enough if batches else noted(self, *given))
     assert cli.main(resumed) == 3
     monkeypatch.setattr(distributed.Workers, "shuffle", noted)
     monkeypatch.setattr(distributed, "BATCH_PIECES", 4)
