@@ -191,6 +191,7 @@ def forget() -> None:
     """Free what this process keeps."""
     with _turn:
         _kept.clear()
+    release()
 
 
 def given(value: _T) -> _T:
