@@ -52,6 +52,7 @@ from .describe import described
 from .errors import InputError, ResourceError
 from .features import FeatureTable, Modality
 from .interactions import EXTENSIONS, Interactions, power, require_kept, require_unchanged
+from .interactions import read as read_interactions
 from .job import (
     Counts,
     check_inputs,
@@ -489,7 +490,7 @@ class _Run:
         config, workers = self.config, self.workers
         paths = expand(config.interactions, EXTENSIONS)
         if any(path.endswith(".npz") for path in paths):
-            raise InputError(f"{config.interactions}: a matrix is for one machine; over a cluster, give a table.")
+            return self._store_matrix(axis, step)
         columns, warnings = columns_of(config), list[str]()
         tables = [open_table(path if is_url(path) else os.path.abspath(path), columns, warnings) for path in paths]
         for line in warnings:
@@ -521,6 +522,23 @@ class _Run:
             self.staging.finish("parts", {"parts": parts})
         self._pairs, weight = sum(one["pairs"] for one in parts), sum(one["weight"] for one in parts)
         return Counts(users, user_ids, items, item_ids, read, kept, self._pairs, weight)
+
+    def _store_matrix(self, axis: ItemAxis, step: Any) -> Counts:
+        """The same of scipy's .npz, which this process reads whole."""
+        config, staging = self.config, self.staging
+        users, columns = users_of(config, self.backend), columns_of(config)
+        table = read_interactions(self.backend, config.interactions, columns, axis, users, step.advance)
+        step.advance(table.read)
+        counts = Counts.of(table)
+        self.work = replace(self.work, bounds=_bounds(counts.users, counts.kept), items=counts.items)
+        self._pairs = counts.pairs
+        if staging.finished("parts") is None:
+            make_folder(self.work.path(SCRATCH))
+            for number, (first, last) in enumerate(itertools.pairwise(self.work.bounds)):
+                part = table.interactions.some(self.backend, np.arange(first, last))
+                partitions.put_part(self.work, number, part.csr)
+            staging.finish("parts", {})
+        return counts
 
     def _shuffled(self, calls: list[tuple[Table, range | None]], axis_rows: int | None) -> list[Any]:
         """What `partitions.store` gives of each part, its interactions brought together batch by batch."""

@@ -421,13 +421,18 @@ def store(work: Work, number: int, table: Table, batches: list[Batch]) -> dict[s
         columns.get("time"),
         (last - first, work.items),
     )
-    for name, array in made.csr._asdict().items():
-        if array is not None:
-            with create(_part_path(work, number, name)) as sink:
-                np.lib.format.write_array(sink, backend.to_host(array), allow_pickle=False)
+    put_part(work, number, Csr(*(None if array is None else backend.to_host(array) for array in made.csr)))
     weights = made.csr.weights
     weight = float(made.pairs if weights is None else weights.sum(dtype="float64"))
     return {"pairs": made.pairs, "weight": weight}
+
+
+def put_part(work: Work, number: int, csr: Csr) -> None:
+    """Put a part of R on storage, as it lies in this process's memory."""
+    for name, array in csr._asdict().items():
+        if array is not None:
+            with create(_part_path(work, number, name)) as sink:
+                np.lib.format.write_array(sink, array, allow_pickle=False)
 
 
 def _part_path(work: Work, number: int, name: str) -> str:
