@@ -84,8 +84,8 @@ from .storage import expand, make_folder
 from .tables import Table, open_table, pieces
 
 PIECE_ROWS, MOST_PIECES = 1 << 21, 1 << 14  # of interactions that one task reads, at least; tasks, about
-BATCH_PIECES = 2  # of each worker that are brought together by user at a time, at least;
-BATCHES, BATCH_SHARE = 16, 1 / 8  # more where these would not do, as far as this share of the memory holds them
+BATCH_PIECES = 2  # of each worker in a batch, which is brought together by user, while another one is begun;
+BATCHES, BATCH_SHARE = 16, 1 / 16  # more where batches would be more than these, if this share of the memory holds one
 SHUFFLE_BYTES = 64  # that an interaction takes meanwhile, about
 PART_ROWS = 1 << 23  # of interactions in a part of R, about
 LEAST_PARTS, MOST_PARTS = 4, 1 << 10  # where there are users enough; a step of K-means is a task of each
