@@ -381,6 +381,8 @@ def _cluster(config: JobConfig, progress: Progress) -> Iterator[Workers]:
         "distributed.scheduler.work-stealing": False,  # parts stay where they are kept
         "distributed.comm.timeouts.connect": "10s",
         "dataframe.shuffle.method": "tasks",
+        # of a cluster that is started here: else all that is freed goes back at once, and is faulted in anew
+        "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
     }
     with _silence(), dask.options(options):
         try:
