@@ -40,9 +40,9 @@ _PATIENCE = 60  # seconds for a cluster to start
 SIZES = {
     "quick": Size(20_000, 500, 100_000, 16, 1),
     "default": Size(2_000_000, 50_000, 20_000_000, 128, 1),
-    "large": Size(20_000_000, 200_000, 200_000_000, 128, 1),
+    "large": Size(10_000_000, 200_000, 100_000_000, 128, 1),
 }
-WORKERS = {"quick": (1, 2), "default": (1, 2, 4), "large": (1, 2, 4, 8)}
+WORKERS = {"quick": (1, 2), "default": (1, 2, 4), "large": (2,)}
 BILLION = Size(10**9, 10**8, 5 * 10**10, 384, 0)
 
 

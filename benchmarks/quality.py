@@ -57,7 +57,7 @@ SUFFIXES = ("", "_degree_to_2", "_degree_3_to_5", "_degree_above_5", "_cold_item
 CONFIG: dict[str, dict[str, Any]] = {
     "MMGCN": {"n_layers": 2, "learning_rate": 0.001},
     "DRAGON": {"reg_weight": 0.001, "learning_rate": 0.001},
-    "LGMRec": {"hyper_num": 4, "keep_rate": 0.4, "alpha": 0.3, "cl_weight": 0.1, "learning_rate": 0.001},
+    "LGMRec": {"hyper_num": 4, "keep_rate": 0.4, "alpha": 0.3, "cl_weight": 0.1, "learning_rate": 0.01},
     SMALL: {"layers": 2, "learning_rate": 0.001},
 }
 SMALL_PRESET = mmrec.Preset(

@@ -73,7 +73,9 @@ class Preset:
 
     tables: Mapping[str, Vectors]
     width: str | int = "embedding"
-    settings: Mapping[str, Any] = field(default_factory=lambda: {"lambda": 0.9, "clusters": 8, "whiten": True})
+    settings: Mapping[str, Any] = field(
+        default_factory=lambda: {"lambda": 0.5, "clusters": 8, "cluster_on": "interactions", "whiten": True}
+    )
 
 
 _ADDED = {"mode": "add", "gain": "match", "centre": True, "cold": "keep"}

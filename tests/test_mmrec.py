@@ -177,11 +177,17 @@ def test_presets_are_changed_by_name():
     )
     assert [one.gain for vectors in preset.tables.values() for one in vectors] == [0.5] * 3
     assert preset.tables["both"][1].offset == "users"
-    assert mmrec.job_settings(preset, 64) == {"lambda": 0.3, "clusters": 32, "whiten": True, "dim": 16}
+    assert mmrec.job_settings(preset, 64) == {
+        "lambda": 0.3,
+        "clusters": 32,
+        "cluster_on": "interactions",
+        "whiten": True,
+        "dim": 16,
+    }
     beside = mmrec.adjusted(mmrec.PRESETS["FREEDOM"], {"tables": {"user_embedding.weight": "v,t"}})
     assert mmrec.job_settings(beside, 64)["dim"] == 32
     raw = mmrec.adjusted(mmrec.PRESETS["FREEDOM"], {"width": "raw"})
-    assert mmrec.job_settings(raw, 64) == {"lambda": 0.9, "clusters": 8}
+    assert mmrec.job_settings(raw, 64) == {"lambda": 0.5, "clusters": 8, "cluster_on": "interactions"}
     assert mmrec.adjusted(mmrec.PRESETS["VBPR"], {}) == mmrec.PRESETS["VBPR"]
     for changes, said in [
         ({"gian": 1}, "unknown key gian; the keys are"),
@@ -279,7 +285,7 @@ def test_the_command_trains_both_and_prints_both(small_library, data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Small FREEDOM on toy: learning_rate=0.01\n" in done.stdout
     assert "audio stands in for it" in done.stdout
-    assert "lambda=0.9 clusters=3 whiten=True dim=8" in done.stdout
+    assert "lambda=0.5 clusters=3 cluster_on=interactions whiten=True dim=8" in done.stdout
     assert "user_embedding.weight: image+audio, add, gain match, centred" in done.stdout
     assert "noise of the library" not in done.stdout
     rows = [line.split()[1:8:2] for line in done.stdout.splitlines() if line.startswith("│")]
