@@ -295,9 +295,9 @@ class Workers:
     def shuffle(
         self, work: Work, calls: Sequence[tuple[Table, range | None]], axis_rows: int | None, batch: Batch
     ) -> Callable[[], None]:
-        """Have the interactions of a batch of pieces of tables put on storage by parts; to be called: waits for it.
+        """Begin to have the interactions of a batch of pieces of tables put on storage by parts.
 
-        Batches go after each other, but for workers that have nothing left to do about one.
+        What it returns waits for the end. Of two batches, workers take the later one where the earlier has no work.
         """
         tables, groups = zip(*calls[slice(*batch)], strict=True)
         frame = self._dask.from_map(
