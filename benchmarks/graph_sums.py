@@ -28,17 +28,18 @@ def replace_sums(model: torch.nn.Module) -> list[str]:
     list of str
         Dotted paths of the modules that do.
     """
-    replaced: list[tuple[str, torch.nn.Module]] = []
+    replaced: list[str] = []
+    module: Any
     for path, module in model.named_modules():
         kinds = {one.__name__ for one in type(module).__mro__}
         if "MessagePassing" in kinds and _is_weighted(module):
-            _set(module, "propagate", partial(_propagate, module, []))
+            module.propagate = partial(_propagate, module, [])
         elif "User_Graph_sample" in kinds:
-            _set(module, "forward", partial(_neighbours, []))
+            module.forward = partial(_neighbours, [])
         else:
             continue
-        replaced.append((path, module))
-    return [path for path, _ in replaced]
+        replaced.append(path)
+    return replaced
 
 
 def keep_memory() -> None:
@@ -46,10 +47,6 @@ def keep_memory() -> None:
     if sys.platform == "linux":
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(option, value)
-
-
-def _set(module: torch.nn.Module, name: str, value: Any) -> None:
-    module.__dict__[name] = value
 
 
 def _is_weighted(module: Any) -> bool:
@@ -76,6 +73,8 @@ _product: Callable[..., torch.Tensor] = _Product.apply
 def _matrices(
     row: torch.Tensor, column: torch.Tensor, weight: torch.Tensor, shape: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix, and it transposed, both in CSR."""
+
     def csr(rows: torch.Tensor, columns: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         return torch.sparse_coo_tensor(torch.stack((rows, columns)), weight, tuple(size)).coalesce().to_sparse_csr()
 

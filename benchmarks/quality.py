@@ -27,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def _run_one(
 ) -> None:
     """Run one arm with one seed, which K-means takes too unless the recipe says otherwise, and append its row."""
     with tempfile.TemporaryDirectory() as folder:
-        attach: Callable[[Any], object] | None = None
+        artifact = None
         if preset is not None:
             width = int(
                 library.config(key["model"], data, config)["embedding_size"] if library else config.get("dim", 64)
@@ -190,12 +190,9 @@ def _run_one(
             settings = {"seed": seed, **mmrec.job_settings(preset, width)}
             artifact = gpu_init.load(mmrec.make(data, settings, f"{folder}/vectors"))
 
-            def attach(model: Any) -> object:
-                return mmrec.attach(model, artifact, preset)
-
         def prepare(model: Any) -> None:
-            if attach is not None:
-                attach(model)
+            if artifact is not None:
+                mmrec.attach(model, artifact, preset)
             if library is not None and not torch.cuda.is_available():
                 replace_sums(model)
 

@@ -18,7 +18,7 @@ import math
 import os
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
@@ -546,20 +546,23 @@ class _Run:
         """What `partitions.store` gives of each part, its interactions brought together batch by batch."""
         staging, workers = self.staging, self.workers
         done = [(first, last) for first, last in (staging.finished("batches") or {}).get("batches", [])]
-        started: deque[tuple[Batch, Callable[[], None]]] = deque()
-        first = done[-1][1] if done else 0
-        while first < len(calls) or started:
-            if first < len(calls) and len(started) < 2:
-                batch = first, min(first + _batch_size(len(calls), workers.memory()), len(calls))
-                started.append((batch, workers.shuffle(self.work, calls, axis_rows, batch)))
-                first = batch[1]
-                continue
-            _ = self.backend  # loaded while workers are busy
-            batch, wait = started.popleft()
-            wait()
-            done.append(batch)
-            staging.finish("batches", {"batches": done})
+        before: tuple[Batch, Callable[[], None]] | None = None
+        for batch in itertools.chain(self._batches(done[-1][1] if done else 0, len(calls)), [None]):
+            begun = None if batch is None else (batch, workers.shuffle(self.work, calls, axis_rows, batch))
+            if before is not None:
+                _ = self.backend  # loaded while workers are busy
+                before[1]()
+                done.append(before[0])
+                staging.finish("batches", {"batches": done})
+            before = begun
         return workers.map(partitions.store, self.work, calls[0][0], done)
+
+    def _batches(self, first: int, count: int) -> Iterator[Batch]:
+        """From some piece on, of so many; by the memory of the workers that are there when one begins."""
+        while first < count:
+            last = min(first + _batch_size(count, self.workers.memory()), count)
+            yield first, last
+            first = last
 
     def _users(self, found: list[Any]) -> tuple[int, Any]:
         """U, and the ids of the rows where these are found by them."""
