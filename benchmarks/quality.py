@@ -9,7 +9,9 @@ that have a row are not run again, so the table grows by calling this again with
     python benchmarks/quality.py --table
 
 Arms: `random`, `preset` (gpu_init.mmrec's), and each table of the recipes' TOML files, changes to the preset as
-`gpu_init.mmrec.adjusted` takes them. Settings are to be chosen by the columns `valid_...` alone: `--table valid`.
+`gpu_init.mmrec.adjusted` takes them, and `permuted`: whether each user and item gets the vector of another, which
+tells what the vectors know from what their norm alone does. Settings are to be chosen by the columns `valid_...` alone:
+`--table valid`.
 Without `--library`, the small model of `small_model.py`. Several processes may write to one CSV file.
 """
 
@@ -22,12 +24,13 @@ import importlib
 import importlib.util
 import json
 import math
+import operator
 import os
 import statistics
 import sys
 import tempfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +154,9 @@ def _run_all(given: argparse.Namespace, path: Path) -> None:
             if given.epochs:
                 config["epochs"] = given.epochs
             for arm in arms:
-                chosen = None if arm == "random" else mmrec.adjusted(preset, recipes.get(arm, {}))
+                changes = dict(recipes.get(arm, {}))
+                permuted = bool(changes.pop("permuted", False))
+                chosen = None if arm == "random" else mmrec.adjusted(preset, changes)
                 if arm not in ("random", "preset", *recipes):
                     raise SystemExit(
                         f"no recipe {arm}; there are random, preset and {', '.join(recipes) or 'no others'}"
@@ -162,12 +167,12 @@ def _run_all(given: argparse.Namespace, path: Path) -> None:
                     "model": model,
                     "arm": arm,
                     "seed": str(seed),
-                    "recipe": "" if chosen is None else described(chosen),
+                    "recipe": "" if chosen is None else described(chosen, permuted),
                     "config": json.dumps(config, sort_keys=True),
                 }
                 if any(all(one[name] == key[name] for name in KEY) for one in read_rows(path)):
                     continue
-                _run_one(path, key, library, data, split, seed, config, chosen)
+                _run_one(path, key, library, data, split, seed, config, chosen, permuted)
 
 
 def _run_one(
@@ -179,6 +184,7 @@ def _run_one(
     seed: int,
     config: Mapping[str, Any],
     preset: mmrec.Preset | None,
+    permuted: bool,
 ) -> None:
     """Run one arm with one seed, which K-means takes too unless the recipe says otherwise, and append its row."""
     with tempfile.TemporaryDirectory() as folder:
@@ -192,7 +198,9 @@ def _run_one(
 
         def prepare(model: Any) -> None:
             if artifact is not None:
-                mmrec.attach(model, artifact, preset)
+                filled = mmrec.attach(model, artifact, preset)
+                if permuted:
+                    permute_rows(model, filled, data.users, seed)
             if library is not None and not torch.cuda.is_available():
                 replace_sums(model)
 
@@ -226,13 +234,25 @@ def _run_one(
     )
 
 
-def described(preset: mmrec.Preset) -> str:
+@torch.no_grad()
+def permute_rows(model: torch.nn.Module, paths: Iterable[str], users: int, seed: int) -> None:
+    """Shuffle the rows of tables, users' and items' each among themselves where a table has both."""
+    generator = torch.Generator().manual_seed(seed)
+    for path in paths:
+        table = operator.attrgetter(path)(model)
+        parts = (table[:users], table[users:]) if len(table) > users else (table,)
+        for part in parts:
+            part.copy_(part[torch.randperm(len(part), generator=generator)])
+
+
+def described(preset: mmrec.Preset, permuted: bool = False) -> str:
     """All that decides what a preset does, as JSON."""
     tables = {
         path: [{name: _plain(value) for name, value in vars(one).items() if name != "rows"} for one in vectors]
         for path, vectors in preset.tables.items()
     }
-    return json.dumps({"tables": tables, "width": preset.width, **preset.settings}, sort_keys=True)
+    control = {"permuted": True} if permuted else {}
+    return json.dumps({"tables": tables, "width": preset.width, **preset.settings, **control}, sort_keys=True)
 
 
 def _plain(value: Any) -> Any:

@@ -162,6 +162,19 @@ def test_sums_over_graphs_are_those_of_the_models(modules, rng):
         torch.testing.assert_close(slope, gradient, rtol=1e-4, atol=1e-4)
 
 
+def test_a_control_gives_rows_to_others_of_their_kind(modules):
+    model = torch.nn.ModuleDict({"ids": torch.nn.Embedding(7, 2), "users": torch.nn.Embedding(4, 2)})
+    before = {name: table.weight.detach().clone() for name, table in model.items()}
+    modules["quality"].permute_rows(model, ["ids.weight"], 4, seed=1)
+    torch.testing.assert_close(model["users"].weight, before["users"])
+    ids = model["ids"].weight.detach()
+    assert not torch.equal(ids, before["ids"])
+    for part in (slice(4), slice(4, 7)):
+        assert sorted(ids[part].tolist()) == sorted(before["ids"][part].tolist())
+    modules["quality"].permute_rows(model, ["users.weight"], 4, seed=1)
+    assert sorted(model["users"].weight.tolist()) == sorted(before["users"].tolist())
+
+
 @pytest.fixture
 def toy(tmp_path):
     folder = tmp_path / "toy"
@@ -191,7 +204,9 @@ def test_a_library_is_driven_by_the_same_code(toy, tmp_path):
 
 def test_quality_appends_a_row_a_run_and_runs_none_twice(toy, tmp_path):
     folder = toy
-    (tmp_path / "tries.toml").write_text('[less]\ngain = 0.5\nclusters = 3\n[users-only.tables]\nuser = "v"\n')
+    less = "gain = 0.5\nclusters = 3\n"
+    recipes = f'[less]\n{less}[permuted]\npermuted = true\n{less}[users-only.tables]\nuser = "v"\n'
+    (tmp_path / "tries.toml").write_text(recipes)
     command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "quality.py"), "--dataset=toy", f"--data={folder}"]
     command += [f"--results={tmp_path}/results", "--config", "dim=8", "--epochs=2"]
 
@@ -203,13 +218,17 @@ def test_quality_appends_a_row_a_run_and_runs_none_twice(toy, tmp_path):
 
     _, first = run("--seeds", "1")
     assert [(one["seed"], one["arm"]) for one in first] == [("1", "random"), ("1", "preset")]
-    said, second = run("--seeds", "1", "2", "--recipes", f"{tmp_path}/tries.toml", "--arms", "random", "preset", "less")
+    said, second = run(
+        "--seeds", "1", "2", "--recipes", f"{tmp_path}/tries.toml", "--arms", "random", "preset", "less", "permuted"
+    )
     assert second[:2] == first
     assert [(one["seed"], one["arm"]) for one in second[2:]] == [
         ("1", "less"),
+        ("1", "permuted"),
         ("2", "random"),
         ("2", "preset"),
         ("2", "less"),
+        ("2", "permuted"),
     ]
     for one in second:
         curve = [float(score) for score in one["curve"].split()]
@@ -217,7 +236,10 @@ def test_quality_appends_a_row_a_run_and_runs_none_twice(toy, tmp_path):
         assert float(one["valid_recall_20"]) == pytest.approx(max(curve), abs=1e-4)
         assert int(one["best_epoch"]) == int(np.argmax(curve)) + 1
         assert 0 <= float(one["test_recall_20"]) <= 1
-    assert '"gain": 0.5' in second[-1]["recipe"]
+    less, moved = second[-2:]
+    assert '"gain": 0.5' in less["recipe"]
+    assert '"permuted": true' in moved["recipe"]
+    assert less["curve"] != moved["curve"]
     assert said.count("LightGCN") >= 8
     assert (tmp_path / "results" / "quality.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
     table, third = run("--table", "valid")
