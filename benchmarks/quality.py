@@ -2,11 +2,12 @@
 
 A row of `results/quality.csv` is one run: the model's own early stopping on validation Recall@20, and, at the epoch
 of the best validation score, test metrics of all users, by degree, and of items without training interactions. Runs
-that have a row are not run again, so the table grows by calling this again with more seeds, models or recipes::
+that have a row, under any arm's name, are not run again, so the table grows by calling this again with more seeds,
+models or recipes::
 
     python benchmarks/quality.py --library MRLib --models FREEDOM DRAGON --seeds 1 2 3 4 5
     python benchmarks/quality.py --library MRLib --models FREEDOM --recipes tries.toml    # [name] gain = 0.5 ...
-    python benchmarks/quality.py --table
+    python benchmarks/quality.py --table                # all rows, or those of --models and --arms
 
 Arms: `random`, `preset` (gpu_init.mmrec's), and each table of the recipes' TOML files, changes to the preset as
 `gpu_init.mmrec.adjusted` takes them, and `permuted`: whether each user and item gets the vector of another, which
@@ -53,7 +54,7 @@ del sys.modules["common"]  # the libraries have a package of that name
 
 MODELS = ("MMGCN", "FREEDOM", "DRAGON", "LGMRec")
 SMALL = "LightGCN"
-KEY = ("dataset", "library", "model", "arm", "seed", "recipe", "config")
+KEY = ("dataset", "library", "model", "seed", "recipe", "config")
 SUFFIXES = ("", "_degree_to_2", "_degree_3_to_5", "_degree_above_5", "_cold_items")
 
 # One value for each hyper-parameter of the libraries' grids; what is not said is the library's first.
@@ -109,7 +110,13 @@ def main() -> None:
             print(f"skipped: {given.dataset}.inter is not there; name the folder that holds it with --data")
             return
         _run_all(given, path)
-    rows = [one for one in read_rows(path) if one["dataset"] == given.dataset]
+    rows = [one for one in named(read_rows(path)) if one["dataset"] == given.dataset]
+    if given.table is not None:
+        rows = [
+            one
+            for one in rows
+            if (not given.models or one["model"] in given.models) and (not given.arms or one["arm"] in given.arms)
+        ]
     show_table(rows, "valid" if given.table == "valid" else "test")
     plot_curves(rows, given.results / "quality.png")
 
@@ -132,7 +139,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV file and the plot")
     given = parser.parse_args()
-    given.models = given.models or (MODELS if given.library else (SMALL,))
+    if given.table is None:
+        given.models = given.models or (MODELS if given.library else (SMALL,))
     if given.quick:
         given.seeds, given.epochs = given.seeds[:1], given.epochs or 2
     return given
@@ -234,12 +242,11 @@ def _run_one(
     )
 
 
-@torch.no_grad()
 def permute_rows(model: torch.nn.Module, paths: Iterable[str], users: int, seed: int) -> None:
     """Shuffle the rows of tables, users' and items' each among themselves where a table has both."""
     generator = torch.Generator().manual_seed(seed)
     for path in paths:
-        table = operator.attrgetter(path)(model)
+        table = operator.attrgetter(path)(model).detach()
         parts = (table[:users], table[users:]) if len(table) > users else (table,)
         for part in parts:
             part.copy_(part[torch.randperm(len(part), generator=generator)])
@@ -298,8 +305,8 @@ def show_table(rows: Sequence[Mapping[str, str]], part: str) -> None:
     """Print each arm's means and its gain over random of the same seeds, with its 95% interval; then by group."""
     lines, split = [], []
     for (library, model, _), arms in _grouped(rows).items():
-        random = next((runs for (arm, _), runs in arms.items() if arm == "random"), {})
-        for number, ((arm, _), runs) in enumerate(arms.items()):
+        random = arms.get("random", {})
+        for arm, runs in arms.items():
             seeds = sorted(runs) if arm == "random" else sorted(set(runs) & set(random))
             if not seeds:
                 continue
@@ -311,10 +318,10 @@ def show_table(rows: Sequence[Mapping[str, str]], part: str) -> None:
                 gain, reached = gain_text(*pair), _reached(runs, random, seeds)
                 groups = [f"{part}_recall_20{suffix}" for suffix in SUFFIXES[1:]]
                 sides = [[f"{_mean(side, seeds, name):.4f}" for name in groups] for side in (random, runs)]
-                split.append([library, model, f"{number} {arm}", *map(" -> ".join, zip(*sides, strict=True))])
+                split.append([library, model, arm, *map(" -> ".join, zip(*sides, strict=True))])
             epochs = [f"{mean:.0f}" for mean in means[4:]]
             figures = [f"{mean:.4f}" for mean in means[:4]]
-            lines.append([library, model, f"{number} {arm}", len(seeds), *figures, gain, *epochs, reached])
+            lines.append([library, model, arm, len(seeds), *figures, gain, *epochs, reached])
     columns = ["library", "model", "tables", "seeds", "R@10", "R@20", "N@10", "N@20", "gain in R@20 (95% interval)"]
     columns += ["best epoch", "to 95%", "to random's best"]
     show(f"{part}, mean over seeds; gains paired by seed", columns, lines)
@@ -326,13 +333,30 @@ def _mean(runs: Mapping[str, Mapping[str, str]], seeds: Sequence[str], column: s
     return statistics.mean(float(runs[seed][column]) for seed in seeds)
 
 
-def _grouped(rows: Sequence[Mapping[str, str]]) -> dict[Any, dict[Any, dict[str, Mapping[str, str]]]]:
-    """Runs by seed, by arm and recipe, by library, model and its settings."""
-    groups: dict[Any, dict[Any, dict[str, Mapping[str, str]]]] = {}
+def named(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Rows by the names that their recipes have today: a preset that has changed since is a former one."""
+    recipes: dict[str, list[str]] = {}
+    renamed = []
+    for one in rows:
+        preset = SMALL_PRESET if one["library"] == "own" else mmrec.PRESETS.get(one["model"])
+        arm = "former preset" if one["arm"] == "preset" else one["arm"]
+        if preset is not None and one["recipe"] == described(preset):
+            arm = "preset"
+        same = recipes.setdefault(f"{one['model']} {arm}", [])  # two recipes of one name are two arms
+        if one["recipe"] not in same:
+            same.append(one["recipe"])
+        number = same.index(one["recipe"]) + 1
+        renamed.append({**one, "arm": arm if number == 1 else f"{arm} {number}"})
+    return renamed
+
+
+def _grouped(rows: Sequence[Mapping[str, str]]) -> dict[Any, dict[str, dict[str, Mapping[str, str]]]]:
+    """Runs by seed, by arm, by library, model and its settings."""
+    groups: dict[Any, dict[str, dict[str, Mapping[str, str]]]] = {}
     for one in rows:
         if one["test_recall_20"]:
             arms = groups.setdefault((one["library"], one["model"], one["config"]), {})
-            arms.setdefault((one["arm"], one["recipe"]), {})[one["seed"]] = one
+            arms.setdefault(one["arm"], {})[one["seed"]] = one
     return groups
 
 
@@ -379,7 +403,7 @@ def plot_curves(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     )
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for panel, ((library, model, _), arms) in zip(panels, groups.items(), strict=False):
-        for number, ((arm, _), runs) in enumerate(arms.items()):
+        for number, (arm, runs) in enumerate(arms.items()):
             for position, one in enumerate(runs.values()):
                 curve = [float(score) for score in one["curve"].split()]
                 label = arm if position == 0 else None
