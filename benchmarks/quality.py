@@ -60,7 +60,7 @@ SUFFIXES = ("", "_degree_to_2", "_degree_3_to_5", "_degree_above_5", "_cold_item
 # One value for each hyper-parameter of the libraries' grids; what is not said is the library's first.
 CONFIG: dict[str, dict[str, Any]] = {
     "MMGCN": {"n_layers": 2, "learning_rate": 0.001},
-    "DRAGON": {"reg_weight": 0.001, "learning_rate": 0.001},
+    "DRAGON": {"reg_weight": 0.001, "learning_rate": 0.0001},
     "LGMRec": {"hyper_num": 4, "keep_rate": 0.4, "alpha": 0.3, "cl_weight": 0.1, "learning_rate": 0.01},
     SMALL: {"layers": 2, "learning_rate": 0.001},
 }
@@ -201,8 +201,8 @@ def _run_one(
             width = int(
                 library.config(key["model"], data, config)["embedding_size"] if library else config.get("dim", 64)
             )
-            settings = {"seed": seed, **mmrec.job_settings(preset, width)}
-            artifact = gpu_init.load(mmrec.make(data, settings, f"{folder}/vectors"))
+            preset, settings = mmrec.fitted(preset, width, data)
+            artifact = gpu_init.load(mmrec.make(data, {"seed": seed, **settings}, f"{folder}/vectors"))
 
         def prepare(model: Any) -> None:
             if artifact is not None:

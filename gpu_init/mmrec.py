@@ -35,6 +35,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from . import config as job_config
+from . import features
 from .artifact import load
 from .errors import GpuInitError, InputError
 from .progress import Progress
@@ -79,7 +80,6 @@ class Preset:
 
 
 _ADDED = {"mode": "add", "gain": "match", "centre": True, "cold": "keep"}
-_RAW = {"lambda": 0.9, "clusters": 8}
 
 
 def _added(modalities: str, **more: Any) -> Vectors:
@@ -97,20 +97,25 @@ PRESETS: dict[str, Preset] = {
     "MGCN": _USERS_ADDED,
     "BM3": _USERS_ADDED,
     "LGMRec": _USERS_ADDED,
-    # Preferences per modality stand beside the items' features: the visual ones behind an MLP, the textual ones raw.
-    "MMGCN": Preset({"v_gcn.preference": _added("v", via="v_gcn.MLP"), "t_gcn.preference": _added("t")}, "raw", _RAW),
-    "DRAGON": Preset(
+    # The table of ids, users and then items, is added in each layer, and never trained.
+    "MMGCN": Preset(
         {
-            f"{role}_gcn.preference": _added(
-                role, via=(f"{role}_gcn.MLP", torch.nn.functional.leaky_relu, f"{role}_gcn.MLP_1"), gain=0.5
+            "id_embedding": (
+                *_added("v+t", mode="replace", gain=4.0, offset=0),
+                *_added("items:v+t", mode="replace", gain=4.0, offset="users"),
             )
-            for role in ("v", "t")
-        },
-        "raw",
-        _RAW,
+        }
+    ),
+    # Preferences are brought to length 1, so that the shorter they start, the faster they turn.
+    "DRAGON": Preset(
+        {f"{role}_gcn.preference": _added("v+t", mode="replace", gain=0.1) for role in ("v", "t")},
+        width=64,  # whatever the embedding size
+        settings={**_USERS_ADDED.settings, "lambda": 0.1, "clusters": 64},
     ),
     # Users are twice as wide as items: one half meets the items' ids, the other their features through item_linear.
-    "VBPR": Preset({"u_embedding": _added("t,v", via="item_linear", columns="last")}, "raw", _RAW),
+    "VBPR": Preset(
+        {"u_embedding": _added("t,v", via="item_linear", columns="last")}, "raw", {"lambda": 0.9, "clusters": 8}
+    ),
 }
 
 _ROLES = {"v": ("image", "visual", "vision", "v", "img"), "t": ("text", "textual", "t", "txt")}
@@ -268,6 +273,25 @@ def job_settings(preset: Preset, embedding_size: int) -> dict[str, Any]:
             raise InputError(f"preset: an embedding of {embedding_size} is not shared out evenly; give width.")
         dim = embedding_size // min(shares)
     return {**preset.settings, "dim": dim}
+
+
+def fitted(preset: Preset, embedding_size: int, data: Data) -> tuple[Preset, dict[str, Any]]:
+    """Give `job_settings` for a data set, and the preset for them.
+
+    Where features are narrower than the vectors that the model asks for, they keep their width, and fill the first
+    columns of its tables.
+
+    Raises
+    ------
+    InputError
+        As `job_settings`; or a file of features that cannot be read.
+    """
+    settings = job_settings(preset, embedding_size)
+    used = roles_of(data.features).values()
+    narrowest = min(features.read(name, data.features[name]).values.shape[1] for name in used)
+    if settings.get("dim", 0) <= narrowest:
+        return preset, settings
+    return adjusted(preset, {"columns": "first"}), {**settings, "dim": narrowest}
 
 
 # Data folders.
@@ -794,7 +818,7 @@ def _run(given: argparse.Namespace) -> None:
     if roles.get("t") not in (None, *_ROLES["t"]):
         print(f"there is no text: {roles['t']} stands in for it")
     if artifact is None:
-        settings = job_settings(preset, int(config["embedding_size"]))
+        preset, settings = fitted(preset, int(config["embedding_size"]), data)
         place = os.path.abspath(given.artifact or f"{given.dataset}-{given.model}-vectors")
         artifact = load(make(data, settings, place, overwrite=given.overwrite))
         print(f"vectors in {artifact.path}:", *(f"{name}={value}" for name, value in settings.items()))

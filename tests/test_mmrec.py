@@ -86,17 +86,16 @@ def model_named(name, **tables):
 def as_the_library_has_it(name):
     """Tables as both libraries build them, embedding size 8."""
 
-    def table(width):
-        return torch.randn(USERS, width, requires_grad=True)
+    def table(rows, width):
+        return torch.randn(rows, width, requires_grad=True)
 
     if name == "MMGCN":
+        tables = {"v_gcn__preference": table(USERS, 16), "t_gcn__preference": table(USERS, WIDTH)}
         return model_named(
-            name, v_gcn__preference=table(16), v_gcn__MLP=torch.nn.Linear(WIDTH, 16), t_gcn__preference=table(WIDTH)
+            name, v_gcn__MLP=torch.nn.Linear(WIDTH, 16), id_embedding=table(USERS + ITEMS, 8), n_users=USERS, **tables
         )
     if name == "DRAGON":
-        parts = {"preference": lambda: table(8), "MLP": lambda: torch.nn.Linear(WIDTH, 32)}
-        parts["MLP_1"] = lambda: torch.nn.Linear(32, 8)
-        return model_named(name, **{f"{role}_gcn__{part}": made() for role in "vt" for part, made in parts.items()})
+        return model_named(name, **{f"{role}_gcn__preference": table(USERS, 64) for role in "vt"})
     if name == "VBPR":
         return model_named(
             name, u_embedding=torch.nn.Parameter(torch.randn(USERS, 16)), item_linear=torch.nn.Linear(2 * WIDTH, 8)
@@ -105,11 +104,11 @@ def as_the_library_has_it(name):
 
 
 @pytest.mark.parametrize("name", mmrec.PRESETS)
-def test_every_preset_fits_its_model_and_adds_at_the_tables_own_norm(name):
+def test_every_preset_fits_its_model_and_keeps_to_its_norm(name):
     model = as_the_library_has_it(name)
     settings = mmrec.job_settings(mmrec.PRESETS[name], 8)
     width = settings.get("dim", WIDTH)
-    assert width in (8, WIDTH)
+    assert width in (8, WIDTH, 64)
     paths = {path: path.removesuffix(".weight") for path in mmrec.PRESETS[name].tables}
 
     def tables():
@@ -121,16 +120,19 @@ def test_every_preset_fits_its_model_and_adds_at_the_tables_own_norm(name):
     filled = mmrec.attach(model, modalities(image=width, audio=width))
     after = tables()
     assert set(filled) == set(before)
-    for path, (spec,) in filled.items():
-        moved = after[path] - before[path]
-        half = slice(8, None) if spec.columns == "last" else slice(None)
-        if spec.columns == "last":
-            assert not moved[:, :8].any()
-        assert not moved[-1].any()  # the cold user keeps the random row
-        own = before[path][:-1, half].norm(dim=1).mean()
-        wanted = own * (1 if spec.gain == "match" else spec.gain)
-        torch.testing.assert_close(moved[:-1, half].norm(dim=1).mean(), wanted, rtol=1e-4, atol=0)
-        torch.testing.assert_close(moved[:-1].mean(dim=0), torch.zeros(moved.shape[1]), rtol=0, atol=1e-5)
+    for path, specs in filled.items():
+        for spec in specs:
+            warm = slice(USERS, None) if "items:" in spec.modalities else slice(USERS - 1)
+            half = slice(8, None) if spec.columns == "last" else slice(None)
+            written = after[path] - before[path] if spec.mode == "add" else after[path]
+            own = before[path][warm, half].norm(dim=1).mean()
+            wanted = own * (1 if spec.gain == "match" else spec.gain)
+            torch.testing.assert_close(written[warm, half].norm(dim=1).mean(), wanted, rtol=1e-4, atol=0)
+            mean = written[warm, half].mean(dim=0)
+            torch.testing.assert_close(mean, torch.zeros(len(mean)), rtol=0, atol=1e-5 * float(wanted))
+            if spec.columns == "last":
+                assert not written[:, :8].any()
+        assert torch.equal(after[path][USERS - 1], before[path][USERS - 1])  # the cold user keeps the random row
 
 
 @pytest.mark.parametrize(
@@ -151,8 +153,9 @@ def test_roles(names, roles):
 
 
 def test_one_modality_fills_what_it_can():
-    model = as_the_library_has_it("MMGCN")
-    filled = mmrec.attach(model, modalities(image=WIDTH))
+    tables = {"v_gcn.preference": {"modalities": "v", "via": "v_gcn.MLP"}, "t_gcn.preference": "t"}
+    preset = mmrec.adjusted(mmrec.PRESETS["MMGCN"], {"tables": tables, "width": "raw"})
+    filled = mmrec.attach(as_the_library_has_it("MMGCN"), modalities(image=WIDTH), preset)
     assert list(filled) == ["v_gcn.preference"]
     filled = mmrec.attach(as_the_library_has_it("FREEDOM"), modalities(text=8))
     assert filled["user_embedding.weight"][0].modalities == "text"
@@ -220,6 +223,23 @@ def test_a_data_folder_is_read_as_it_is(data, tmp_path):
     assert os.stat(f"{path}/manifest.json").st_mtime_ns == stamp
     mmrec.make(found, {"dim": 5, "clusters": 3}, path, overwrite=True)
     assert gpu_init.load(path)["audio"].users.shape == (USERS, 5)
+
+
+def test_features_narrower_than_the_model_fill_its_first_columns(data):
+    found = mmrec.read_data(data)
+    preset, settings = mmrec.fitted(mmrec.PRESETS["DRAGON"], 8, found)
+    assert settings["dim"] == WIDTH
+    model = as_the_library_has_it("DRAGON")
+    before = model.v_gcn.preference.detach().clone()
+    mmrec.attach(model, modalities(image=WIDTH, audio=WIDTH), preset)
+    assert torch.equal(model.v_gcn.preference[:, WIDTH:], before[:, WIDTH:])
+    assert (model.v_gcn.preference != before)[: USERS - 1, :WIDTH].all()
+    assert mmrec.fitted(mmrec.PRESETS["FREEDOM"], 8, found) == (
+        mmrec.PRESETS["FREEDOM"],
+        mmrec.job_settings(mmrec.PRESETS["FREEDOM"], 8),
+    )
+    with pytest.raises(InputError, match="the vectors are 20 wide, the table 64"):
+        mmrec.attach(model, modalities(image=WIDTH, audio=WIDTH))
 
 
 def test_typed_headers_and_what_is_wrong_with_a_folder(tmp_path):
