@@ -304,7 +304,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def show_table(rows: Sequence[Mapping[str, str]], part: str) -> None:
     """Print each arm's means and its gain over random of the same seeds, with its 95% interval; then by group."""
     lines, split = [], []
-    for (library, model, _), arms in _grouped(rows).items():
+    for (library, model), arms in _grouped(rows).items():
         random = arms.get("random", {})
         for arm, runs in arms.items():
             seeds = sorted(runs) if arm == "random" else sorted(set(runs) & set(random))
@@ -351,13 +351,21 @@ def named(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
 
 
 def _grouped(rows: Sequence[Mapping[str, str]]) -> dict[Any, dict[str, dict[str, Mapping[str, str]]]]:
-    """Runs by seed, by arm, by library, model and its settings."""
+    """Runs by seed, by arm, by library and model, with what its settings have that those of its other runs have not."""
+    shared: dict[Any, set[str]] = {}
+    for one in rows:
+        shared.setdefault((one["library"], one["model"]), _settings(one)).intersection_update(_settings(one))
     groups: dict[Any, dict[str, dict[str, Mapping[str, str]]]] = {}
     for one in rows:
         if one["test_recall_20"]:
-            arms = groups.setdefault((one["library"], one["model"], one["config"]), {})
+            own = sorted(_settings(one) - shared[one["library"], one["model"]])
+            arms = groups.setdefault((one["library"], " ".join([one["model"], *own])), {})
             arms.setdefault(one["arm"], {})[one["seed"]] = one
     return groups
+
+
+def _settings(one: Mapping[str, str]) -> set[str]:
+    return {f"{name}={value}" for name, value in json.loads(one["config"]).items()}
 
 
 def gain_text(random: Sequence[float], other: Sequence[float]) -> str:
@@ -402,7 +410,7 @@ def plot_curves(rows: Sequence[Mapping[str, str]], path: Path) -> None:
         figsize=(5 * columns, 3.5 * lines), layout="constrained"
     )
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
-    for panel, ((library, model, _), arms) in zip(panels, groups.items(), strict=False):
+    for panel, ((library, model), arms) in zip(panels, groups.items(), strict=False):
         for number, (arm, runs) in enumerate(arms.items()):
             for position, one in enumerate(runs.values()):
                 curve = [float(score) for score in one["curve"].split()]
