@@ -79,16 +79,16 @@ class Preset:
     )
 
 
-_ADDED = {"mode": "add", "gain": "match", "centre": True, "cold": "keep"}
+_USUAL = {"mode": "add", "gain": "match", "centre": True, "cold": "keep"}
 
 
-def _added(modalities: str, **more: Any) -> Vectors:
-    """Give what nearly all presets do: added at the table's own norm, without the mean that all users share."""
-    options: dict[str, Any] = {**_ADDED, **more}
+def _filled(modalities: str, **changes: Any) -> Vectors:
+    """Give vectors as nearly all presets do, but for changes: added at the table's norm, less what all rows share."""
+    options: dict[str, Any] = {**_USUAL, **changes}
     return (Table(modalities, **options),)
 
 
-_USERS_ADDED = Preset({"user_embedding.weight": _added("v+t")})
+_USERS_ADDED = Preset({"user_embedding.weight": _filled("v+t")})
 
 PRESETS: dict[str, Preset] = {
     # Model-wide user tables beside item tables of ids: users in the whitened space of the model's width.
@@ -101,20 +101,20 @@ PRESETS: dict[str, Preset] = {
     "MMGCN": Preset(
         {
             "id_embedding": (
-                *_added("v+t", mode="replace", gain=4.0, offset=0),
-                *_added("items:v+t", mode="replace", gain=4.0, offset="users"),
+                *_filled("v+t", mode="replace", gain=4.0, offset=0),
+                *_filled("items:v+t", mode="replace", gain=4.0, offset="users"),
             )
         }
     ),
     # Preferences are brought to length 1, so that the shorter they start, the faster they turn.
     "DRAGON": Preset(
-        {f"{role}_gcn.preference": _added("v+t", mode="replace", gain=0.1) for role in ("v", "t")},
+        {f"{role}_gcn.preference": _filled("v+t", mode="replace", gain=0.1) for role in ("v", "t")},
         width=64,  # whatever the embedding size
         settings={**_USERS_ADDED.settings, "lambda": 0.1, "clusters": 64},
     ),
     # Users are twice as wide as items: one half meets the items' ids, the other their features through item_linear.
     "VBPR": Preset(
-        {"u_embedding": _added("t,v", via="item_linear", columns="last")}, "raw", {"lambda": 0.9, "clusters": 8}
+        {"u_embedding": _filled("t,v", via="item_linear", columns="last")}, "raw", {"lambda": 0.9, "clusters": 8}
     ),
 }
 
@@ -178,7 +178,7 @@ def _listed(given: Any) -> list[Any]:
 
 
 def _table(given: Any) -> Table:
-    options: dict[str, Any] = {**_ADDED, **({"modalities": given} if isinstance(given, str) else given)}
+    options: dict[str, Any] = {**_USUAL, **({"modalities": given} if isinstance(given, str) else given)}
     if set(options) - _TABLE_FIELDS != {"modalities"}:
         raise InputError(f"preset: tables: found {given!r}; wanted are modalities, and fields of a table.")
     return Table(**options)
