@@ -243,7 +243,7 @@ def _run_one(
 
 
 def permute_rows(model: torch.nn.Module, paths: Iterable[str], users: int, seed: int) -> None:
-    """Shuffle the rows of tables, users' and items' each among themselves where a table has both."""
+    """Shuffle the rows of tables: as many as there are users, and those after them, each among themselves."""
     generator = torch.Generator().manual_seed(seed)
     for path in paths:
         table = operator.attrgetter(path)(model).detach()
