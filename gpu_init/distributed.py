@@ -304,7 +304,7 @@ class Workers:
             functools.partial(partitions.rows, work, axis_rows=axis_rows),
             tables,
             groups,
-            meta=partitions.no_rows(tables[0]),
+            meta=partitions.no_rows(),
         )
         split = frame.shuffle("part", npartitions=len(work.bounds) - 1, ignore_index=True)
         put = split.map_partitions(partitions.put_all, work, batch, meta=pd.DataFrame({"part": np.empty(0, np.int32)}))
@@ -381,6 +381,7 @@ def _cluster(config: JobConfig, progress: Progress) -> Iterator[Workers]:
         "distributed.scheduler.work-stealing": False,  # parts stay where they are kept
         "distributed.comm.timeouts.connect": "10s",
         "dataframe.shuffle.method": "tasks",
+        "dataframe.convert-string": False,  # what a frame holds as objects are arrays
         # of a cluster that is started here: else all that is freed goes back at once, and is faulted in anew
         "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
     }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import gc
 import itertools
 import math
 import operator
@@ -245,7 +244,6 @@ def joined(join: Callable[[_T, _T], _T], values: Iterable[_T]) -> _T:
 
 def release() -> None:
     """Give back to the system what this process's allocators keep for later."""
-    gc.collect()
     pa.default_memory_pool().release_unused()
     with suppress(OSError, AttributeError):  # of GNU's library alone
         ctypes.CDLL(None).malloc_trim(0)
@@ -308,9 +306,12 @@ def distinct(*parts: Any) -> Any:
 
 @_reading
 def rows(work: Work, table: Table, groups: range | None, axis_rows: int | None) -> pd.DataFrame:
-    """Interactions of a piece: row within its part and column of R, with the part's key, see `_part_keys`."""
+    """Interactions of a piece: a row for each part that has some, with its key and its `_columns`, a tuple of arrays.
+
+    So a shuffle carries few rows, whatever they hold.
+    """
     checks, backend = _checks(work, axis_rows), _backend(work)
-    kinds, parts = _columns(table), [np.empty(0, np.int32)]
+    kinds, found_parts = _columns(table), [np.empty(0, np.int32)]
     columns: dict[str, list[Any]] = {name: [np.empty(0, kind)] for name, kind in kinds.items()}
     for batch in checks.batches(table, table.user, table.item, table.weight, table.time, groups=groups):
         if len(batch.frame) == 0:
@@ -327,9 +328,15 @@ def rows(work: Work, table: Table, groups: range | None, axis_rows: int | None) 
         found["user"] = found["user"] - part * work.part_users
         for name, values in found.items():
             columns[name].append(values.astype(kinds[name], copy=False))
-        parts.append(_part_keys(len(work.bounds) - 1)[part])
-    whole = {"part": np.concatenate(parts), **{name: np.concatenate(columns.pop(name)) for name in kinds}}
-    return pd.DataFrame(whole, copy=False)
+        found_parts.append(part)
+    count = len(work.bounds) - 1
+    parts = np.concatenate(found_parts).astype(np.min_scalar_type(count))  # which numpy sorts in one or two rounds
+    order, starts = np.argsort(parts, kind="stable"), np.cumsum(np.bincount(parts, minlength=count))[:-1]
+    whole = [np.split(np.concatenate(columns.pop(name))[order], starts) for name in kinds]
+    there = [number for number in range(count) if len(whole[0][number])]
+    held = np.empty(len(there), object)
+    held[:] = [tuple(column[number] for column in whole) for number in there]
+    return pd.DataFrame({"part": _part_keys(count)[there], "columns": held})
 
 
 def _columns(table: Table) -> dict[str, str]:
@@ -337,9 +344,9 @@ def _columns(table: Table) -> dict[str, str]:
     return {**kinds, **({"weight": "float32"} if table.weight else {}), **({"time": "float64"} if table.time else {})}
 
 
-def no_rows(table: Table) -> pd.DataFrame:
+def no_rows() -> pd.DataFrame:
     """A frame as `rows` gives, without rows."""
-    return pd.DataFrame({name: np.empty(0, kind) for name, kind in {"part": "int32", **_columns(table)}.items()})
+    return pd.DataFrame({"part": np.empty(0, np.int32), "columns": np.empty(0, object)})
 
 
 @functools.cache
@@ -377,19 +384,18 @@ Batch = tuple[int, int]
 
 def put_all(frame: pd.DataFrame, work: Work, batch: Batch) -> pd.DataFrame:
     """`put` the parts whose interactions are in a frame; gives no rows."""
-    keys, part = _part_keys(len(work.bounds) - 1), frame["part"].to_numpy()
-    there = part[:1] if (part == part[:1]).all() else np.unique(part)  # one, as a rule
-    for key in there:
-        put(work, int(np.flatnonzero(keys == key)[0]), frame if len(there) == 1 else frame[part == key], batch)
+    keys = _part_keys(len(work.bounds) - 1)
+    for key, held in frame.groupby("part")["columns"]:
+        put(work, int(np.flatnonzero(keys == key)[0]), list(held), batch)
     return frame[["part"]].iloc[:0]
 
 
 @_reading
-def put(work: Work, number: int, frame: pd.DataFrame, batch: Batch) -> None:
+def put(work: Work, number: int, pieces: list[tuple[Any, ...]], batch: Batch) -> None:
     """Put a part's interactions of a batch of pieces on storage, column after column."""
     with create(_batch_path(work, number, batch)) as sink:
-        for name in frame.columns.drop("part"):
-            np.lib.format.write_array(sink, frame[name].to_numpy(), allow_pickle=False)
+        for column in zip(*pieces, strict=True):
+            np.lib.format.write_array(sink, np.concatenate(column), allow_pickle=False)
 
 
 def _batch_path(work: Work, number: int, batch: Batch) -> str:
