@@ -458,29 +458,45 @@ def _fits(shape: Any, wanted: list[Any]) -> bool:
     )
 
 
-def write_range(path: str, row: int, rows: NDArray[Any]) -> None:
-    """Write some rows of an array that `Staging.allocate` made room for, durably; others may write other rows.
+@contextmanager
+def row_writer(path: str, row: int) -> Iterator[Callable[[NDArray[Any]], None]]:
+    """Give what writes rows of an array that `Staging.allocate` made room for, from ``row`` on, one after another.
+
+    They are durable when this is left. Others may write other rows meanwhile.
 
     Raises
     ------
     ResourceError
-        The disk is full, or the array is not as `rows` are.
+        The disk is full, or the array is not as the rows are.
     """
-    rows = np.ascontiguousarray(rows)
-    header = _read_header(path)
-    if header is None or header.dtype != rows.dtype or header.shape[1:] != rows.shape[1:]:
+    header, folder = _read_header(path), os.path.dirname(path)
+    if header is None:
         raise _misread(path)
-    data = rows.data.cast("B") if rows.nbytes else memoryview(b"")
-    with storage.writing(os.path.dirname(path), rows.nbytes):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            place = header.offset + row * (rows.nbytes // max(len(rows), 1))
+    place = header.offset + row * (header.data_bytes // max(header.shape[0], 1))
+    unsynced = 0
+
+    def write(rows: NDArray[Any]) -> None:
+        nonlocal place, unsynced
+        rows = np.ascontiguousarray(rows)
+        if header.dtype != rows.dtype or header.shape[1:] != rows.shape[1:]:
+            raise _misread(path)
+        data = rows.data.cast("B") if rows.nbytes else memoryview(b"")
+        with storage.writing(folder, rows.nbytes):
             while data:
                 written = os.pwrite(descriptor, data[:_CHUNK], place)
-                data, place = data[written:], place + written
+                data, place, unsynced = data[written:], place + written, unsynced + written
+            if unsynced >= SYNC_BYTES:
+                os.fdatasync(descriptor)
+                unsynced = 0
+
+    with storage.writing(folder):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        yield write
+        with storage.writing(folder):
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _lookup(table: Json, key: str, fact: str) -> Any:
@@ -1039,7 +1055,7 @@ class Staging:
         return writer
 
     def allocate(self, relpath: str, shape: Shape, dtype: DTypeLike) -> None:
-        """Make room for an array that others fill by `write_range`, unless an earlier run did, see `adopting`.
+        """Make room for an array that others fill by `row_writer`, unless an earlier run did, see `adopting`.
 
         Raises
         ------
@@ -1059,7 +1075,7 @@ class Staging:
 
     @contextmanager
     def adopting(self, relpath: str) -> Iterator[Callable[[int], None]]:
-        """Note an array as finished that others fill by `write_range`, when this is left.
+        """Note an array as finished that others fill by `row_writer`, when this is left.
 
         Gives what may be told how many of its first rows are there by now, which are hashed while others are written.
         """

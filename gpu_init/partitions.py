@@ -26,7 +26,7 @@ import pandas as pd
 import pyarrow as pa
 
 from . import kmeans, method, spectral
-from .artifact import INTERACTIONS, write_range
+from .artifact import INTERACTIONS, row_writer
 from .axes import ItemAxis
 from .backend import Backend, ranges, select
 from .blend import (
@@ -44,7 +44,7 @@ from .config import JobConfig
 from .features import Modality
 from .ids import is_text
 from .interactions import Checks, Interactions, assemble
-from .job import backend_facts
+from .job import BLOCK_BYTES, backend_facts
 from .kernels import Csr
 from .kernels.columns import ColumnKernels, Columns
 from .npy import read_rows
@@ -56,7 +56,6 @@ from .where import parse
 
 SHARED = "shared"  # form of labels that are those of all modalities
 SCRATCH = "scratch"  # what is in the way only, in the staging folder
-BLOCK_BYTES = 16 << 20  # of the users' rows that a process makes and writes at a time
 FEATURES_SHARE = 1 / 2  # of a process's memory that the features it has open may take
 CLUSTERING = ("points", "walk", "labels")  # keys of what is kept for K-means
 _T = TypeVar("_T")
@@ -499,7 +498,8 @@ def cut(work: Work, name: str, first: int, last: int) -> None:
     """Put some items' features on storage slice by slice of their columns."""
     values, bounds = np.load(work.features[name], mmap_mode="r")[first:last], work.columns[name]
     for start, stop in itertools.pairwise(bounds):
-        write_range(slice_path(work, name, start), first, values[:, start:stop])
+        with row_writer(slice_path(work, name, start), first) as write_rows:
+            write_rows(values[:, start:stop])
 
 
 def _operator(work: Work, name: str, number: int) -> Weighting:
@@ -699,7 +699,7 @@ def label_interactions(work: Work, number: int, centroids: Any) -> None:
     """Write the labels that the users of a part have in all modalities."""
     backend, points = _backend(work), _placed(work, number)
     labels = method.behaviour_labels(backend, _part(work, number), points, backend.asarray(centroids))
-    write_range(work.path(f"{INTERACTIONS}/labels.npy"), work.bounds[number], backend.to_host(labels))
+    _write_labels(work, number, INTERACTIONS, backend.to_host(labels))
 
 
 @_task
@@ -709,6 +709,11 @@ def sums_of_labels(work: Work, number: int, of: Rows, clusters: int) -> tuple[An
     points = _means(work, number, of.name, _kind(work, of), backend.asarray(of.middle))
     found = method.behaviour_sums(backend, points, backend.asarray(_shared_labels(work, number)), clusters)
     return backend.to_host(found[0]), backend.to_host(found[1])
+
+
+def _write_labels(work: Work, number: int, name: str, labels: Any) -> None:
+    with row_writer(work.path(f"{name}/labels.npy"), work.bounds[number]) as write_rows:
+        write_rows(labels)
 
 
 def _shared_labels(work: Work, number: int) -> Any:
@@ -745,7 +750,7 @@ def label(work: Work, number: int, fitted: Fitted) -> tuple[Any, Any]:
     clusters = len(fitted.centroids)
     shares = method.cluster_shares(backend, part, weighting, clusters, labels, item_labels)
     host = backend.to_host(labels)
-    write_range(work.path(f"{fitted.name}/labels.npy"), work.bounds[number], host)
+    _write_labels(work, number, fitted.name, host)
     return np.bincount(host[host >= 0], minlength=clusters), backend.to_host(shares)
 
 
@@ -802,7 +807,7 @@ def _plan(work: Work, number: int, fitted: Fitted) -> Blend:
 
 
 def _block_rows(width: int) -> int:
-    return method.block_rows(width, 4 * BLOCK_BYTES)
+    return method.block_rows(width, BLOCK_BYTES)
 
 
 @_task
@@ -857,23 +862,22 @@ def write(work: Work, number: int, fitted: Fitted) -> NormSums:
     """Write the users' rows of a part, each block while the next one is made; gives their norms."""
     backend, plan = _backend(work), _plan(work, number, fitted)
     dtype, width = work.config.settings.dtype, plan.modality.values.shape[1]
-    path, row = work.path(f"{fitted.name}/users.npy"), work.bounds[number]
-    most = min(_block_rows(width), work.bounds[number + 1] - row)
+    first, last = work.bounds[number : number + 2]
+    most = min(_block_rows(width), last - first)
     before: Future[None] | None = None
 
     def send(block: Any) -> None:
-        nonlocal row, before
+        nonlocal before
         if before is not None:
             before.result()  # its space may be used again
-        before = writer.submit(write_range, path, row, block)
-        row += len(block)
+        before = writer.submit(write_rows, block)
 
     def blocks() -> Iterator[Any]:
         for _, block in _blocks(work, number, plan, most, dtype, lambda part: outbox.space(part.stop - part.start)):
             yield block  # for its norms
             outbox.send(block)
 
-    with ThreadPoolExecutor(1) as writer:
+    with row_writer(work.path(f"{fitted.name}/users.npy"), first) as write_rows, ThreadPoolExecutor(1) as writer:
         with backend.outbox(most, width, dtype, send) as outbox:
             found = norm_sums(backend, blocks())
         if before is not None:
