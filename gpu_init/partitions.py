@@ -333,8 +333,7 @@ def rows(work: Work, table: Table, groups: range | None, axis_rows: int | None) 
     order, starts = np.argsort(parts, kind="stable"), np.cumsum(np.bincount(parts, minlength=count))[:-1]
     whole = [np.split(np.concatenate(columns.pop(name))[order], starts) for name in kinds]
     there = [number for number in range(count) if len(whole[0][number])]
-    held = np.empty(len(there), object)
-    held[:] = [tuple(column[number] for column in whole) for number in there]
+    held = pd.Series([tuple(column[number] for column in whole) for number in there], dtype=object)
     return pd.DataFrame({"part": _part_keys(count)[there], "columns": held})
 
 
