@@ -13,7 +13,7 @@ from numba import prange
 
 from gpu_init.errors import ResourceError
 
-from .compiled import compiled, compiled_serial, inner, inner_large
+from .compiled import compiled, compiled_serial, inner, inner_allocating, inner_large
 from .csr import Csr
 from .texts import NumbaTexts
 
@@ -195,7 +195,7 @@ def _move_by_digit(  # type: ignore[no-untyped-def]
         places[digit] += 1
 
 
-@inner_large
+@inner_allocating
 def _sort(indices, weights, first, last, spare_items, spare_weights):  # type: ignore[no-untyped-def]
     """Sort one row by item, then by weight: by insertion, or by the items' digits, the least first."""
     if last - first <= _SHORT:

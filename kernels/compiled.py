@@ -31,10 +31,19 @@ def _cache_folder() -> str | None:
 _REORDERING = {"reassoc", "nsz", "contract"}  # sums in vectors, products fused with them
 
 # What kernels call: compiled apart, which takes much less time than numba's own inlining; LLVM inlines them anyway.
-# Nobody else calls them, so they go without the code that would take them there.
-_INNER: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+# Nobody else calls them, so they go without the code that would take them there. Their arrays live as long as the
+# kernel runs, so nobody counts who refers to them (nrt): that would be done atomically, row after row, in all threads
+# at one place, and a processor waits for all its reads before it.
+_INNER: dict[str, Any] = {
+    "_nrt": False,
+    "nogil": True,
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
 inner: Any = njit(**_INNER, forceinline=True)
 inner_large: Any = njit(**_INNER)
+inner_allocating: Any = njit(**{**_INNER, "_nrt": True})
 inner_reordering: Any = njit(**_INNER, forceinline=True, fastmath=_REORDERING)
 
 

@@ -19,7 +19,7 @@ from .arrays import empty
 from .build import NumbaBuilder
 from .compiled import compiled, compiled_reordering, inner, inner_reordering
 from .csr import Csr
-from .vectors import STREAM_VALUES, add_rows, finish_streams, prefetch, prefetch_row, stream_row
+from .vectors import STREAM_BYTES, add_rows, finish_streams, prefetch, prefetch_row
 
 _PARTS_PER_THREAD = 16
 _AHEAD = 16  # interactions that an item's row is asked for before it is summed
@@ -74,63 +74,69 @@ def _add_row(total, factor, features, item):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _add_columns(total, table, items, factors, count):  # type: ignore[no-untyped-def]
-    """``total += sum_n factors[n] * table[items[n]]``, as many columns at a time as registers hold well."""
-    column = 0
-    while factors.itemsize > _FLOAT_BYTES and column + 16 <= total.size:
-        add_rows(total, table, items, factors, count, column, 16)
+def _add_columns(  # type: ignore[no-untyped-def]
+    out, row, start, share, table, items, factors, weights, item_scale, count, streamed
+):
+    """``out[row] = start + share * sum_n factors[n] * table[items[n]]``: see `add_rows`.
+
+    As many columns at a time as registers hold.
+    """
+    column, width = 0, start.size
+    while factors.itemsize > _FLOAT_BYTES and column + 16 <= width:
+        add_rows(out, row, start, share, table, items, factors, weights, item_scale, count, column, 16, streamed)
         column += 16
-    while column + 64 <= total.size:
-        add_rows(total, table, items, factors, count, column, 64)
+    while column + 128 <= width:
+        add_rows(out, row, start, share, table, items, factors, weights, item_scale, count, column, 128, streamed)
+        column += 128
+    while column + 64 <= width:
+        add_rows(out, row, start, share, table, items, factors, weights, item_scale, count, column, 64, streamed)
         column += 64
-    while column + 8 <= total.size:
-        add_rows(total, table, items, factors, count, column, 8)
+    while column + 8 <= width:
+        add_rows(out, row, start, share, table, items, factors, weights, item_scale, count, column, 8, streamed)
         column += 8
-    while column < total.size:
-        add_rows(total, table, items, factors, count, column, 1)
+    while column < width:
+        add_rows(out, row, start, share, table, items, factors, weights, item_scale, count, column, 1, False)
         column += 1
 
 
 @inner
 def _add_listed(  # type: ignore[no-untyped-def]
-    total, items, factors, share, first, last, indices, weights, item_scale, table
+    out, row, start, share, first, last, indices, weights, item_scale, table, items, factors, streamed
 ):
-    """``total += share * sum_i w_i s_i F_i`` over `_LISTED` interactions at most, in the type of ``factors``.
-
-    ``factors`` are all ``share`` where interactions have no weights and items no scale.
-    """
-    chosen = indices[first:last]
-    count = last - first
-    if weights is not None or item_scale is not None:
-        chosen = items
-        count = 0
-        for entry in range(first, last):
-            items[count] = indices[entry]
-            factors[count] = _factor(factors.dtype.type, share, weights, entry, item_scale, indices[entry])
-            count += factors[count] != 0.0  # a missing item's row may be NaN and is not read
-    _add_columns(total, table, chosen, factors, count)
+    """``out[row] = start + share * sum_i w_i s_i F_i``, `_LISTED` interactions at most, in the type of ``factors``."""
+    if weights is None and item_scale is None:
+        chosen = indices[first:last]
+        _add_columns(out, row, start, share, table, chosen, factors, weights, item_scale, last - first, streamed)
+        return
+    count = 0
+    for entry in range(first, last):
+        items[count] = indices[entry]
+        factors[count] = _factor(factors.dtype.type, share, weights, entry, item_scale, indices[entry])
+        count += factors[count] != 0.0  # a missing item's row may be NaN and is not read
+    _add_columns(out, row, start, 1.0, table, items, factors, weights, item_scale, count, streamed)
 
 
 @inner
 def _sum_items(  # type: ignore[no-untyped-def]
-    total, whole, items, factors, share, first, last, stop, indices, weights, item_scale, features
+    out, row, start, whole, share, first, last, stop, indices, weights, item_scale, features, items, factors, streamed
 ):
-    """``total += share * sum_i w_i s_i F_i``, the rows fetched ahead, up to ``stop``.
+    """``out[row] = start + share * sum_i w_i s_i F_i``, the rows fetched ahead, up to ``stop``.
 
     Up to `_LISTED` items are summed in the type of ``factors``; a busy user's are gathered in ``whole``, in float64.
     """
     for entry in range(first + _AHEAD, min(last + _AHEAD, stop)):
         prefetch_row(features, indices[entry])
-    if weights is None and item_scale is None:
-        _fill(factors, share)
     if last - first <= _LISTED:
-        _add_listed(total, items, factors, share, first, last, indices, weights, item_scale, features)
+        _add_listed(
+            out, row, start, share, first, last, indices, weights, item_scale, features, items, factors, streamed
+        )
         return
-    _copy(total, whole)
-    for start in range(first, last, _LISTED):
-        end = min(start + _LISTED, last)
-        _add_listed(whole, items, factors, share, start, end, indices, weights, item_scale, features)
-    _copy(whole, total)
+    _copy(start, whole)
+    for begin in range(first, last, _LISTED):
+        end = min(begin + _LISTED, last)
+        _add_listed(whole, 0, whole, share, begin, end, indices, weights, item_scale, features, items, factors, False)
+    _copy(whole, start)
+    _add_listed(out, row, start, share, first, first, indices, weights, item_scale, features, items, factors, streamed)
 
 
 @compiled
@@ -147,9 +153,23 @@ def _aggregate(  # type: ignore[no-untyped-def]
                 total[column] = -middle[column]
             first, last = indptr[row], indptr[row + 1]
             share = row_scale[row]
-            _sum_items(total, whole, items, factors, share, first, last, stop, indices, weights, item_scale, features)
-            for column in range(width):
-                out[row, column] = total[column]
+            _sum_items(
+                out,
+                row,
+                total,
+                whole,
+                share,
+                first,
+                last,
+                stop,
+                indices,
+                weights,
+                item_scale,
+                features,
+                items,
+                factors,
+                False,
+            )
 
 
 @compiled
@@ -196,12 +216,23 @@ def _aggregate_blend(  # type: ignore[no-untyped-def]
                 for column in range(width):
                     total[column] = factor * centroids[user_labels[row], column]
             share = scale * lam[row] * row_scale[row]
-            _sum_items(total, whole, items, factors, share, first, last, stop, indices, weights, item_scale, features)
-            if streamed:
-                stream_row(total, out, row)
-            else:
-                for column in range(width):
-                    out[row, column] = total[column]
+            _sum_items(
+                out,
+                row,
+                total,
+                whole,
+                share,
+                first,
+                last,
+                stop,
+                indices,
+                weights,
+                item_scale,
+                features,
+                items,
+                factors,
+                streamed,
+            )
         finish_streams()
 
 
@@ -241,7 +272,23 @@ def _squared_norms(  # type: ignore[no-untyped-def]
                 total[column] = -middle[column]
             first, last = indptr[row], indptr[row + 1]
             share = row_scale[row]
-            _sum_items(total, total, items, factors, share, first, last, stop, indices, weights, item_scale, features)
+            _sum_items(
+                total,
+                0,
+                total,
+                total,
+                share,
+                first,
+                last,
+                stop,
+                indices,
+                weights,
+                item_scale,
+                features,
+                items,
+                factors,
+                False,
+            )
             out[row] = _squared_length(total, total)
 
 
@@ -278,7 +325,9 @@ def _assign(  # type: ignore[no-untyped-def]
             _fill(products, 0.0)
             for first in range(indptr[row], indptr[row + 1], _LISTED):
                 last = min(first + _LISTED, indptr[row + 1])
-                _add_listed(products, items, factors, 1.0, first, last, indices, weights, item_scale, table)
+                _add_listed(
+                    products, 0, products, 1.0, first, last, indices, weights, item_scale, table, items, factors, False
+                )
             labels[at], least[at], second[at] = _two_least(products, 2.0 * row_scale[row], lengths)
 
 
@@ -366,7 +415,7 @@ def _move_rows(  # type: ignore[no-untyped-def]
     width = features.shape[1]
     parts = partial.shape[0]
     for part in prange(parts):
-        total, whole = np.empty(width, np.float64), np.empty(width, np.float64)
+        total = np.empty(width, np.float64)
         items, factors = np.empty(_LISTED, indices.dtype), np.empty(_LISTED, np.float64)
         for at in range(part * rows.size // parts, (part + 1) * rows.size // parts):
             row = rows[at]
@@ -376,7 +425,23 @@ def _move_rows(  # type: ignore[no-untyped-def]
             for column in range(width):
                 total[column] = -middle[column]
             share = row_scale[row]
-            _sum_items(total, whole, items, factors, share, first, last, first, indices, weights, item_scale, features)
+            _sum_items(
+                total,
+                0,
+                total,
+                total,
+                share,
+                first,
+                last,
+                first,
+                indices,
+                weights,
+                item_scale,
+                features,
+                items,
+                factors,
+                False,
+            )
             if before[at] >= 0:
                 for column in range(width):
                     partial[part, before[at], column] -= total[column]
@@ -427,7 +492,8 @@ def _gram(indptr, indices, weights, table, row_factors, far, partial):  # type: 
                 if weights is not None:
                     for at in range(end - start):
                         factors[at] = weights[start + at]
-                _add_columns(products, table, indices[start:end], factors, end - start)
+                chosen = indices[start:end]
+                _add_columns(products, 0, products, 1.0, table, chosen, factors, weights, None, end - start, False)
             row_factor = row_factors[row]
             for column in range(width):
                 products[column] *= row_factor
@@ -493,7 +559,7 @@ class NumbaKernels:
         """See `Kernels.aggregate_blend`."""
         labels = (user_labels, item_labels, mean_scale)
         arrays = _inputs(*csr, features, row_scale, _scale(item_scale), lam, centroids, *labels, cold)
-        aligned = out.shape[1] % STREAM_VALUES == 0 and out.ctypes.data % (STREAM_VALUES * out.itemsize) == 0
+        aligned = out.strides[0] % STREAM_BYTES == 0 and out.ctypes.data % STREAM_BYTES == 0
         streamed = aligned and out.nbytes >= _STREAMED_BYTES
         _aggregate_blend(_bounds(csr.indptr), *arrays, float(scale), streamed, out)
 

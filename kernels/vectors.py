@@ -17,7 +17,9 @@ intrinsic: Any = extending.intrinsic  # whose type says that the context is give
 
 _READ, _SECOND_LEVEL, _DATA = 0, 2, 1  # operands of llvm.prefetch: into the second-level cache
 _BYTE, _INT32, _INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-STREAM_VALUES = 4  # float32 values that one streaming store takes; they lie on a multiple of their 16 bytes
+STREAM_BYTES = 32  # that one streaming store takes, or a multiple; they start on a multiple of as many
+_GROUP = 16  # columns that are summed in one vector: float32 ones fill a cache line
+_FUSED = ("contract",)  # a product and the sum it goes into are rounded once, where a processor can
 
 
 @intrinsic
@@ -52,30 +54,6 @@ def prefetch(typingctx, values, at):  # type: ignore[no-untyped-def]  # noqa: AR
 
 
 @intrinsic
-def stream_row(typingctx, values, out, row):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    """``out[row] = values``, float32, without bringing what is overwritten into the caches.
-
-    The width is a multiple of `STREAM_VALUES`, rows of ``out`` are contiguous and start on a multiple of 16 bytes.
-    `finish_streams` must follow before another thread reads.
-    """
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        source = _array(context, builder, signature, arguments, 0)
-        target = _row(builder, _array(context, builder, signature, arguments, 1), arguments[2])
-        vector = ir.VectorType(ir.FloatType(), STREAM_VALUES).as_pointer()
-        count = builder.udiv(builder.extract_value(source.shape, 0), _INT64(STREAM_VALUES))
-        source, target = builder.bitcast(source.data, vector), builder.bitcast(target, vector)
-        nontemporal = builder.module.add_metadata([_INT32(1)])
-        with cgutils.for_range(builder, count) as loop:
-            part = builder.load(builder.gep(source, [loop.index]), align=4)
-            store = builder.store(part, builder.gep(target, [loop.index]), align=4 * STREAM_VALUES)
-            store.set_metadata("nontemporal", nontemporal)
-        return context.get_dummy_value()
-
-    return types.void(values, out, row), generate
-
-
-@intrinsic
 def finish_streams(typingctx):  # type: ignore[no-untyped-def]  # noqa: ARG001
     """Make what `stream_row` stored visible to all threads."""
 
@@ -87,50 +65,97 @@ def finish_streams(typingctx):  # type: ignore[no-untyped-def]  # noqa: ARG001
 
 
 @intrinsic(prefer_literal=True)
-def add_rows(typingctx, total, table, items, factors, count, column, lanes):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    """``total[c] += sum_n factors[n] * table[items[n], c]`` for the ``lanes`` columns from ``column``, n < ``count``.
+def add_rows(  # type: ignore[no-untyped-def]
+    typingctx,  # noqa: ARG001
+    out,
+    row,
+    start,
+    share,
+    table,
+    items,
+    factors,
+    weights,
+    item_scale,
+    count,
+    column,
+    lanes,
+    streamed,
+):
+    """``out[row, c] = start[c] + share * sum_n factors[n] * table[items[n], c]``, n < ``count``.
 
-    The sum runs in registers, in the type of ``factors``. ``lanes`` is a constant.
+    For the ``lanes`` columns from ``column``. The sum runs in registers, in the type of ``factors``, which count as
+    ones where there are neither ``weights`` nor ``item_scale``. ``out`` may have one dimension: then ``row`` does not
+    matter. Where ``streamed``, what is overwritten is not brought into the caches; rows of ``out`` start on a multiple
+    of `STREAM_BYTES` and ``lanes`` fill one, and `finish_streams` must follow before another thread
+    reads. ``lanes`` is a constant.
     """
     if not isinstance(lanes, types.IntegerLiteral):
         return None
+    each = min(lanes.literal_value, _GROUP)
+    weighted = not (isinstance(weights, types.NoneType) and isinstance(item_scale, types.NoneType))
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        sums, rows, indices, weights = (_array(context, builder, signature, arguments, at) for at in range(4))
-        count, column = arguments[4], arguments[5]
-        stored, vector, wide = (
-            ir.VectorType(context.get_value_type(array.dtype), lanes.literal_value) for array in (table, factors, total)
+        target, base, rows, indices, scales = (
+            _array(context, builder, signature, arguments, at) for at in (0, 2, 4, 5, 6)
         )
+        count, column, streams = arguments[9], arguments[10], arguments[12]
+        stored, vector, wide, written = (
+            ir.VectorType(context.get_value_type(array.dtype), each) for array in (table, factors, start, out)
+        )
+        groups = range(0, lanes.literal_value, each)
         align = table.dtype.bitwidth // 8
 
         def step(entry: Any, before: Any) -> Any:
-            start = _row(builder, rows, builder.load(builder.gep(indices.data, [entry])), column)
-            row = builder.load(builder.bitcast(start, stored.as_pointer()), align=align)
-            factor = builder.load(builder.gep(weights.data, [entry]))
-            return builder.fadd(before, builder.fmul(_spread(builder, factor, vector), _as(builder, row, vector)))
+            place = _row(builder, rows, builder.load(builder.gep(indices.data, [entry])), column)
+            place = builder.bitcast(place, stored.element.as_pointer())
+            factor = _spread(builder, builder.load(builder.gep(scales.data, [entry])), vector) if weighted else None
+            for first, total in zip(groups, before, strict=True):
+                values = _as(builder, _load(builder, place, first, stored, align), vector)
+                if factor is not None:
+                    values = builder.fmul(values, factor, flags=_FUSED)
+                yield builder.fadd(total, values, flags=_FUSED)
 
-        zero = ir.Constant(vector, [0.0] * lanes.literal_value)
+        zero = ir.Constant(vector, [0.0] * each)
         before = builder.block
         body, after = builder.append_basic_block("add_rows"), builder.append_basic_block("added")
         builder.cbranch(builder.icmp_signed(">", count, count.type(0)), body, after)
         builder.position_at_end(body)
-        entry, running = builder.phi(count.type), builder.phi(vector)
-        more, following = step(entry, running), builder.add(entry, count.type(1))
-        for phi, first, then in ((entry, count.type(0), following), (running, zero, more)):
+        entry, running = builder.phi(count.type), [builder.phi(vector) for _ in groups]
+        more, following = list(step(entry, running)), builder.add(entry, count.type(1))
+        for phi, first, then in [
+            (entry, count.type(0), following),
+            *((a, zero, b) for a, b in zip(running, more, strict=True)),
+        ]:
             phi.add_incoming(first, before)
             phi.add_incoming(then, body)
         builder.cbranch(builder.icmp_signed("<", following, count), body, after)
         builder.position_at_end(after)
-        found = builder.phi(vector)
-        found.add_incoming(zero, before)
-        found.add_incoming(more, body)
-        place = builder.bitcast(builder.gep(sums.data, [column]), wide.as_pointer())
-        align = total.dtype.bitwidth // 8
-        added = builder.fadd(builder.load(place, align=align), _as(builder, found, wide))
-        builder.store(added, place, align=align)
+        sums = [builder.phi(vector) for _ in groups]
+        for phi, then in zip(sums, more, strict=True):
+            phi.add_incoming(zero, before)
+            phi.add_incoming(then, body)
+        begin = builder.gep(base.data, [column])
+        scale = _spread(builder, context.cast(builder, arguments[3], share, start.dtype), wide)
+        results = []
+        for first, total in zip(groups, sums, strict=True):
+            product = builder.fmul(scale, _as(builder, total, wide), flags=_FUSED)
+            result = builder.fadd(_load(builder, begin, first, wide, start.dtype.bitwidth // 8), product, flags=_FUSED)
+            results.append(_as(builder, result, written))
+        place = builder.gep(target.data, [column])
+        if out.ndim > 1:
+            place = builder.bitcast(_row(builder, target, arguments[1], column), written.element.as_pointer())
+        with builder.if_else(streams) as (past, through):
+            with past:
+                nontemporal = builder.module.add_metadata([_INT32(1)])
+                for first, result in zip(groups, results, strict=True):
+                    _store(builder, result, place, first, STREAM_BYTES).set_metadata("nontemporal", nontemporal)
+            with through:
+                for first, result in zip(groups, results, strict=True):
+                    _store(builder, result, place, first, out.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
-    return types.void(total, table, items, factors, count, column, lanes), generate
+    arguments = (out, row, start, share, table, items, factors, weights, item_scale, count, column, lanes, streamed)
+    return types.void(*arguments), generate
 
 
 def _array(context: Any, builder: Any, signature: Any, arguments: Any, position: int) -> Any:
@@ -149,6 +174,14 @@ def _row(builder: Any, array: Any, row: Any, column: Any = None) -> Any:
     start = array.data if column is None else builder.gep(array.data, [column])
     offset = builder.mul(row, builder.extract_value(array.strides, 0))
     return builder.gep(builder.bitcast(start, _BYTE.as_pointer()), [offset])
+
+
+def _load(builder: Any, place: Any, at: int, vector: Any, align: int) -> Any:
+    return builder.load(builder.bitcast(builder.gep(place, [_INT64(at)]), vector.as_pointer()), align=align)
+
+
+def _store(builder: Any, value: Any, place: Any, at: int, align: int) -> Any:
+    return builder.store(value, builder.bitcast(builder.gep(place, [_INT64(at)]), value.type.as_pointer()), align=align)
 
 
 def _as(builder: Any, value: Any, vector: Any) -> Any:
