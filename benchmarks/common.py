@@ -244,16 +244,20 @@ def copier(n_bytes: int) -> Callable[[], None]:
     return copy
 
 
-def process_cost(command: Sequence[str]) -> Cost:
-    """Run a command, whose output is kept back unless it fails, once what others wrote has reached the disk."""
-    os.sync()
-    time.sleep(_SETTLE)
-    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as report:
-        launched = [sys.executable, "-c", _LAUNCHER, report.name, *command]
-        done = subprocess.run(launched, check=False, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout}{done.stderr}")
-        seconds, peak = report.read().split()
+def process_cost(command: Sequence[str], *, warm_up: bool = False) -> Cost:
+    """Run a command, whose output is kept back unless it fails, once what others wrote has reached the disk.
+
+    With ``warm_up`` it runs twice and the second time counts: kernels are compiled at first use, and kept.
+    """
+    for _ in range(1 + warm_up):
+        os.sync()
+        time.sleep(_SETTLE)
+        with tempfile.NamedTemporaryFile("r", encoding="utf-8") as report:
+            launched = [sys.executable, "-c", _LAUNCHER, report.name, *command]
+            done = subprocess.run(launched, check=False, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout}{done.stderr}")
+            seconds, peak = report.read().split()
     return Cost(float(seconds), int(peak) * 1024)  # Linux counts in KiB
 
 

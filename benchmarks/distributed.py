@@ -101,9 +101,9 @@ def run(folder: Path, users: int, workers: int | None, *, keep: bool) -> Run:
     """One job in one process, or two over so many workers; the artifact stays where it is to be compared."""
     out = folder / ("one" if workers is None else str(workers)) if keep else folder / "out"
     paths = (str(folder / "interactions.parquet"), str(folder / "features.npy"))
-    command = [*job_command(*paths, users, out, baselines.CLUSTERS), "--overwrite"]
+    command = job_command(*paths, users, out, baselines.CLUSTERS)
     if workers is None:
-        cost = process_cost(command)
+        cost = process_cost(command, warm_up=True)
         return Run(cost.seconds, cost.seconds, cost.peak, 0)
     with cluster(workers) as (address, processes):
         first, cost = (process_cost([*command, "--scheduler", address]) for _ in range(2))

@@ -40,7 +40,7 @@ def main() -> None:
         command = job_command(str(path), first[1], size.users, folder / "out", size.clusters)
         for modality, values in others:
             command += ["--features", f"{modality}={values}"]
-        cost = process_cost([*command, "--memory", f"{MEMORY // 10**6}MB"])
+        cost = process_cost([*command, "--memory", f"{MEMORY // 10**6}MB"], warm_up=True)
     written = 4 * size.users * size.width * len(MODALITIES)
     facts = {"seconds": cost.seconds, "peak_mib": cost.peak >> 20, "promised_mib": promised >> 20}
     counts = {"users": size.users, "items": size.items, "interactions": size.interactions}

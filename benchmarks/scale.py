@@ -77,7 +77,8 @@ def measure(size: Size) -> Cost:
         paths = (folder / "interactions.parquet", folder / "features.npy")
         write_interactions(paths[0], size.users, size.items, size.interactions)
         np.save(paths[1], features("groups", size.items, size.width))
-        return process_cost(job_command(str(paths[0]), str(paths[1]), size.users, folder / "out", size.clusters))
+        command = job_command(str(paths[0]), str(paths[1]), size.users, folder / "out", size.clusters)
+        return process_cost(command, warm_up=True)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,17 @@ intrinsic: Any = extending.intrinsic  # whose type says that the context is give
 _READ, _SECOND_LEVEL, _DATA = 0, 2, 1  # operands of llvm.prefetch: into the second-level cache
 _BYTE, _INT32, _INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 STREAM_BYTES = 32  # that one streaming store takes, or a multiple; they start on a multiple of as many
+_ASKED_LINES = 8
 _GROUP = 16  # columns that are summed in one vector: float32 ones fill a cache line
 _FUSED = ("contract",)  # a product and the sum it goes into are rounded once, where a processor can
 
 
 @intrinsic
 def prefetch_row(typingctx, table, row):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    """Ask for row ``row`` of a C-ordered ``table`` (n, D), without waiting for it."""
+    """Ask for row ``row`` of a C-ordered ``table`` (n, D), or its first `_ASKED_LINES`, without waiting for it.
+
+    Of what follows a processor notices by itself that it is read on.
+    """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         array = _array(context, builder, signature, arguments, 0)
@@ -32,7 +36,8 @@ def prefetch_row(typingctx, table, row):  # type: ignore[no-untyped-def]  # noqa
         n_bytes = builder.extract_value(array.strides, 0)
         within = builder.and_(builder.ptrtoint(start, _INT64), _INT64(LINE_BYTES - 1))  # its line
         touched = builder.add(builder.add(within, n_bytes), _INT64(LINE_BYTES - 1))
-        lines = builder.udiv(touched, _INT64(LINE_BYTES))
+        lines, most = builder.udiv(touched, _INT64(LINE_BYTES)), _INT64(_ASKED_LINES)
+        lines = builder.select(builder.icmp_unsigned("<", lines, most), lines, most)
         with cgutils.for_range(builder, lines) as loop:
             _prefetch(builder, builder.gep(start, [builder.mul(loop.index, _INT64(LINE_BYTES))]))
         return context.get_dummy_value()
