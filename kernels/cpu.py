@@ -313,7 +313,7 @@ def _assign(  # type: ignore[no-untyped-def]
 ):
     for part in prange(bounds.size - 1):
         products = np.empty(table.shape[1], np.float64)
-        items, factors = np.empty(_LISTED, indices.dtype), np.ones(_LISTED, table.dtype)
+        items, factors = np.empty(_LISTED, indices.dtype), np.empty(_LISTED, table.dtype)
         for at in range(bounds[part], bounds[part + 1]):
             row = rows[at]
             if at + 2 * _AHEAD < bounds[part + 1]:
@@ -476,8 +476,8 @@ def _gram(indptr, indices, weights, table, row_factors, far, partial):  # type: 
     width, parts = table.shape[1], partial.shape[0]
     work = indptr[-1] - indptr[0]
     for part in prange(parts):
-        products, factors = np.empty(width, np.float64), np.ones(_LISTED, np.float64)
-        sums = partial[part]
+        products, sums = np.empty(width, np.float64), partial[part]
+        items, factors = np.empty(_LISTED, indices.dtype), np.empty(_LISTED, np.float64)
         first = np.searchsorted(indptr, indptr[0] + part * work // parts) if part > 0 else 0
         last = np.searchsorted(indptr, indptr[0] + (part + 1) * work // parts) if part + 1 < parts else indptr.size - 1
         stop = indptr[last]
@@ -489,11 +489,9 @@ def _gram(indptr, indices, weights, table, row_factors, far, partial):  # type: 
                     prefetch_row(sums, indices[entry])
             for start in range(indptr[row], indptr[row + 1], _LISTED):
                 end = min(start + _LISTED, indptr[row + 1])
-                if weights is not None:
-                    for at in range(end - start):
-                        factors[at] = weights[start + at]
-                chosen = indices[start:end]
-                _add_columns(products, 0, products, 1.0, table, chosen, factors, weights, None, end - start, False)
+                _add_listed(
+                    products, 0, products, 1.0, start, end, indices, weights, None, table, items, factors, False
+                )
             row_factor = row_factors[row]
             for column in range(width):
                 products[column] *= row_factor

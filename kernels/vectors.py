@@ -100,24 +100,22 @@ def add_rows(  # type: ignore[no-untyped-def]
     weighted = not (isinstance(weights, types.NoneType) and isinstance(item_scale, types.NoneType))
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        target, base, rows, indices, scales = (
+        target, base, rows, chosen, scales = (
             _array(context, builder, signature, arguments, at) for at in (0, 2, 4, 5, 6)
         )
         count, column, streams = arguments[9], arguments[10], arguments[12]
-        stored, vector, wide, written = (
-            ir.VectorType(context.get_value_type(array.dtype), each) for array in (table, factors, start, out)
+        written, wide, stored, vector = (
+            ir.VectorType(context.get_value_type(array.dtype), each) for array in (out, start, table, factors)
         )
         groups = range(0, lanes.literal_value, each)
-        align = table.dtype.bitwidth // 8
 
-        def step(entry: Any, before: Any) -> Any:
-            place = _row(builder, rows, builder.load(builder.gep(indices.data, [entry])), column)
+        def step(entry: Any, sums: Any) -> Any:
+            place = _row(builder, rows, builder.load(builder.gep(chosen.data, [entry])), column)
             place = builder.bitcast(place, stored.element.as_pointer())
             factor = _spread(builder, builder.load(builder.gep(scales.data, [entry])), vector) if weighted else None
-            for first, total in zip(groups, before, strict=True):
-                values = _as(builder, _load(builder, place, first, stored, align), vector)
-                if factor is not None:
-                    values = builder.fmul(values, factor, flags=_FUSED)
+            for first, total in zip(groups, sums, strict=True):
+                values = _as(builder, _load(builder, place, first, stored, table.dtype), vector)
+                values = values if factor is None else builder.fmul(values, factor, flags=_FUSED)
                 yield builder.fadd(total, values, flags=_FUSED)
 
         zero = ir.Constant(vector, [0.0] * each)
@@ -126,25 +124,23 @@ def add_rows(  # type: ignore[no-untyped-def]
         builder.cbranch(builder.icmp_signed(">", count, count.type(0)), body, after)
         builder.position_at_end(body)
         entry, running = builder.phi(count.type), [builder.phi(vector) for _ in groups]
-        more, following = list(step(entry, running)), builder.add(entry, count.type(1))
-        for phi, first, then in [
-            (entry, count.type(0), following),
-            *((a, zero, b) for a, b in zip(running, more, strict=True)),
-        ]:
+        sums, following = list(step(entry, running)), builder.add(entry, count.type(1))
+        starts = (count.type(0), *(zero for _ in groups))
+        for phi, first, then in zip((entry, *running), starts, (following, *sums), strict=True):
             phi.add_incoming(first, before)
             phi.add_incoming(then, body)
         builder.cbranch(builder.icmp_signed("<", following, count), body, after)
         builder.position_at_end(after)
-        sums = [builder.phi(vector) for _ in groups]
-        for phi, then in zip(sums, more, strict=True):
+        totals = [builder.phi(vector) for _ in groups]
+        for phi, then in zip(totals, sums, strict=True):
             phi.add_incoming(zero, before)
             phi.add_incoming(then, body)
         begin = builder.gep(base.data, [column])
         scale = _spread(builder, context.cast(builder, arguments[3], share, start.dtype), wide)
         results = []
-        for first, total in zip(groups, sums, strict=True):
+        for first, total in zip(groups, totals, strict=True):
             product = builder.fmul(scale, _as(builder, total, wide), flags=_FUSED)
-            result = builder.fadd(_load(builder, begin, first, wide, start.dtype.bitwidth // 8), product, flags=_FUSED)
+            result = builder.fadd(_load(builder, begin, first, wide, start.dtype), product, flags=_FUSED)
             results.append(_as(builder, result, written))
         place = builder.gep(target.data, [column])
         if out.ndim > 1:
@@ -181,8 +177,9 @@ def _row(builder: Any, array: Any, row: Any, column: Any = None) -> Any:
     return builder.gep(builder.bitcast(start, _BYTE.as_pointer()), [offset])
 
 
-def _load(builder: Any, place: Any, at: int, vector: Any, align: int) -> Any:
-    return builder.load(builder.bitcast(builder.gep(place, [_INT64(at)]), vector.as_pointer()), align=align)
+def _load(builder: Any, place: Any, at: int, vector: Any, dtype: Any) -> Any:
+    place = builder.bitcast(builder.gep(place, [_INT64(at)]), vector.as_pointer())
+    return builder.load(place, align=dtype.bitwidth // 8)
 
 
 def _store(builder: Any, value: Any, place: Any, at: int, align: int) -> Any:
