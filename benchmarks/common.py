@@ -231,17 +231,31 @@ def alternate(
 
 def copier(n_bytes: int) -> Callable[[], None]:
     """Give a function that copies ``n_bytes`` on all the cores: reads so many bytes, and writes as many."""
-    source, target = empty((n_bytes,), np.uint8), empty((n_bytes,), np.uint8)
-    source.fill(1)  # pages are there before the first copy
-    target.fill(1)
-    edges = np.linspace(0, n_bytes, cores() + 1).astype(np.int64)
+    source, target = _filled(n_bytes), _filled(n_bytes)
+    return _on_all_cores(n_bytes, lambda part: np.copyto(target[part], source[part]))
+
+
+def reader(n_bytes: int) -> Callable[[], None]:
+    """Give a function that reads ``n_bytes`` on all the cores, in order, and writes nothing."""
+    source = _filled(n_bytes // 4 * 4).view(np.float32)
+    return _on_all_cores(len(source), lambda part: np.dot(source[part], source[part]))
+
+
+def _filled(n_bytes: int) -> NDArray[np.uint8]:
+    array: NDArray[np.uint8] = empty((n_bytes,), np.uint8)
+    array.fill(1)  # pages are there before the first pass
+    return array
+
+
+def _on_all_cores(count: int, function: Callable[[slice], object]) -> Callable[[], None]:
+    edges = np.linspace(0, count, cores() + 1).astype(np.int64)
     parts = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
-    def copy() -> None:
+    def run() -> None:
         with ThreadPoolExecutor(cores()) as pool:
-            list(pool.map(lambda part: np.copyto(target[part], source[part]), parts))
+            list(pool.map(function, parts))
 
-    return copy
+    return run
 
 
 def process_cost(command: Sequence[str], *, warm_up: bool = False) -> Cost:
