@@ -122,8 +122,8 @@ def _sum_items(  # type: ignore[no-untyped-def]
 ):
     """``out[row] = start + share * sum_i w_i s_i F_i``, the rows fetched ahead, up to ``stop``.
 
-    Up to `_LISTED` items are summed in the type of ``factors``; a busy user's are gathered in ``whole``, in float64, and
-    ``start`` is overwritten.
+    Up to `_LISTED` items are summed in the type of ``factors``; a busy user's are gathered in ``whole``, in float64,
+    and ``start`` is overwritten.
     """
     for entry in range(first + _AHEAD, min(last + _AHEAD, stop)):
         prefetch_row(features, indices[entry])
