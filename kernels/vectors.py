@@ -60,7 +60,7 @@ def prefetch(typingctx, values, at):  # type: ignore[no-untyped-def]  # noqa: AR
 
 @intrinsic
 def finish_streams(typingctx):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    """Make what `stream_row` stored visible to all threads."""
+    """Make what `add_rows` stored past the caches visible to all threads."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]  # noqa: ARG001
         builder.fence("seq_cst")
@@ -90,9 +90,9 @@ def add_rows(  # type: ignore[no-untyped-def]
 
     For the ``lanes`` columns from ``column``. The sum runs in registers, in the type of ``factors``, which count as
     ones where there are neither ``weights`` nor ``item_scale``. ``out`` may have one dimension: then ``row`` does not
-    matter. Where ``streamed``, what is overwritten is not brought into the caches; rows of ``out`` start on a multiple
-    of `STREAM_BYTES` and ``lanes`` fill one, and `finish_streams` must follow before another thread
-    reads. ``lanes`` is a constant.
+    matter. Where ``streamed``, what is overwritten is not brought into the caches: rows of ``out`` start on a multiple
+    of `STREAM_BYTES`, ``lanes`` fill as many or more, and `finish_streams` must follow before another thread reads.
+    ``lanes`` is a constant.
     """
     if not isinstance(lanes, types.IntegerLiteral):
         return None
