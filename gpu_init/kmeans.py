@@ -29,10 +29,9 @@ SAMPLE_BYTES = 64 << 20  # of the rows of a second sample, float32
 STEPS = 300  # of Lloyd until the tolerance is met, as scikit-learn's default
 TOLERANCE = 1e-4  # of the mean variance that centroids may move in all, likewise
 SETTLING_WORK = 1 << 32  # multiplications that may go into steps after that, until no label changes
-GROWTH = 1.2  # of the stride, in each step that lowers the inertia
+MOMENTUM = 0.8  # at most: share of the way that the means went in a step which they go on in the next
 ROW_BYTES = 64  # kept of each row on the way: its number twice, length, bounds, label
 LOOK_BYTES = 64  # found of each row that is looked at
-_LONGEST = 8.0  # stride
 _MARGIN = 1e-4  # of the mean distance: how far float32 may be off, many times over
 _CLOSE = 1e-5  # of a row's squared length: so near to each other, float32 does not tell centroids apart
 
@@ -191,7 +190,7 @@ def descend(
     centroids: Any,
     more: int = STEPS,
     inertia_tolerance: float = 0.0,
-    growth: float = GROWTH,
+    momentum: float = MOMENTUM,
 ) -> tuple[Any, list[float], bool]:
     """Lloyd's steps in float32, looking only at rows whose label may change, until none does.
 
@@ -200,11 +199,11 @@ def descend(
 
     A row keeps its label while its distance to its centroid, bounded above by how far centroids moved since it
     was last looked at, stays below the bound to the others (Hamerly, SDM 2010). Few rows in doubt are made and
-    looked at one by one; many go the way of the form. Centroids go ``stride`` times as far as Lloyd's step takes
-    them: each step that lowers the inertia lengthens the stride by ``growth``, one that does not ends it (Salakhutdinov
-    and Roweis, ICML 2003, adaptive overrelaxed); 1 gives plain steps. Once Lloyd's step moves centroids less than
-    `TOLERANCE`, or changes the inertia by less than a share of ``inertia_tolerance``, or after `STEPS`, at most
-    ``more`` plain steps follow.
+    looked at one by one; many go the way of the form. Centroids go beyond the means of their rows, by a share of the
+    way that the means have gone since the step before (Nesterov, 1983): a half, two thirds and so on while steps lower
+    the inertia, up to ``momentum``; none after a step that does not (O'Donoghue and Candes, 2015), and 0 gives plain
+    steps. Once Lloyd's step moves centroids less than `TOLERANCE`, or changes the inertia by less than a share of
+    ``inertia_tolerance``, or after `STEPS`, at most ``more`` plain steps follow.
 
     Returns
     -------
@@ -218,17 +217,17 @@ def descend(
     spread = points.spread()
     history: list[float] = []
     margin = 0.0
-    limit, stride = STEPS + more, 1.0
+    limit, lowering, share = STEPS + more, 0, 0.0
 
     while len(history) < limit:
         found = walk.step(centroids, reach, fall, margin)
-        if found.moved == 0 and stride == 1.0:
+        if found.moved == 0 and share == 0.0:
             return means, history, True
         sums, counts = found.sums, found.counts
         if not history:
             margin = _MARGIN * found.reached / len(points)
         history.append(spread - float(((sums * sums).sum(axis=1) / xp.maximum(counts, 1)).sum()))
-        means = _means(backend, points, centroids, sums, counts)
+        before, means = means, _means(backend, points, centroids, sums, counts)
         filled = bool(counts.all())
         if not filled:
             _refill(backend, points, means, centroids, counts)
@@ -241,9 +240,9 @@ def descend(
         if limit > len(history) + more and near:
             limit = len(history) + more
         lowered = len(history) == 1 or history[-1] < history[-2]
-        longer = lowered and filled and limit == STEPS + more
-        stride = min(growth * stride, _LONGEST) if longer else 1.0
-        further = (centroids + stride * step).astype(xp.float32) if stride > 1.0 else means
+        lowering = lowering + 1 if lowered and filled and limit == STEPS + more else 0
+        share = min(momentum, 1.0 - 1.0 / max(lowering, 1))
+        further = (means + share * (means.astype(xp.float64) - before)).astype(xp.float32)
         shifts = xp.sqrt(((further.astype(xp.float64) - centroids) ** 2).sum(axis=1))
         centroids = further
         reach += shifts

@@ -108,7 +108,7 @@ def test_bounds_change_nothing(rng, monkeypatch, form, tile):
     monkeypatch.setattr(kmeans, "LOOK_ROWS", 6 * tile)
     points, M = users(rng, count=8000, groups=5, form=form)
     start = M[:9].astype(np.float32)
-    fast, inertia, settled = kmeans.descend(CPU, points, start, growth=1.0)
+    fast, inertia, settled = kmeans.descend(CPU, points, start, momentum=0.0)
     assert settled
     assert (np.diff(inertia) <= 1e-6 * inertia[0]).all()
     plain, _, expected, settled = kmeans.settle(CPU, points, start)
@@ -118,9 +118,9 @@ def test_bounds_change_nothing(rng, monkeypatch, form, tile):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_longer_strides_end_where_labels_settle_in_fewer_steps(rng, form):
+def test_momentum_ends_where_labels_settle_in_fewer_steps(rng, form):
     points, M = users(rng, count=20_000, groups=12, width=6, form=form)
-    longer, plain = [], []
+    moving, plain = [], []
     for _ in range(4):
         start = M[rng.choice(len(M), 9, replace=False)].astype(np.float32)
         centroids, inertia, settled = kmeans.descend(CPU, points, start)
@@ -129,10 +129,10 @@ def test_longer_strides_end_where_labels_settle_in_fewer_steps(rng, form):
         exact, _, _, _ = points.step(centroids, labels)
         oracle.assert_means(M, centroids, labels)
         assert exact == pytest.approx(inertia[-1], rel=1e-4)
-        longer.append((len(inertia), inertia[-1]))
-        _, inertia, _ = kmeans.descend(CPU, points, start, growth=1.0)
+        moving.append((len(inertia), inertia[-1]))
+        _, inertia, _ = kmeans.descend(CPU, points, start, momentum=0.0)
         plain.append((len(inertia), inertia[-1]))
-    (steps, ends), (plain_steps, plain_ends) = (np.sum(each, axis=0) for each in (longer, plain))
+    (steps, ends), (plain_steps, plain_ends) = (np.sum(each, axis=0) for each in (moving, plain))
     assert steps < plain_steps
     assert ends <= 1.01 * plain_ends
 
