@@ -22,7 +22,8 @@ from .csr import Csr
 from .vectors import STREAM_BYTES, add_rows, finish_streams, prefetch, prefetch_row
 
 _PARTS_PER_THREAD = 16
-_AHEAD = 16  # interactions that an item's row is asked for before it is summed
+_AHEAD = 16  # interactions that a row of a table is asked for before it is used
+_NEXT = 8  # the same of the features' rows
 _EVEN_PARTS = 64
 _FLOAT_BYTES = 4
 _NEAR_BYTES = 4 << 20  # a table up to this size is in the caches, and its rows need not be asked for ahead
@@ -75,45 +76,48 @@ def _add_row(total, factor, features, item):  # type: ignore[no-untyped-def]
 
 @inner
 def _add_columns(  # type: ignore[no-untyped-def]
-    out, row, start, share, table, items, factors, weights, item_scale, count, streamed
+    out, row, start, share, table, items, factors, weights, item_scale, count, streamed, soon
 ):
     """``out[row] = start + share * sum_n factors[n] * table[items[n]]``: see `add_rows`.
 
     As many columns at a time as registers hold.
     """
     column, width = 0, start.size
-    while factors.itemsize > _FLOAT_BYTES and column + 16 <= width:
-        add_rows(out, row, start, share, table, items, factors, weights, item_scale, count, column, 16, streamed)
-        column += 16
+    while factors.itemsize > _FLOAT_BYTES and column + 32 <= width:
+        add_rows(out, row, start, share, table, items, factors, weights, item_scale, count, column, 32, streamed, soon)
+        column += 32
     while column + 128 <= width:
-        add_rows(out, row, start, share, table, items, factors, weights, item_scale, count, column, 128, streamed)
+        add_rows(out, row, start, share, table, items, factors, weights, item_scale, count, column, 128, streamed, soon)
         column += 128
     while column + 64 <= width:
-        add_rows(out, row, start, share, table, items, factors, weights, item_scale, count, column, 64, streamed)
+        add_rows(out, row, start, share, table, items, factors, weights, item_scale, count, column, 64, streamed, soon)
         column += 64
     while column + 8 <= width:
-        add_rows(out, row, start, share, table, items, factors, weights, item_scale, count, column, 8, streamed)
+        add_rows(out, row, start, share, table, items, factors, weights, item_scale, count, column, 8, streamed, soon)
         column += 8
     while column < width:
-        add_rows(out, row, start, share, table, items, factors, weights, item_scale, count, column, 1, False)
+        add_rows(out, row, start, share, table, items, factors, weights, item_scale, count, column, 1, False, soon)
         column += 1
 
 
 @inner
 def _add_listed(  # type: ignore[no-untyped-def]
-    out, row, start, share, first, last, indices, weights, item_scale, table, items, factors, streamed
+    out, row, start, share, first, last, soon, indices, weights, item_scale, table, items, factors, streamed
 ):
-    """``out[row] = start + share * sum_i w_i s_i F_i``, `_LISTED` interactions at most, in the type of ``factors``."""
+    """``out[row] = start + share * sum_i w_i s_i F_i``, `_LISTED` interactions at most, in the type of ``factors``.
+
+    ``soon``: items that follow, whose rows are asked for; or None.
+    """
     if weights is None and item_scale is None:
         chosen = indices[first:last]
-        _add_columns(out, row, start, share, table, chosen, factors, weights, item_scale, last - first, streamed)
+        _add_columns(out, row, start, share, table, chosen, factors, weights, item_scale, last - first, streamed, soon)
         return
     count = 0
     for entry in range(first, last):
         items[count] = indices[entry]
         factors[count] = _factor(factors.dtype.type, share, weights, entry, item_scale, indices[entry])
         count += factors[count] != 0.0  # a missing item's row may be NaN and is not read
-    _add_columns(out, row, start, 1.0, table, items, factors, weights, item_scale, count, streamed)
+    _add_columns(out, row, start, 1.0, table, items, factors, weights, item_scale, count, streamed, soon)
 
 
 @inner
@@ -126,19 +130,16 @@ def _sum_items(  # type: ignore[no-untyped-def]
     summed. A busy user's are gathered in the float64 ones, and ``start`` is overwritten.
     """
     whole, items, factors = space
-    for entry in range(first + _AHEAD, min(last + _AHEAD, stop)):
-        prefetch_row(features, indices[entry])
+    own = (indices, weights, item_scale, features, items, factors)
     if last - first <= _LISTED:
-        _add_listed(
-            out, row, start, share, first, last, indices, weights, item_scale, features, items, factors, streamed
-        )
+        _add_listed(out, row, start, share, first, last, indices[first + _NEXT : stop], *own, streamed)
         return
     _copy(start, whole)
     for begin in range(first, last, _LISTED):
-        end = min(begin + _LISTED, last)
-        _add_listed(whole, 0, whole, share, begin, end, indices, weights, item_scale, features, items, factors, False)
+        soon = indices[begin + _NEXT : stop]
+        _add_listed(whole, 0, whole, share, begin, min(begin + _LISTED, last), soon, *own, False)
     _copy(whole, start)
-    _add_listed(out, row, start, share, first, first, indices, weights, item_scale, features, items, factors, streamed)
+    _add_listed(out, row, start, share, first, first, indices[first:first], *own, streamed)
 
 
 @compiled
@@ -281,9 +282,8 @@ def _assign(  # type: ignore[no-untyped-def]
             _fill(products, 0.0)
             for first in range(indptr[row], indptr[row + 1], _LISTED):
                 last = min(first + _LISTED, indptr[row + 1])
-                _add_listed(
-                    products, 0, products, 1.0, first, last, indices, weights, item_scale, table, items, factors, False
-                )
+                own = (indices, weights, item_scale, table, items, factors)
+                _add_listed(products, 0, products, 1.0, first, last, None, *own, False)
             labels[at], least[at], second[at] = _two_least(products, 2.0 * row_scale[row], lengths)
 
 
@@ -429,9 +429,8 @@ def _gram(indptr, indices, weights, table, row_factors, far, partial):  # type: 
                     prefetch_row(sums, indices[entry])
             for start in range(indptr[row], indptr[row + 1], _LISTED):
                 end = min(start + _LISTED, indptr[row + 1])
-                _add_listed(
-                    products, 0, products, 1.0, start, end, indices, weights, None, table, items, factors, False
-                )
+                own = (indices, weights, None, table, items, factors)
+                _add_listed(products, 0, products, 1.0, start, end, None, *own, False)
             row_factor = row_factors[row]
             for column in range(width):
                 products[column] *= row_factor

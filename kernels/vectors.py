@@ -85,6 +85,7 @@ def add_rows(  # type: ignore[no-untyped-def]
     column,
     lanes,
     streamed,
+    soon,
 ):
     """``out[row, c] = start[c] + share * sum_n factors[n] * table[items[n], c]``, n < ``count``.
 
@@ -92,7 +93,8 @@ def add_rows(  # type: ignore[no-untyped-def]
     ones where there are neither ``weights`` nor ``item_scale``. ``out`` may have one dimension: then ``row`` does not
     matter. Where ``streamed``, what is overwritten is not brought into the caches: rows of ``out`` start on a multiple
     of `STREAM_BYTES`, ``lanes`` fill as many or more, and `finish_streams` must follow before another thread reads.
-    ``lanes`` is a constant.
+    ``lanes`` is a constant. Where ``soon``, items of the type of ``items``, is not None, the columns of row ``soon[n]``
+    are asked for with those of ``items[n]``: many asked for at a time would wait for each other, and the sum for them.
     """
     if not isinstance(lanes, types.IntegerLiteral):
         return None
@@ -109,7 +111,17 @@ def add_rows(  # type: ignore[no-untyped-def]
         )
         groups = range(0, lanes.literal_value, each)
 
+        def ask(entry: Any) -> None:
+            following = _array(context, builder, signature, arguments, 13)
+            there = builder.icmp_signed("<", entry, builder.extract_value(following.shape, 0))
+            item = builder.gep(builder.select(there, following.data, chosen.data), [entry])
+            place = _row(builder, rows, builder.load(item), column)
+            for first in range(0, lanes.literal_value * table.dtype.bitwidth // 8, LINE_BYTES):
+                _prefetch(builder, builder.gep(place, [_INT64(first)]))
+
         def step(entry: Any, sums: Any) -> Any:
+            if not isinstance(soon, types.NoneType):
+                ask(entry)
             place = _row(builder, rows, builder.load(builder.gep(chosen.data, [entry])), column)
             place = builder.bitcast(place, stored.element.as_pointer())
             factor = _spread(builder, builder.load(builder.gep(scales.data, [entry])), vector) if weighted else None
@@ -155,8 +167,8 @@ def add_rows(  # type: ignore[no-untyped-def]
                     _store(builder, result, place, first, out.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
-    arguments = (out, row, start, share, table, items, factors, weights, item_scale, count, column, lanes, streamed)
-    return types.void(*arguments), generate
+    summed = (out, row, start, share, table, items, factors, weights, item_scale, count)
+    return types.void(*summed, column, lanes, streamed, soon), generate
 
 
 def _array(context: Any, builder: Any, signature: Any, arguments: Any, position: int) -> Any:
