@@ -1,7 +1,7 @@
 """On a CUDA device: the fused pass against the copy of its bytes and the libraries; K-means; the job, from files too.
 
-The bytes are those that have to move: each interaction's row of the features, its item and its weight, and the result.
-A copy of half as many reads and writes as much. Features are four times the second-level cache and 200 MB at least.
+The bytes are those that have to move: each interaction's row of the features and its item, and the result. A copy of
+half as many reads and writes as much. Features are four times the second-level cache and 200 MB at least.
 Items are drawn alike, so that none stays in the caches, and by popularity, as people do. Every way is held to the
 reference before it is timed, by the device's own clock.
 """
@@ -32,11 +32,11 @@ CLUSTERS = 8
 DEGREE = 13
 LEAST_FEATURE_BYTES = 200_000_000
 CACHES = 4
-JOB_WIDTH = 384
+JOB_WIDTH = 1024
 
 
 class Size(NamedTuple):
-    """What is measured, and how often."""
+    """What is measured, and how often; where rows of more than 128 columns are written, ``users`` are fewer."""
 
     users: int
     least_bytes: int
@@ -47,8 +47,8 @@ class Size(NamedTuple):
 _WIDTHS = (128, 256, 384, 1024)
 SIZES = {
     "quick": Size(20_000, 1 << 22, (64,), 3),
-    "default": Size(500_000, LEAST_FEATURE_BYTES, _WIDTHS, 20),
-    "large": Size(2_000_000, 4 * LEAST_FEATURE_BYTES, _WIDTHS, 20),
+    "default": Size(2_000_000, LEAST_FEATURE_BYTES, _WIDTHS, 20),
+    "large": Size(8_000_000, 4 * LEAST_FEATURE_BYTES, _WIDTHS, 20),
 }
 
 
@@ -66,21 +66,26 @@ def main() -> None:
     lines = []
     for width in size.widths:
         n_bytes = max(size.least_bytes, CACHES * properties["l2CacheSize"] if given.size != "quick" else 0)
-        items = -(-n_bytes // (4 * width))
+        items, users = -(-n_bytes // (2 * width)), of_width(size, width)
         values = features("groups", items, width)
-        for draw, pairs in (("alike", alike(size.users, items)), ("popular", popular(size.users, items))):
+        for draw, pairs in (("alike", alike(users, items)), ("popular", popular(users, items))):
             for kind, facts in fused(cupy, pairs, values, size.repeats):
-                counts = {"users": size.users, "items": items, "pairs": pairs.nnz, "D": width, "drawn": draw}
+                counts = {"users": users, "items": items, "pairs": pairs.nnz, "D": width, "drawn": draw}
                 row(given.results / "gpu.csv", **device, **counts, **kind, **facts)
                 lines.append([*kind.values(), width, draw, *facts.values()])
     columns = ["", "features", "D", "drawn", "ms", "GB/s", "of the copy", "x gpu-init"]
-    show(f"fused pass on {device['gpu']}, {size.users:,} users, mean degree {DEGREE}", columns, lines)
+    show(f"fused pass on {device['gpu']}, mean degree {DEGREE}", columns, lines)
     absent = [name for name in ("cuml", "cudf") if importlib.util.find_spec(name) is None]
     if absent:
         print(f"{' and '.join(absent)} not installed: K-means and the whole job are left out")
         return
-    whole_jobs(cupy, given, size, device)
+    whole_jobs(cupy, given.results, size, device)
     from_files(given.results, size, device, ("cuda", "cpu"))
+
+
+def of_width(size: Size, width: int) -> int:
+    """Users whose rows of so many columns take as many bytes as those of 128 do."""
+    return size.users * 128 // max(width, 128)
 
 
 def no_device() -> str:
@@ -230,64 +235,115 @@ def seconds(cupy: Any, function: Callable[[], Any], repeats: int) -> float:
 # K-means and the whole job, where RAPIDS is there.
 
 
-def whole_jobs(cupy: Any, given: Any, size: Size, device: dict[str, str]) -> None:
-    """K-means on the users' means, and `initialize()`, against cuSPARSE and cuML."""
+class Problem(NamedTuple):
+    """Interactions and features on the host and on the device, and the operator of the means there."""
+
+    backend: Any
+    interactions: Any
+    csr: Csr
+    table: Any
+    means: Any
+
+    def made(self) -> Any:
+        """The users' means, (U, D) float32."""
+        return self.backend.asarray(self.means @ self.table)
+
+
+def problem(cupy: Any, users: int, width: int) -> Problem:
+    """Interactions of so many users with a tenth as many items."""
     import cupyx.scipy.sparse
 
-    import gpu_init
     from gpu_init.backend import select
-
-    cupy.get_default_memory_pool().free_all_blocks()  # the backend's own pool may have all that is free
     from gpu_init.interactions import from_matrix
 
-    width, items = min(size.widths, key=lambda width: abs(width - JOB_WIDTH)), max(1000, size.users // 10)
-    interactions, values = popular(size.users, items), features("groups", items, width)
-    backend = select("cuda")
-    ours, table = from_matrix(backend, interactions, "benchmark"), cupy.asarray(values)
-    means = cupyx.scipy.sparse.csr_matrix(baselines.operator(interactions))
-    row_scale = cupy.asarray(1.0 / np.diff(interactions.indptr))
-    settings: dict[str, Any] = {"lam": baselines.LAMBDA, "clusters": CLUSTERS, "seed": 0, "backend": "cuda"}
+    cupy.get_default_memory_pool().free_all_blocks()  # the backend's own pool may have all that is free
+    backend, interactions = select("cuda"), popular(users, max(1000, users // 10))
+    table = cupy.asarray(features("groups", interactions.shape[1], width))
+    csr = from_matrix(backend, interactions, "benchmark").csr
+    return Problem(backend, interactions, csr, table, cupyx.scipy.sparse.csr_matrix(baselines.operator(interactions)))
+
+
+def library(matrix: Any) -> Any:
+    """The K-means of cuML, fitted."""
+    return (
+        importlib.import_module("cuml.cluster")
+        .KMeans(n_clusters=CLUSTERS, init="scalable-k-means++", n_init=1, random_state=0, output_type="cupy")
+        .fit(matrix)
+    )
+
+
+def clusterings(cupy: Any, p: Problem) -> Iterator[tuple[str, dict[str, float]]]:
+    """K-means of the users' means: ours, cuML's and flash-kmeans's."""
+    dense = p.made()
 
     def factored() -> Any:
-        points = kmeans.Factored(backend, ours.csr, table, row_scale, cupy.ones(items))
-        return kmeans.fit(backend, points, CLUSTERS, 0).centroids
+        row_scale = 1.0 / cupy.diff(p.csr.indptr)
+        points = kmeans.Factored(p.backend, p.csr, p.table, row_scale, cupy.ones(len(p.table)))
+        return kmeans.fit(p.backend, points, CLUSTERS, 0).centroids
 
-    def library(matrix: Any) -> Any:
-        return (
-            importlib.import_module("cuml.cluster")
-            .KMeans(n_clusters=CLUSTERS, init="scalable-k-means++", n_init=1, random_state=0, output_type="cupy")
-            .fit(matrix)
-        )
-
-    def made() -> Any:
-        return cupy.ascontiguousarray(means @ table)
-
-    def by_libraries() -> Any:
-        local = made()
-        fitted = library(local)
-        return baselines.blend(local, fitted.cluster_centers_, fitted.labels_)
-
-    dense = made()
     functions: dict[str, Callable[[], Any]] = {
-        "K-means, gpu-init, factored": factored,
-        "K-means, cuML, matrix made": lambda: library(dense),
-        "K-means, cuML, with making": lambda: library(made()),
-        "job, gpu-init": lambda: gpu_init.initialize(interactions, {"text": table}, **settings)["text"].users,
-        "job, cuSPARSE + cuML + cupy": by_libraries,
+        f"{OURS}, factored": factored,
+        "cuML, matrix made": lambda: library(dense).cluster_centers_,
+        "cuML, with making": lambda: library(p.made()).cluster_centers_,
     }
     if importlib.util.find_spec("flash_kmeans") is not None and importlib.util.find_spec("torch") is not None:
         flash = importlib.import_module("flash_kmeans").batch_kmeans_Euclid
-        tensor = importlib.import_module("torch").from_dlpack(dense)[None]
-        functions["K-means, flash-kmeans, matrix made"] = lambda: flash(tensor, n_clusters=CLUSTERS, tol=1e-4)
+        torch = importlib.import_module("torch")
+        functions["flash-kmeans, matrix made"] = lambda: cupy.from_dlpack(
+            flash(torch.from_dlpack(dense)[None], n_clusters=CLUSTERS, tol=1e-4)[1][0]
+        )
     else:
         print("flash-kmeans is not installed: its row is left out")
-    lines = []
+    points = kmeans.Dense(p.backend, dense)
     for name, function in functions.items():
-        facts = {"ms": 1e3 * seconds(cupy, function, 3)}
-        counts = {"users": size.users, "items": items, "pairs": interactions.nnz, "D": width, "K": CLUSTERS}
-        row(given.results / "gpu.csv", **device, **counts, kernel=name, **facts)
-        lines.append([name, facts["ms"]])
-    show(f"K-means and job on {device['gpu']}, {size.users:,} users, D {width}, K {CLUSTERS}", ["", "ms"], lines)
+        with leaving_out(name):
+            inertia = points.step(cupy.asarray(function()), points.unlabelled())[0]
+            yield f"K-means, {name}", {**cost(cupy, function), "inertia": inertia}
+
+
+def jobs(cupy: Any, p: Problem) -> Iterator[tuple[str, dict[str, float]]]:
+    """All of the method on arrays: `initialize()`, as it chooses and without cuML, and the libraries."""
+    import gpu_init
+
+    settings: dict[str, Any] = {"lam": baselines.LAMBDA, "clusters": CLUSTERS, "seed": 0, "backend": "cuda"}
+
+    def ours() -> Any:
+        return gpu_init.initialize(p.interactions, {"text": p.table}, **settings)["text"].users
+
+    def by_libraries() -> Any:
+        local = p.made()
+        fitted = library(local)
+        return baselines.blend(local, fitted.cluster_centers_, fitted.labels_)
+
+    for name, function in {OURS: ours, "cuSPARSE + cuML + cupy": by_libraries}.items():
+        with leaving_out(name):
+            yield f"job, {name}", cost(cupy, function)
+
+
+def whole_jobs(cupy: Any, results: Path, size: Size, device: dict[str, str]) -> None:
+    """K-means and the whole job on arrays."""
+    width = min(size.widths, key=lambda width: abs(width - JOB_WIDTH))
+    p = problem(cupy, size.users, width)
+    users, items = p.interactions.shape
+    counts = {"users": users, "items": items, "pairs": p.interactions.nnz, "D": width, "K": CLUSTERS}
+    for title, ways in (("K-means", clusterings), ("job", jobs)):
+        lines: list[list[Any]] = []
+        own: dict[str, float] = {}
+        for name, facts in ways(cupy, p):
+            row(results / "gpu.csv", **device, **counts, kernel=name, **facts)
+            own = own or facts
+            lines.append([name, *facts.values(), *(facts[fact] / own[fact] for fact in own)])
+        columns = ["", *own, *(f"{fact} / {OURS}" for fact in own)]
+        show(f"{title} on {device['gpu']}, {users:,} users, D {width}, K {CLUSTERS}", columns, lines)
+
+
+def cost(cupy: Any, function: Callable[[], Any]) -> dict[str, float]:
+    """Median time of three runs, and the most device memory that a run takes beside what is there before."""
+    memory = importlib.import_module("rmm.mr").get_current_device_resource()
+    taken = seconds(cupy, function, 3)
+    memory.push_counters()
+    function()
+    return {"ms": 1e3 * taken, "gb_beside": memory.pop_counters().peak_bytes / 1e9}
 
 
 # From files to an artifact.
@@ -298,12 +354,14 @@ def from_files(results: Path, size: Size, device: dict[str, str], backends: tupl
     from gpu_init import load
     from gpu_init.cli import main as run
 
-    width, items = min(size.widths, key=lambda width: abs(width - JOB_WIDTH)), max(1000, size.users // 10)
-    counts = {"users": size.users, "items": items, "pairs": DEGREE * size.users, "D": width, "K": CLUSTERS}
+    width = min(size.widths, key=lambda width: abs(width - JOB_WIDTH))
+    users = of_width(size, width)
+    items = max(1000, users // 10)
+    counts = {"users": users, "items": items, "pairs": DEGREE * users, "D": width, "K": CLUSTERS}
     lines = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_interactions(folder / "clicks.parquet", size.users, items, DEGREE * size.users)
+        write_interactions(folder / "clicks.parquet", users, items, DEGREE * users)
         np.save(folder / "text.npy", features("groups", items, width))
         given = [f"--interactions={folder}/clicks.parquet", f"--features=text={folder}/text.npy", "--overwrite"]
         for backend in backends:
@@ -318,7 +376,7 @@ def from_files(results: Path, size: Size, device: dict[str, str], backends: tupl
                 facts = {"kernel": f"files, {backend}: {step['step']}", "ms": 1e3 * step["seconds"]}
                 row(results / "gpu.csv", **device, **counts, **facts)
                 lines.append(list(facts.values()))
-    show(f"from files, {size.users:,} users, D {width}, K {CLUSTERS}", ["", "ms"], lines)
+    show(f"from files, {users:,} users, D {width}, K {CLUSTERS}", ["", "ms"], lines)
 
 
 if __name__ == "__main__":

@@ -21,16 +21,19 @@
 //    waits for one row after another, and memory is idle most of the time.
 // 4. Narrow rows leave lanes idle, so groups of lanes take different interactions of the user (gather.cuh: Lanes);
 //    a group per user instead would wait for the warp's busiest user.
-// 5. Users with more than LONGEST interactions are split: a warp per part, parts summed in float64 in their order.
-//    Nobody waits for them, sums keep their digits, and no atomics means the same bytes in every run.
-// What is here is 5; the shim of tests/shim and the device run it against kernels/reference.py.
+// 5. Users with more than RUN interactions are split: a warp per part, parts summed in float64 in their order.
+//    Nobody waits for them, sums keep their digits, and no float atomics means the same bytes in every run.
+// 6. A user of 13 interactions is summed in two loads' time, and its row pointer, scales, items and their scales would
+//    come in four more, each waiting for the one before. So a warp takes 8 users, whose lanes read all of that for all
+//    of them at once, to shared memory (gather.cuh: read_ahead), and then sums one after another: at D 128 on an H200
+//    0.43 of the copy's speed became 1.02, at D 1024 0.83 became 0.99.
+// What is here is 6; the shim of tests/shim and the device run it against kernels/reference.py.
 //
 // Bytes of a user of degree n, D columns of b bytes: n * (D * b + 4, and 4 more if weighted) + D * 4 of the result (2
 // in float16) + 28 (row pointer, row_scale, lambda, label). Scales of items (8 each) and centroids are small tables
 // that stay in the second-level cache. At D 128, float32, degree 13: 13 * 516 + 512 + 28 = 7248 bytes and 3400
-// operations: only bandwidth matters. Little's law asks for some 20 KiB in flight per multiprocessor of an H100 (3.35
-// TB/s, 0.8 us, 132 of them); a warp has 8 loads of 16 bytes per lane in flight, 4 KiB, while it reads rows, and 16 or
-// 20 warps fit, some of which read pointers, indices and scales meanwhile.
+// operations: only bandwidth matters. Little's law asks for some 36 KiB in flight per multiprocessor of an H200 (4.8
+// TB/s, 1 us, 132 of them); a warp has 8 loads of 16 bytes per lane in flight, 4 KiB, while it sums, and 24 warps fit.
 
 #include "gather.cuh"
 
@@ -68,60 +71,107 @@ __device__ __forceinline__ void store(void* out, bool half, Index at, const floa
     }
 }
 
-/// A warp per user; users with more than `longest` interactions are left to add_parts, unless they are cold.
+constexpr int COLD = -2;
+
+/// A warp for ROWS users, or half as many where items have labels; users with more than RUN interactions are left to
+/// add_parts, unless they are cold.
 ///
 /// `cold` is scaled already. `out` (n, width) is float32, or float16 where `half` says so.
 template <typename T, int E, int V>
-__global__ void __launch_bounds__(128, E == 8 ? 4 : 5) aggregate_blend(
+__global__ void __launch_bounds__(WARPS * WARP, 6) aggregate_blend(
     Index n, const void* indptr, int wide, const int* indices, const float* weights, const T* features, Index stride,
     int width, const double* row_scale, const double* item_scale, const double* lam, const float* centroids,
     const int* user_labels, const int* item_labels, const double* mean_scale, const float* cold, double scale,
-    int groups_log2, Index longest, void* out, int half)
+    int groups_log2, void* out, int half)
 {
-    Index user = warp_number();
-    if (user >= n)
+    __shared__ Entry<float> staged[WARPS][ROWS * ROOM];
+    int users = item_labels ? ROWS / 2 : ROWS, sharing = WARP / users;
+    Index first_user = warp_number() * users;
+    if (first_user >= n)
         return;
-    Interactions interactions{indptr, wide, indices, weights};
-    Index first = interactions.start(user), last = interactions.start(user + 1);
-    double row_share = row_scale[user], cluster_share = scale * (1.0 - lam[user]);
-    bool is_cold = row_share == 0.0;
-    if (last - first > longest && !is_cold)
-        return;
-
-    const float* base = nullptr;  // what the sum starts from: the user's centroid, or what cold users get
-    if (is_cold)
-        base = cold;
-    else if (user_labels && user_labels[user] >= 0)
-        base = centroids + (Index)user_labels[user] * width;
-    float base_share = is_cold ? 1.0f : (float)cluster_share;
-    double mean_share = item_labels ? cluster_share * mean_scale[user] : 0.0;
-    double share = scale * lam[user] * row_share;
-    last = is_cold ? first : last;
-
     Lanes lanes(V > 1 ? 0 : groups_log2);
-    for (int start = 0; start < width; start += V * E * lanes.width) {
-        Columns mine(width, start, E, lanes);
-        float total[V * E];
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-            int column = mine.first + v * mine.step;
-            bool wanted = base && lanes.group == 0 && column < width;
-            Pack<float, E> pack = load_pack<false, float, E>(wanted, base + column);
-#pragma unroll
-            for (int e = 0; e < E; ++e)
-                total[v * E + e] = base_share * value(pack, e);
+    Interactions interactions{indptr, wide, indices, weights};
+    Entry<float>* entries = staged[threadIdx.x / WARP];
+    Entry<float>* label_entries = entries + ROWS / 2 * ROOM;
+
+    // each lane: of the user that it shares
+    Index user = first_user + lanes.lane / sharing;
+    int place = lanes.lane / sharing * ROOM, own = lanes.lane % sharing;
+    int count = -1, label = -1;  // interactions, -1 where nothing is to be done; centroid, -1 none, COLD for `cold`
+    float base_share = 1.0f;
+    if (user < n) {
+        Index first = interactions.start(user), last = interactions.start(user + 1);
+        double row_share = row_scale[user], local_share = lam[user];
+        double cluster_share = scale * (1.0 - local_share);
+        if (row_share == 0.0) {
+            count = 0;
+            label = COLD;
+        } else if (last - first <= RUN) {
+            count = (int)(last - first);
+            label = user_labels ? user_labels[user] : -1;
+            base_share = (float)cluster_share;
         }
-        gather<T, E, V, float>(
-            total, interactions, first, last, share, item_scale, features, stride, mine, lanes, item_labels,
-            mean_share, centroids);
-        sum_groups(total, lanes);
+        read_ahead<float>(
+            entries + place, interactions, first, count, own, sharing,
+            OfFeatures<float>{scale * local_share * row_share, item_scale});
+        if (item_labels && count > 0)
+            read_ahead<float>(
+                label_entries + place, interactions, first, count, own, sharing,
+                OfCentroids<float>{cluster_share * mean_scale[user], item_labels});
+    }
+    __syncwarp();
+
+    for (int number = 0; number < users; ++number) {
+        int its_count = __shfl_sync(ALL, count, number * sharing);
+        int its_label = __shfl_sync(ALL, label, number * sharing);
+        float its_share = __shfl_sync(ALL, base_share, number * sharing);
+        if (its_count < 0)
+            continue;
+        const float* base = its_label == COLD ? cold : its_label < 0 ? nullptr : centroids + (Index)its_label * width;
+        for (int start = 0; start < width; start += V * E * lanes.width) {
+            Columns mine(width, start, E, lanes);
+            float total[V * E];
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-            int column = mine.first + v * mine.step;
-            if (lanes.group == 0 && column < width)
-                store<E>(out, half != 0, user * width + column, total + v * E);
+            for (int v = 0; v < V; ++v) {
+                int column = mine.first + v * mine.step;
+                bool wanted = base && lanes.group == 0 && column < width;
+                Pack<float, E> pack = load_pack<false, float, E>(wanted, base + column);
+#pragma unroll
+                for (int e = 0; e < E; ++e)
+                    total[v * E + e] = its_share * value(pack, e);
+            }
+            add_rows<true, T, E, V, float>(
+                total, features, stride, mine, lanes, entries + number * ROOM, its_count);
+            if (item_labels)
+                add_rows<false, float, E, V, float>(
+                    total, centroids, width, mine, lanes, label_entries + number * ROOM, its_count);
+            sum_groups(total, lanes);
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+                int column = mine.first + v * mine.step;
+                if (lanes.group == 0 && column < width)
+                    store<E>(out, half != 0, (first_user + number) * width + column, total + v * E);
+            }
         }
     }
+}
+
+/// Rows with more than RUN interactions, unless row_scale says that they are cold: found[0] counts them, from found[2]
+/// on are place and degree of each, in any order. Row `at` is user rows[at], or `at` without rows.
+__global__ void __launch_bounds__(WARPS * WARP) busy_rows(
+    Index n, const Index* rows, const void* indptr, int wide, const double* row_scale, Index* found)
+{
+    Index at = (Index)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= n)
+        return;
+    Interactions interactions{indptr, wide, nullptr, nullptr};
+    Index user = rows ? rows[at] : at;
+    Index degree = interactions.start(user + 1) - interactions.start(user);
+    if (degree <= RUN || (row_scale && row_scale[user] == 0.0))
+        return;
+    unsigned long long number = atomicAdd((unsigned long long*)found, 1ull) + 1;
+    found[2 * number] = at;
+    found[2 * number + 1] = degree;
 }
 
 /// Parts of busy users: a warp per part, which is interactions begin[p] to end[p], counted from the user's first, of
@@ -130,7 +180,7 @@ __global__ void __launch_bounds__(128, E == 8 ? 4 : 5) aggregate_blend(
 /// Row `at` is user rows[at], or user `at` where rows is null; all per-user arrays go by `at` but the row pointers
 /// and row_scale, which go by user. Without lambda the sum is A F; with it, all of the blend that goes by item.
 template <typename T, int E, typename Sum>
-__global__ void __launch_bounds__(128, sizeof(Sum) == 4 ? 4 : 3) add_parts(
+__global__ void __launch_bounds__(WARPS * WARP, sizeof(Sum) == 4 ? 4 : 3) add_parts(
     Index parts, const Index* owner, const Index* begin, const Index* end, const Index* rows, const void* indptr,
     int wide, const int* indices, const float* weights, const T* features, Index stride, int width,
     const double* row_scale, const double* item_scale, const double* lam, const float* centroids,
@@ -146,16 +196,26 @@ __global__ void __launch_bounds__(128, sizeof(Sum) == 4 ? 4 : 3) add_parts(
     double share = (lam ? scale * lam[at] : 1.0) * (row_scale ? row_scale[user] : 1.0);
     double mean_share = item_labels ? scale * (1.0 - lam[at]) * mean_scale[at] : 0.0;
 
+    __shared__ Entry<Sum> staged[WARPS][2 * RUN];
+    Entry<Sum>* entries = staged[threadIdx.x / WARP];
     Lanes lanes(groups_log2);
     for (int start = 0; start < width; start += E * lanes.width) {
         Columns mine(width, start, E, lanes);
         double whole[E] = {};
         for (Index run = begin[part]; run < end[part]; run += RUN) {
-            Index stop = end[part] - run < RUN ? end[part] : run + RUN;
+            int count = end[part] - run < RUN ? (int)(end[part] - run) : RUN;
+            __syncwarp();
+            read_ahead<Sum>(
+                entries, interactions, from + run, count, lanes.lane, WARP, OfFeatures<Sum>{share, item_scale});
+            if (item_labels)
+                read_ahead<Sum>(
+                    entries + RUN, interactions, from + run, count, lanes.lane, WARP,
+                    OfCentroids<Sum>{mean_share, item_labels});
+            __syncwarp();
             Sum total[E] = {};
-            gather<T, E, 1, Sum>(
-                total, interactions, from + run, from + stop, share, item_scale, features, stride, mine, lanes,
-                item_labels, mean_share, centroids);
+            add_rows<true, T, E, 1, Sum>(total, features, stride, mine, lanes, entries, count);
+            if (item_labels)
+                add_rows<false, float, E, 1, Sum>(total, centroids, width, mine, lanes, entries + RUN, count);
             sum_groups(total, lanes);
 #pragma unroll
             for (int e = 0; e < E; ++e)

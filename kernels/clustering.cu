@@ -5,35 +5,37 @@
 
 /// Rows of A F - middle, (n, width) of the type they are summed in; row `at` is user rows[at], or `at` without rows.
 ///
-/// Rows with more than `longest` interactions are left to add_parts. A warp per row.
+/// A warp takes ROWS rows; rows with more than RUN interactions are left to add_parts.
 template <typename T, int E, typename Sum>
-__global__ void __launch_bounds__(128, sizeof(Sum) == 4 ? 5 : 4) aggregate(
+__global__ void __launch_bounds__(WARPS * WARP, sizeof(Sum) == 4 ? 6 : 4) aggregate(
     Index n, const Index* rows, const void* indptr, int wide, const int* indices, const float* weights,
     const T* features, Index stride, int width, const double* row_scale, const double* item_scale,
-    const double* middle, int groups_log2, Index longest, Sum* out)
+    const double* middle, int groups_log2, Sum* out)
 {
-    Index at = warp_number();
-    if (at >= n)
+    __shared__ Entry<Sum> staged[WARPS][ROWS * ROOM];
+    Index first_row = warp_number() * ROWS;
+    if (first_row >= n)
         return;
-    Index user = rows ? rows[at] : at;
-    Interactions interactions{indptr, wide, indices, weights};
-    Index first = interactions.start(user), last = interactions.start(user + 1);
-    double share = row_scale ? row_scale[user] : 1.0;
-    if (last - first > longest && share != 0.0)
-        return;
-    last = share == 0.0 ? first : last;
+    Entry<Sum>* entries = staged[threadIdx.x / WARP];
+    int counts = read_rows_ahead<Sum>(
+        entries, {indptr, wide, indices, weights}, first_row, n, rows, row_scale, item_scale);
     Lanes lanes(groups_log2);
-    for (int start = 0; start < width; start += E * lanes.width) {
-        Columns mine(width, start, E, lanes);
-        Sum total[E] = {};
-        gather<T, E, 1, Sum>(
-            total, interactions, first, last, share, item_scale, features, stride, mine, lanes);
-        sum_groups(total, lanes);
+    for (int row = 0; row < ROWS; ++row) {
+        int count = count_of(counts, row);
+        if (count < 0)
+            continue;
+        for (int start = 0; start < width; start += E * lanes.width) {
+            Columns mine(width, start, E, lanes);
+            Sum total[E] = {};
+            add_rows<true, T, E, 1, Sum>(total, features, stride, mine, lanes, entries + row * ROOM, count);
+            sum_groups(total, lanes);
 #pragma unroll
-        for (int e = 0; e < E; ++e) {
-            int column = mine.first + e;
-            if (lanes.group == 0 && column < width)
-                out[at * width + column] = (Sum)((double)total[e] - (middle ? middle[column] : 0.0));
+            for (int e = 0; e < E; ++e) {
+                int column = mine.first + e;
+                if (lanes.group == 0 && column < width)
+                    out[(first_row + row) * width + column] =
+                        (Sum)((double)total[e] - (middle ? middle[column] : 0.0));
+            }
         }
     }
 }
@@ -48,42 +50,44 @@ __device__ __forceinline__ double sum_within(double value, Lanes lanes)
 
 /// Squared lengths of rows of A F - middle, that are summed in float64 and never stored. Otherwise as `aggregate`.
 template <typename T, int E>
-__global__ void __launch_bounds__(128, 4) squared_norms(
+__global__ void __launch_bounds__(WARPS * WARP, 4) squared_norms(
     Index n, const void* indptr, int wide, const int* indices, const float* weights, const T* features, Index stride,
-    int width, const double* row_scale, const double* item_scale, const double* middle, int groups_log2,
-    Index longest, double* out)
+    int width, const double* row_scale, const double* item_scale, const double* middle, int groups_log2, double* out)
 {
-    Index user = warp_number();
-    if (user >= n)
+    __shared__ Entry<double> staged[WARPS][ROWS * ROOM];
+    Index first_row = warp_number() * ROWS;
+    if (first_row >= n)
         return;
-    Interactions interactions{indptr, wide, indices, weights};
-    Index first = interactions.start(user), last = interactions.start(user + 1);
-    double share = row_scale[user], length = 0.0;
-    if (last - first > longest && share != 0.0)
-        return;
-    last = share == 0.0 ? first : last;
+    Entry<double>* entries = staged[threadIdx.x / WARP];
+    int counts = read_rows_ahead<double>(
+        entries, {indptr, wide, indices, weights}, first_row, n, nullptr, row_scale, item_scale);
     Lanes lanes(groups_log2);
-    for (int start = 0; start < width; start += E * lanes.width) {
-        Columns mine(width, start, E, lanes);
-        double total[E] = {};
-        gather<T, E, 1, double>(
-            total, interactions, first, last, share, item_scale, features, stride, mine, lanes);
-        sum_groups(total, lanes);
+    for (int row = 0; row < ROWS; ++row) {
+        int count = count_of(counts, row);
+        if (count < 0)
+            continue;
+        double length = 0.0;
+        for (int start = 0; start < width; start += E * lanes.width) {
+            Columns mine(width, start, E, lanes);
+            double total[E] = {};
+            add_rows<true, T, E, 1, double>(total, features, stride, mine, lanes, entries + row * ROOM, count);
+            sum_groups(total, lanes);
 #pragma unroll
-        for (int e = 0; e < E; ++e) {
-            int column = mine.first + e;
-            double apart = column < width ? total[e] - middle[column] : 0.0;
-            length = fma(apart, apart, length);
+            for (int e = 0; e < E; ++e) {
+                int column = mine.first + e;
+                double apart = column < width ? total[e] - middle[column] : 0.0;
+                length = fma(apart, apart, length);
+            }
         }
+        length = sum_within(length, lanes);
+        if (lanes.lane == 0)
+            out[first_row + row] = length;
     }
-    length = sum_within(length, lanes);
-    if (lanes.lane == 0)
-        out[user] = length;
 }
 
 /// Squared lengths of the rows of a matrix (n, width), a warp each; length b goes to out[at[b]], or out[b].
 template <typename T>
-__global__ void __launch_bounds__(128) lengths(
+__global__ void __launch_bounds__(WARPS * WARP) lengths(
     Index n, const T* matrix, Index stride, int width, const Index* at, double* out)
 {
     Index row = warp_number();
@@ -147,47 +151,48 @@ __device__ __forceinline__ Nearest nearest_within(Nearest mine, Lanes lanes)
 
 /// Nearest centroid of user rows[at] by norms[k] - 2 (A table)[user][k], table (I, clusters), summed in float64.
 ///
-/// Rows with more than `longest` interactions are left to add_parts and nearest_two.
+/// A warp takes ROWS rows; those with more than RUN interactions are left to add_parts and nearest_two.
 template <typename T, int E>
-__global__ void __launch_bounds__(128, 4) assign(
+__global__ void __launch_bounds__(WARPS * WARP, 4) assign(
     Index n, const Index* rows, const void* indptr, int wide, const int* indices, const float* weights,
     const T* table, Index stride, int clusters, const double* row_scale, const double* item_scale, const double* norms,
-    int groups_log2, Index longest, int* labels, double* least, double* second)
+    int groups_log2, int* labels, double* least, double* second)
 {
-    Index at = warp_number();
-    if (at >= n)
+    __shared__ Entry<double> staged[WARPS][ROWS * ROOM];
+    Index first_row = warp_number() * ROWS;
+    if (first_row >= n)
         return;
-    Index user = rows[at];
-    Interactions interactions{indptr, wide, indices, weights};
-    Index first = interactions.start(user), last = interactions.start(user + 1);
-    double share = row_scale[user];
-    if (last - first > longest && share != 0.0)
-        return;
-    last = share == 0.0 ? first : last;
+    Entry<double>* entries = staged[threadIdx.x / WARP];
+    int counts = read_rows_ahead<double>(
+        entries, {indptr, wide, indices, weights}, first_row, n, rows, row_scale, item_scale);
     Lanes lanes(groups_log2);
-    Nearest nearest = nothing_yet();
-    for (int start = 0; start < clusters; start += E * lanes.width) {
-        Columns mine(clusters, start, E, lanes);
-        double total[E] = {};
-        gather<T, E, 1, double>(
-            total, interactions, first, last, share, item_scale, table, stride, mine, lanes);
-        sum_groups(total, lanes);
+    for (int row = 0; row < ROWS; ++row) {
+        int count = count_of(counts, row);
+        if (count < 0)
+            continue;
+        Nearest nearest = nothing_yet();
+        for (int start = 0; start < clusters; start += E * lanes.width) {
+            Columns mine(clusters, start, E, lanes);
+            double total[E] = {};
+            add_rows<true, T, E, 1, double>(total, table, stride, mine, lanes, entries + row * ROOM, count);
+            sum_groups(total, lanes);
 #pragma unroll
-        for (int e = 0; e < E; ++e)
-            if (mine.first + e < clusters)
-                nearest.look(mine.first + e, norms[mine.first + e] - 2.0 * total[e]);
-    }
-    nearest = nearest_within(nearest, lanes);
-    if (lanes.lane == 0) {
-        labels[at] = nearest.label;
-        least[at] = nearest.least;
-        second[at] = nearest.second;
+            for (int e = 0; e < E; ++e)
+                if (mine.first + e < clusters)
+                    nearest.look(mine.first + e, norms[mine.first + e] - 2.0 * total[e]);
+        }
+        nearest = nearest_within(nearest, lanes);
+        if (lanes.lane == 0) {
+            labels[first_row + row] = nearest.label;
+            least[first_row + row] = nearest.least;
+            second[first_row + row] = nearest.second;
+        }
     }
 }
 
 /// As `assign`, for rows whose products with the centroids (n, clusters) are there; row b goes to place at[b], or b.
 template <typename T>
-__global__ void __launch_bounds__(128) nearest_two(
+__global__ void __launch_bounds__(WARPS * WARP) nearest_two(
     Index n, const T* products, int clusters, const double* norms, int groups_log2, const Index* at, int* labels,
     double* least, double* second)
 {
@@ -213,7 +218,7 @@ constexpr int TILE = 256;  // interactions that a warp takes in label_sums, howe
 ///
 /// The interactions of users rows[0], rows[1], ... are numbered through; row b starts with number starts[b], and
 /// tile t, the warp's, with row tiles[t]. So no warp waits for a busy user.
-__global__ void __launch_bounds__(128) label_sums(
+__global__ void __launch_bounds__(WARPS * WARP) label_sums(
     Index n_tiles, const Index* tiles, Index n, const Index* starts, const Index* rows, const int* labels,
     const void* indptr, int wide, const int* indices, const float* weights, const double* row_scale,
     const double* item_scale, int clusters, double per_unit, unsigned long long* fixed)

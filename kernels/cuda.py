@@ -1,9 +1,9 @@
 """The kernels for CUDA: `aggregate_blend.cu` and `clustering.cu`, compiled at first use for the device at hand.
 
-A warp takes a row; rows with more than `LONGEST` interactions are split into parts, a warp each, which a second kernel
-adds up in their order. The split depends on the degrees alone and nothing is added by float atomics, so the bytes are
-the same in every run on a device. Nothing here imports CuPy: it is handed in, so that the tests run all of this on
-numpy arrays and kernels built for the host.
+A warp takes some rows; those with more than `LONGEST` interactions are split into parts, a warp each, which a second
+kernel adds up in their order. The split depends on the degrees alone and nothing is added by float atomics, so the
+bytes are the same in every run on a device. Nothing here imports CuPy: it is handed in, so that the tests run all of
+this on numpy arrays and kernels built for the host.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ WORKSPACE_BYTES = 128 << 20  # of parts at a time; a single row's may be more
 MOVED_ROWS = 4096  # made at a time by `CudaKernels.move_rows`
 PRODUCT_BYTES = 64 << 20  # of items' rows less the middle at a time in `CudaKernels.products`
 WARP = 32
+ROWS = 8  # that a warp takes, half as many where it blends by item (gather.cuh: ROWS)
 TILE = 256  # interactions per warp in label_sums (clustering.cu: TILE)
 THREADS = 128  # per block: a block waits for its slowest warp, so there are few in it
 OLDEST = 70  # compute capability, times ten, that has the loads of device.cuh
 
 _SOURCES = {
-    "aggregate_blend.cu": ("aggregate_blend", "add_parts", "combine_parts"),
+    "aggregate_blend.cu": ("aggregate_blend", "busy_rows", "add_parts", "combine_parts"),
     "clustering.cu": ("aggregate", "squared_norms", "lengths", "assign", "nearest_two", "label_sums", "add_fixed"),
 }
 _OPTIONS = ("--std=c++17",)  # CuPy adds the architecture, from the device's compute capability
@@ -47,6 +48,7 @@ _TYPES = {"float16": "Half", "bfloat16": "Bfloat16", "void16": "Bfloat16", "floa
 _LOADS = {"Half": (8, 2, 1), "Bfloat16": (8, 2, 1), "float": (4, 1), "double": (2, 1)}  # values a lane may load at once
 _WIDEST = 16  # bytes that a lane loads at once
 _MOST_VECTORS = 4  # loads per lane and row in aggregate_blend
+_MOST_VALUES = 16  # and values: registers set the bound
 _COMBINED = (32, 8)  # columns and rows of a block of combine_parts
 _ADDING = 256  # threads per block of add_fixed
 _NULL = np.uint64(0)  # CuPy hands on None as no argument at all
@@ -119,10 +121,10 @@ def load_width(kind: str, width: int, *tables: tuple[int, int, int]) -> int:
 
 def vectors_per_lane(width: int, values: int, itemsize: int) -> int:
     """Loads of a lane per row in aggregate_blend: as few as leave the fewest lanes idle in the last pass."""
-    loads = -(-width // values)
+    loads, most = -(-width // values), min(_MOST_VECTORS, _MOST_VALUES // values)
     if values * itemsize < _WIDEST:
-        return 1 if loads <= WARP else _MOST_VECTORS
-    passes = -(-loads // (WARP * _MOST_VECTORS))
+        return 1 if loads <= WARP else most
+    passes = -(-loads // (WARP * most))
     return -(-loads // (WARP * passes))
 
 
@@ -144,11 +146,16 @@ def instances() -> dict[str, list[str]]:
     blends = [
         f"aggregate_blend<{kind}, {values}, {vectors}>"
         for kind, values in floats
-        for vectors in (range(1, _MOST_VECTORS + 1) if values == _LOADS[kind][0] else (1, _MOST_VECTORS))
+        for vectors in (
+            range(1, min(_MOST_VECTORS, _MOST_VALUES // values) + 1)
+            if values == _LOADS[kind][0]
+            else (1, _MOST_VECTORS)
+        )
     ]
     return {
         "aggregate_blend.cu": [
             *blends,
+            "busy_rows",
             *(f"add_parts<{kind}, {values}, {total}>" for kind, values in loads for total in ("float", "double")),
             *(f"combine_parts<{kind}>" for kind in ("Half", "float", "double")),
         ],
@@ -239,12 +246,13 @@ class CudaKernels(ReferenceKernels):
         levels = (*blend[:-1], self._aligned(scale * cold), blend.scale)
         common = (np.int64(n), *_interactions(self._xp, csr), *table.arguments)
         half = out.itemsize == 2
+        busy = self._busy(csr, _NULL, scales[0])
         self._launch(
             f"aggregate_blend<{table.kind}, {values}, {vectors}>",
-            blocks(n),
-            (*common, *scales, *levels, *_warp(width, values), out, np.int32(half)),
+            blocks(-(-n // (ROWS // 2 if item_labels is not None else ROWS))),
+            (*common, *scales, *levels, _groups(width, values), out, np.int32(half)),
         )
-        for part, partial in self._parts(csr, _NULL, table, scales, "float", blend):
+        for part, partial in self._parts(busy, csr, _NULL, table, scales, "float", blend):
             self._combine("Half" if half else "float", part, part.at, partial, blend, _NULL, out)
 
     def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any) -> Any:
@@ -257,12 +265,13 @@ class CudaKernels(ReferenceKernels):
         scales = (self._as(row_scale, np.float64), self._as(item_scale, np.float64))
         values = load_width(table.kind, table.width, table.place)
         common = (np.int64(n), *_interactions(self._xp, csr), *table.arguments)
+        busy = self._busy(csr, _NULL, scales[0])
         self._launch(
             f"squared_norms<{table.kind}, {values}>",
-            blocks(n),
-            (*common, *scales, middle, *_warp(table.width, values), out),
+            blocks(-(-n // ROWS)),
+            (*common, *scales, middle, _groups(table.width, values), out),
         )
-        for part, made in self._busy_rows(csr, _NULL, table, scales, middle):
+        for part, made in self._busy_rows(busy, csr, _NULL, table, scales, middle):
             self._lengths(made, self._xp.asarray(part.at), out)
         return out
 
@@ -286,12 +295,13 @@ class CudaKernels(ReferenceKernels):
         scales = (self._as(row_scale, np.float64), self._as(item_scale, np.float64))
         values = load_width(products.kind, products.width, products.place)
         common = (np.int64(n), rows, *_interactions(self._xp, csr), *products.arguments)
+        busy = self._busy(csr, rows, scales[0])
         self._launch(
             f"assign<{products.kind}, {values}>",
-            blocks(n),
-            (*common, *scales, lengths, *_warp(products.width, values), *found),
+            blocks(-(-n // ROWS)),
+            (*common, *scales, lengths, _groups(products.width, values), *found),
         )
-        for part, made in self._busy_rows(csr, rows, products, scales, _NULL):
+        for part, made in self._busy_rows(busy, csr, rows, products, scales, _NULL):
             self._nearest_two(made, lengths, self._xp.asarray(part.at), found)
         return found
 
@@ -364,37 +374,44 @@ class CudaKernels(ReferenceKernels):
         values = load_width(table.kind, table.width, table.place)
         kind = _TYPES[out.dtype.name]
         common = (np.int64(n), rows, *_interactions(self._xp, csr), *table.arguments)
+        busy = self._busy(csr, rows, scales[0])
         self._launch(
             f"aggregate<{table.kind}, {values}, {kind}>",
-            blocks(n),
-            (*common, *scales, middle, *_warp(table.width, values), out),
+            blocks(-(-n // ROWS)),
+            (*common, *scales, middle, _groups(table.width, values), out),
         )
-        for part, partial in self._parts(csr, rows, table, scales, kind):
+        for part, partial in self._parts(busy, csr, rows, table, scales, kind):
             self._combine(kind, part, part.at, partial, _Blend(), middle, out)
         return out
 
     def _busy_rows(
-        self, csr: Csr, rows: Any, table: _Table, scales: tuple[Any, Any], middle: Any
+        self, busy: _Busy, csr: Csr, rows: Any, table: _Table, scales: tuple[Any, Any], middle: Any
     ) -> Iterator[tuple[Part, Any]]:
         """Rows of ``A F - middle`` of busy users, in float64, a batch at a time."""
-        for part, partial in self._parts(csr, rows, table, scales, "double"):
+        for part, partial in self._parts(busy, csr, rows, table, scales, "double"):
             made = self._xp.empty((len(part.at), table.width), np.float64)
             self._combine("double", part, None, partial, _Blend(), middle, made)
             yield part, made
 
     def _parts(
-        self, csr: Csr, rows: Any, table: _Table, scales: tuple[Any, Any], total: str, blend: _Blend | None = None
+        self,
+        busy: _Busy,
+        csr: Csr,
+        rows: Any,
+        table: _Table,
+        scales: tuple[Any, Any],
+        total: str,
+        blend: _Blend | None = None,
     ) -> Iterator[tuple[Part, Any]]:
         """Sums over parts of the busy rows, (parts, D) float64 (in ``total``, run by run), a batch at a time."""
         xp = self._xp
-        at, degrees = self._busy(csr.indptr, rows, scales[0])
-        if len(at) == 0:
+        if len(busy.at) == 0:
             return
         values = load_width(table.kind, table.width, table.place)
         common = (rows, *_interactions(xp, csr), *table.arguments, *scales)
         lam, centroids, _, item_labels, mean_scale, scale = blend or _Blend()
-        levels = (lam, centroids, item_labels, mean_scale, scale, _warp(table.width, values)[0])
-        for part in split(at, degrees, WORKSPACE_BYTES // (8 * table.width)):
+        levels = (lam, centroids, item_labels, mean_scale, scale, _groups(table.width, values))
+        for part in split(*busy, WORKSPACE_BYTES // (8 * table.width)):
             count = len(part.owner)
             partial = xp.empty((count, table.width), np.float64)
             places = map(xp.asarray, (part.owner, part.begin, part.end))
@@ -405,15 +422,17 @@ class CudaKernels(ReferenceKernels):
             )
             yield part, partial
 
-    def _busy(self, indptr: Any, rows: Any, row_scale: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Places and degrees of rows with more than `LONGEST` interactions, some of them usable."""
-        chosen = rows is not _NULL
-        degrees = indptr[rows + 1] - indptr[rows] if chosen else indptr[1:] - indptr[:-1]
-        busy = degrees > LONGEST
-        if row_scale is not _NULL:
-            busy &= (row_scale[rows] if chosen else row_scale) != 0
-        at = self._xp.flatnonzero(busy)
-        return _host(at).astype(np.int64), _host(degrees[at]).astype(np.int64)
+    def _busy(self, csr: Csr, rows: Any, row_scale: Any) -> _Busy:
+        """Rows with more than `LONGEST` interactions, some of them usable."""
+        xp = self._xp
+        n = len(csr.indptr) - 1 if rows is _NULL else len(rows)
+        found = xp.empty((min(n, len(csr.indices) // LONGEST) + 1, 2), np.int64)
+        found[0] = 0
+        indptr, wide, *_ = _interactions(xp, csr)
+        self._launch("busy_rows", -(-n // THREADS), (np.int64(n), rows, indptr, wide, row_scale, found))
+        count = int(found[0, 0])
+        listed = _host(found[1 : count + 1])
+        return _Busy(*np.ascontiguousarray(listed[np.argsort(listed[:, 0])].T))
 
     def _combine(self, kind: str, part: Part, at: Any, partial: Any, blend: _Blend, middle: Any, out: Any) -> None:
         """Rows from their parts, into places ``at`` of ``out``, or side by side."""
@@ -471,6 +490,13 @@ class CudaKernels(ReferenceKernels):
         return _Table(array, _TYPES[array.dtype.name], array.shape[1], np.int64(array.strides[0] // array.itemsize))
 
 
+class _Busy(NamedTuple):
+    """Places and degrees of busy rows, in order."""
+
+    at: NDArray[np.int64]
+    degrees: NDArray[np.int64]
+
+
 class _Table(NamedTuple):
     array: Any
     kind: str
@@ -499,9 +525,8 @@ class _Blend(NamedTuple):
     scale: Any = np.float64(1.0)
 
 
-def _warp(width: int, values: int) -> tuple[np.int32, np.int64]:
-    """How lanes share a row of a table, and how many interactions a warp takes."""
-    return np.int32(groups_log2(width, values)), np.int64(LONGEST)
+def _groups(width: int, values: int) -> np.int32:
+    return np.int32(groups_log2(width, values))
 
 
 def _address(array: Any) -> int:

@@ -8,7 +8,11 @@ typedef long long Index;  // of rows, interactions and values: each may pass 2^3
 
 constexpr int WARP = 32;
 constexpr unsigned ALL = 0xffffffffu;
-constexpr int RUN = 64;  // interactions that one sum in float32 takes; longer rows are split (cuda.py: LONGEST)
+constexpr int WARPS = 4;  // of a block (cuda.py: THREADS)
+constexpr int ROWS = 8;   // that a warp takes one after another (cuda.py: ROWS)
+constexpr int RUN = 64;   // interactions that one sum in float32 takes; longer rows are split (cuda.py: LONGEST)
+constexpr int ROOM = RUN + 4;  // for the entries of a row in shared memory: rows side by side start at other banks
+constexpr int AT_ONCE = 4;     // interactions that a lane reads ahead at a time
 constexpr int WIDE_LOADS = 8, NARROW_LOADS = 12;  // in flight per lane, of 16 bytes or less: registers set the bound
 
 struct Half {
@@ -119,13 +123,103 @@ struct Interactions {
     __device__ double weight(Index entry) const { return weights ? (double)__ldg(weights + entry) : 1.0; }
 };
 
-/// total += sum of factor * table[row] over the rows and factors that the first `count` lanes hold.
+/// A row to be added, and what it is multiplied with.
+template <typename Sum>
+struct Entry {
+    int row;
+    Sum factor;
+};
+
+/// Entries of `count` interactions from `first` on, to shared memory: make(item, weight) gives each, and lane `own` of
+/// `sharing` lanes reads every so many.
+template <typename Sum, typename Make>
+__device__ __forceinline__ void read_ahead(
+    Entry<Sum>* entries, Interactions interactions, Index first, int count, int own, int sharing, Make make)
+{
+    for (int start = own; start < count; start += AT_ONCE * sharing) {
+        int items[AT_ONCE];
+        double weights[AT_ONCE];
+        Entry<Sum> made[AT_ONCE];
+#pragma unroll
+        for (int one = 0; one < AT_ONCE; ++one) {
+            int at = start + one * sharing;
+            items[one] = at < count ? __ldg(interactions.indices + first + at) : 0;
+            weights[one] = at < count ? interactions.weight(first + at) : 0.0;
+        }
+#pragma unroll
+        for (int one = 0; one < AT_ONCE; ++one)
+            made[one] = make(items[one], weights[one]);
+#pragma unroll
+        for (int one = 0; one < AT_ONCE; ++one)
+            if (start + one * sharing < count)
+                entries[start + one * sharing] = made[one];
+    }
+}
+
+/// What interactions of a user add to a row of A F.
+template <typename Sum>
+struct OfFeatures {
+    double share;
+    const double* item_scale;  // null: 1 for each item
+
+    __device__ Entry<Sum> operator()(int item, double weight) const
+    {
+        return {item, (Sum)(share * weight * (item_scale ? __ldg(item_scale + item) : 1.0))};
+    }
+};
+
+/// What they add to the mean of the items' centroids; items with a negative label nothing.
+template <typename Sum>
+struct OfCentroids {
+    double share;
+    const int* labels;
+
+    __device__ Entry<Sum> operator()(int item, double weight) const
+    {
+        int label = __ldg(labels + item);
+        return {label, label < 0 ? (Sum)0 : (Sum)(share * weight)};
+    }
+};
+
+/// Reads ahead the rows of A F that a warp takes, from `first_row` on: row `at` is user rows[at], or `at` without rows.
+///
+/// Row r's entries are from r * ROOM on. Gives the number of them to each lane r * WARP / ROWS of the warp; -1 where
+/// there is no such row, or it has more than RUN and is left to add_parts.
+template <typename Sum>
+__device__ __forceinline__ int read_rows_ahead(
+    Entry<Sum>* entries, Interactions interactions, Index first_row, Index n, const Index* rows,
+    const double* row_scale, const double* item_scale)
+{
+    constexpr int SHARING = WARP / ROWS;
+    int lane = (int)(threadIdx.x % WARP), count = -1;
+    Index at = first_row + lane / SHARING;
+    if (at < n) {
+        Index user = rows ? rows[at] : at;
+        Index first = interactions.start(user), last = interactions.start(user + 1);
+        double share = row_scale ? row_scale[user] : 1.0;
+        count = share == 0.0 ? 0 : last - first <= RUN ? (int)(last - first) : -1;
+        read_ahead<Sum>(
+            entries + lane / SHARING * ROOM, interactions, first, count, lane % SHARING, SHARING,
+            OfFeatures<Sum>{share, item_scale});
+    }
+    __syncwarp();
+    return count;
+}
+
+/// The count that `read_rows_ahead` gave for a row.
+__device__ __forceinline__ int count_of(int count, int row)
+{
+    return __shfl_sync(ALL, count, row * (WARP / ROWS));
+}
+
+/// total += sum of factor * table[row] over the first `count` entries.
 ///
 /// Rows whose factor is 0 are not read. A group takes DEPTH rows at a time: their loads are all issued before the
 /// first is used, and they are summed apart, so that roundings of a long sum stay few.
 template <bool ONCE, typename T, int E, int V, typename Sum>
 __device__ __forceinline__ void add_rows(
-    Sum (&total)[V * E], const T* table, Index stride, Columns columns, Lanes lanes, int row, Sum factor, int count)
+    Sum (&total)[V * E], const T* table, Index stride, Columns columns, Lanes lanes,
+    const Entry<Sum>* entries, int count)
 {
     constexpr int BYTES = Pack<T, E>::BYTES;
     constexpr int LOADS = V * (BYTES > 16 ? BYTES / 16 : 1);
@@ -135,11 +229,10 @@ __device__ __forceinline__ void add_rows(
         Sum factors[DEPTH];
 #pragma unroll
         for (int depth = 0; depth < DEPTH; ++depth) {
-            int holder = start + depth * lanes.groups + lanes.group;
-            int its_row = __shfl_sync(ALL, row, holder % WARP);
-            Sum its_factor = __shfl_sync(ALL, factor, holder % WARP);
-            factors[depth] = holder < count ? its_factor : (Sum)0;
-            const T* values = table + its_row * stride;
+            int at = start + depth * lanes.groups + lanes.group;
+            Entry<Sum> entry = entries[at < count ? at : 0];
+            factors[depth] = at < count ? entry.factor : (Sum)0;
+            const T* values = table + entry.row * stride;
 #pragma unroll
             for (int v = 0; v < V; ++v) {
                 int column = columns.first + v * columns.step;
@@ -168,34 +261,6 @@ __device__ __forceinline__ void sum_groups(Sum (&total)[N], Lanes lanes)
 #pragma unroll
         for (int n = 0; n < N; ++n)
             total[n] += __shfl_xor_sync(ALL, total[n], offset);
-}
-
-/// total += share * sum of w_i s_i F_i over interactions first to last, a lane reading each's index and factors;
-/// with labels of items, += mean_share * sum of w_i C[label_i] over those whose label is not negative, too.
-template <typename T, int E, int V, typename Sum>
-__device__ __forceinline__ void gather(
-    Sum (&total)[V * E], Interactions interactions, Index first, Index last, double share, const double* item_scale,
-    const T* features, Index stride, Columns columns, Lanes lanes, const int* item_labels = nullptr,
-    double mean_share = 0.0, const float* centroids = nullptr)
-{
-    for (Index base = first; base < last; base += WARP) {
-        int count = last - base < WARP ? (int)(last - base) : WARP;
-        int item = 0, label = 0;
-        double factor = 0.0, label_factor = 0.0;
-        if (lanes.lane < count) {
-            item = __ldg(interactions.indices + base + lanes.lane);
-            double weight = interactions.weight(base + lanes.lane);
-            factor = share * weight * (item_scale ? __ldg(item_scale + item) : 1.0);
-            if (item_labels) {
-                label = __ldg(item_labels + item);
-                label_factor = label < 0 ? 0.0 : mean_share * weight;
-            }
-        }
-        add_rows<true, T, E, V, Sum>(total, features, stride, columns, lanes, item, (Sum)factor, count);
-        if (item_labels)
-            add_rows<false, float, E, V, Sum>(
-                total, centroids, columns.width, columns, lanes, label, (Sum)label_factor, count);
-    }
 }
 
 #endif

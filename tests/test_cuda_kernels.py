@@ -385,8 +385,11 @@ def test_blocks():
 def test_constants_are_those_of_the_sources():
     text = "".join(cuda.source(file) for file in cuda.instances())
     assert f"RUN = {cuda.LONGEST};" in text
+    assert f"ROWS = {cuda.ROWS};" in text
     assert f"TILE = {cuda.TILE};" in text
-    assert text.count(f"__launch_bounds__({cuda.THREADS}") == text.count("__global__") - 2
+    assert f"WARP = {cuda.WARP};" in text
+    assert f"WARPS = {cuda.THREADS // cuda.WARP};" in text
+    assert text.count("__launch_bounds__(WARPS * WARP") == text.count("__global__") - 2
     columns, rows = cuda._COMBINED
     assert f"COMBINED_COLUMNS = {columns}, COMBINED_ROWS = {rows};" in text
     assert text.count("__launch_bounds__(256)") == 2

@@ -286,6 +286,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes)
 }
 
 inline void __syncthreads() { shim::meet(shim::State::at_block, "__syncthreads"); }
+inline void __syncwarp() { shim::exchange("__syncwarp", 0xffffffffu, 0); }
 
 using std::fma;
 
