@@ -96,13 +96,16 @@ def fit(
     """
     more = SETTLING_WORK // (len(points) * clusters * len(points.middle))
     with backend.deterministic():
-        centroids = points.by_library(clusters, seed, restarts)
-        library = centroids is not None
-        if not library:
+        found = points.by_library(clusters, seed, restarts)
+        library = found is not None
+        if library:
+            centroids = backend.to_host(found)
+        else:
             centroids = _from_sample(backend, points, clusters, seed, restarts, inertia_tolerance)
         centroids, history, settled = descend(backend, points, centroids, more, inertia_tolerance)
         centroids, labels, inertia, settled = settle(backend, points, centroids, STEPS if settled else 1)
-    return Clusters(centroids, labels, history + inertia, len(history) + len(inertia), settled, points.form, library)
+    arrays = (backend.asarray(centroids), labels)
+    return Clusters(*arrays, history + inertia, len(history) + len(inertia), settled, points.form, library)
 
 
 def _from_sample(
@@ -119,7 +122,7 @@ def _from_sample(
     centroids, _, _ = min(found, key=lambda one: one[1][-1])
     if len(sizes) > 1:
         centroids, _, _ = descend(backend, Dense(backend, rows), centroids, 0, inertia_tolerance)
-    return (centroids.astype(xp.float64) + points.middle).astype(xp.float32)
+    return (centroids.astype(np.float64) + backend.to_host(points.middle)).astype(np.float32)
 
 
 def _drawn(backend: Backend, rng: np.random.Generator, count: int, size: int) -> Any:
@@ -128,7 +131,7 @@ def _drawn(backend: Backend, rng: np.random.Generator, count: int, size: int) ->
 
 
 def seeds(backend: Backend, points: Points, clusters: int, rng: np.random.Generator) -> Any:
-    """Rows to start from, (K, D) float32, by greedy k-means++ (Arthur and Vassilvitskii, SODA 2007).
+    """Rows to start from, (K, D) float32 on the host, by greedy k-means++ (Arthur and Vassilvitskii, SODA 2007).
 
     The first is drawn from all rows alike. Each further one is the best of 2 + ln K rows, drawn in proportion to
     the squared distance to the seeds so far, as scikit-learn has it.
@@ -145,8 +148,8 @@ def seeds(backend: Backend, points: Points, clusters: int, rng: np.random.Genera
         best = int(distances.sum(axis=0).argmin())
         chosen.append(int(candidates[best]))
         closest = distances[:, best]
-    rows = points.rows(backend.asarray(np.array(chosen)), xp.float64)
-    return (rows + points.middle).astype(xp.float32)
+    rows = backend.to_host(points.rows(backend.asarray(np.array(chosen)), xp.float64))
+    return (rows + backend.to_host(points.middle)).astype(np.float32)
 
 
 def sample_size(clusters: int) -> int:
@@ -171,14 +174,14 @@ def settle(
     centroids (K, D) float32, labels (n,) int32, the nearest of them, inertia per step, whether labels settled
     """
     inertia: list[float] = []
-    labels = points.unlabelled()
+    labels, middle = points.unlabelled(), backend.to_host(points.middle)
     for step in range(steps + 1):
         found, changed, sums, counts = points.step(centroids, labels)
         inertia.append(found)
         if changed == 0 or step == steps:
             break
-        means = _means(backend, points, centroids, sums, counts)
-        if not bool(counts.all()):
+        means = _means(middle, centroids, sums, counts)
+        if not counts.all():
             _refill(backend, points, means, centroids, counts)
         centroids = means
     return centroids, labels, inertia, changed == 0
@@ -209,10 +212,9 @@ def descend(
     -------
     centroids (K, D) float32, means of what was nearest; inertia after each step; whether labels settled
     """
-    xp = backend.xp
-    clusters, middle = len(centroids), points.middle
+    clusters, middle = len(centroids), backend.to_host(points.middle)
     means = centroids
-    reach, fall = xp.zeros(clusters), 0.0  # how far centroids have gone in all; the farthest of each step in all
+    reach, fall = np.zeros(clusters), 0.0  # how far centroids have gone in all; the farthest of each step in all
     walk = points.walk(clusters)
     spread = points.spread()
     history: list[float] = []
@@ -226,12 +228,12 @@ def descend(
         sums, counts = found.sums, found.counts
         if not history:
             margin = _MARGIN * found.reached / len(points)
-        history.append(spread - float(((sums * sums).sum(axis=1) / xp.maximum(counts, 1)).sum()))
-        before, means = means, _means(backend, points, centroids, sums, counts)
+        history.append(spread - float(((sums * sums).sum(axis=1) / np.maximum(counts, 1)).sum()))
+        before, means = means, _means(middle, centroids, sums, counts)
         filled = bool(counts.all())
         if not filled:
             _refill(backend, points, means, centroids, counts)
-        step = means.astype(xp.float64) - centroids
+        step = means.astype(np.float64) - centroids
         mean = sums.sum(axis=0) / len(points)
         variance = (spread / len(points) - float(mean @ mean)) / len(middle)
         near = float((step * step).sum()) <= TOLERANCE * variance
@@ -242,8 +244,8 @@ def descend(
         lowered = len(history) == 1 or history[-1] < history[-2]
         lowering = lowering + 1 if lowered and filled and limit == STEPS + more else 0
         share = min(momentum, 1.0 - 1.0 / max(lowering, 1))
-        further = (means + share * (means.astype(xp.float64) - before)).astype(xp.float32)
-        shifts = xp.sqrt(((further.astype(xp.float64) - centroids) ** 2).sum(axis=1))
+        further = (means + share * (means.astype(np.float64) - before)).astype(np.float32)
+        shifts = np.sqrt(((further.astype(np.float64) - centroids) ** 2).sum(axis=1))
         centroids = further
         reach += shifts
         fall += float(shifts.max())
@@ -251,7 +253,10 @@ def descend(
 
 
 class Clusterable(Protocol):
-    """What K-means asks of some rows, wherever they are; `Points` are those of this process, and say what is meant."""
+    """What K-means asks of some rows, wherever they are; `Points` are those of this process, and say what is meant.
+
+    Centroids, and what is summed, are numpy's: they are small, and each look at a device's memory takes its time.
+    """
 
     form: str
 
@@ -318,8 +323,8 @@ class Walk:
         ``reach`` (K,): how far each centroid has gone in all; ``fall``: the farthest of each step in all; ``margin``:
         how far bounds may be off.
         """
-        points, clusters = self._points, len(centroids)
-        xp, kernels = points.backend.xp, points.backend.kernels
+        points, clusters, backend = self._points, len(centroids), self._points.backend
+        xp, kernels, reach = backend.xp, backend.kernels, backend.asarray(reach)
         if self._begun:
             doubtful = kernels.in_doubt(self._labels, self._upper, self._lower, reach, fall + margin)
         else:
@@ -338,8 +343,8 @@ class Walk:
             before = kernels.note(doubtful[part], *noted)
             changed = xp.flatnonzero(found != before)
             before, after = before[changed], found[changed]
-            self._counts += xp.bincount(after, minlength=clusters)
-            self._counts -= xp.bincount(before[before >= 0], minlength=clusters)
+            kernels.count(after, 1, self._counts)
+            kernels.count(before, -1, self._counts)
             moved += len(changed)
             if points.few(moved // 8):  # else the form's own way, which reads all items and all interactions
                 changes.append((doubtful[part][changed], before, after))
@@ -347,27 +352,28 @@ class Walk:
                 changes.clear()
         del look, doubtful  # and the memory that they take
         if not points.keeps_sums:
-            return Step(moved, points.sums(self._labels, clusters, xp.float64), self._counts, float(self._upper.sum()))
-        if moved and not points.few(moved // 8):
-            self._sums = points.sums(self._labels, clusters, xp.float64)
-        for rows, before, after in changes:
-            self._sums += points.moves(rows, before, after, clusters)
-        return Step(moved, self._sums, self._counts, float(self._upper.sum()))
+            sums = points.sums(self._labels, clusters, xp.float64)
+        else:
+            if moved and not points.few(moved // 8):
+                self._sums = points.sums(self._labels, clusters, xp.float64)
+            for rows, before, after in changes:
+                self._sums += points.moves(rows, before, after, clusters)
+            sums = self._sums
+        return Step(moved, backend.to_host(sums), backend.to_host(self._counts), float(self._upper.sum()))
 
 
-def _means(backend: Backend, points: Clusterable, centroids: Any, sums: Any, counts: Any) -> Any:
+def _means(middle: Any, centroids: Any, sums: Any, counts: Any) -> Any:
     """New centroids, (K, D) float32, from sums of rows less the middle; an empty cluster's stays where it is."""
-    xp = backend.xp
     filled = (counts > 0)[:, None]
-    return xp.where(filled, sums / xp.maximum(counts, 1)[:, None] + points.middle, centroids).astype(xp.float32)
+    return np.where(filled, sums / np.maximum(counts, 1)[:, None] + middle, centroids).astype(np.float32)
 
 
 def _refill(backend: Backend, points: Clusterable, means: Any, centroids: Any, counts: Any) -> None:
     """Let clusters left empty take the rows farthest from the centroids, as scikit-learn has it."""
-    xp = backend.xp
-    empty = xp.flatnonzero(counts == 0)
+    empty = np.flatnonzero(counts == 0)
     farthest = points.farthest(centroids, len(empty))  # fewer where distinct rows are fewer than clusters
-    means[empty[: len(farthest)]] = points.rows(farthest, xp.float64) + points.middle
+    rows = backend.to_host(points.rows(farthest, backend.xp.float64))
+    means[empty[: len(farthest)]] = rows + backend.to_host(points.middle)
 
 
 _Look = Callable[[Any], tuple[Any, Any, Any]]
@@ -467,10 +473,13 @@ class Points(ABC):
         """Whether so many rows are better made than sent the way of the form."""
         return count <= self.tile_rows
 
+    def centred(self, centroids: Any) -> Any:
+        """Centroids less the middle, (K, D) float64, where the rows are."""
+        return self.backend.asarray(centroids).astype(self.backend.xp.float64) - self.middle
+
     def looking_at(self, centroids: Any, dtype: Any) -> _Look:
         """Look at rows that are made all at once; products are taken in ``dtype``."""
-        xp = self.backend.xp
-        table = centroids.astype(xp.float64) - self.middle
+        table = self.centred(centroids)
         lengths = (table * table).sum(axis=1)
         return lambda index: self.backend.kernels.nearest_two(self._products(index, table, dtype), lengths)
 
@@ -528,9 +537,10 @@ class Points(ABC):
         for part, found, distances in self._distances(centroids):
             inertia += float(distances.sum())
             changed += int((found != labels[part]).sum())
-            counts += xp.bincount(found, minlength=len(centroids))
+            self.backend.kernels.count(found, 1, counts)
             labels[part] = found
-        return inertia, changed, self.sums(labels, len(centroids), xp.float64), counts
+        sums = self.backend.to_host(self.sums(labels, len(centroids), xp.float64))
+        return inertia, changed, sums, self.backend.to_host(counts)
 
     def nearest(self, centroids: Any) -> Any:
         """Labels (n,) int32 of the nearest centroids, the first of equals, in float64."""
@@ -748,7 +758,7 @@ class Factored(Tiled):
 
     def assigning(self, centroids: Any, dtype: Any) -> _Look:
         """See `Points.assigning`: the products of all items are taken once."""
-        table = centroids.astype(self.backend.xp.float64) - self.middle
+        table = self.centred(centroids)
         kernels = self.backend.kernels
         arrays = (self.item_products(table, dtype), self._row_scale, self._item_scale, (table * table).sum(axis=1))
         return lambda index: kernels.assign(self._csr, self.users[index], *arrays)

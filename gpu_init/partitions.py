@@ -610,10 +610,9 @@ def walk(
     if not _follows(before, turn):
         walking = points.walk(len(centroids))
     with backend.deterministic():
-        found = walking.step(*(backend.asarray(array) for array in (centroids, reach)), fall, margin)
+        found = walking.step(centroids, reach, fall, margin)
     _kept[key] = (turn, walking)
-    sums, counts = (backend.to_host(array).copy() for array in (found.sums, found.counts))  # it goes on with its own
-    return kmeans.Step(found.moved, sums, counts, found.reached)
+    return kmeans.Step(found.moved, found.sums.copy(), found.counts.copy(), found.reached)  # it goes on with its own
 
 
 @_task
@@ -625,9 +624,9 @@ def step(work: Work, number: int, of: Rows, turn: Turn, centroids: Any) -> tuple
     if not _follows(before, turn):
         labels = points.unlabelled()
     with backend.deterministic():
-        inertia, changed, sums, counts = points.step(backend.asarray(centroids), labels)
+        found = points.step(centroids, labels)
     _kept[key] = (turn, labels, centroids)
-    return inertia, changed, backend.to_host(sums), backend.to_host(counts)
+    return found
 
 
 @_task
@@ -635,7 +634,7 @@ def far(work: Work, number: int, of: Rows, centroids: Any, count: int) -> tuple[
     """See `Points.far`."""
     backend = _backend(work)
     with backend.deterministic():
-        found = _points(work, number, of).far(backend.asarray(centroids), count)
+        found = _points(work, number, of).far(centroids, count)
     return backend.to_host(found[0]), backend.to_host(found[1])
 
 

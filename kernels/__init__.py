@@ -109,6 +109,9 @@ class Kernels(Protocol):
     def in_doubt(self, labels: Any, upper: Any, lower: Any, reach: Any, fall: float) -> Any:
         """Rows (m,) int64, ascending, where ``upper + reach[labels] > lower - fall``: others keep their label."""
 
+    def count(self, labels: Any, sign: int, counts: Any) -> None:
+        """Add ``sign`` to ``counts`` (K,) int64 for each of the labels (m,) int32 that is not negative."""
+
     def move_rows(
         self,
         csr: Csr,

@@ -211,6 +211,104 @@ __global__ void __launch_bounds__(WARPS * WARP) nearest_two(
     }
 }
 
+/// Sums of a lane for a few items and centroids, over the columns it takes.
+constexpr int ITEMS = 4, POINTS = 8;
+
+/// (F - middle) P^T, (n, clusters), in float32, for points P (clusters, width): a warp takes ITEMS rows of F, which it
+/// reads once for POINTS points; as many points are read once for ITEMS rows.
+template <typename T, int E>
+__global__ void __launch_bounds__(WARPS * WARP, E == 8 ? 3 : 4) products(
+    Index n, const T* features, Index stride, int width, const float* middle, const float* points, int clusters,
+    float* out)
+{
+    Index first = warp_number() * ITEMS;
+    int lane = (int)(threadIdx.x % WARP);
+    for (int start = 0; start < clusters; start += POINTS) {
+        float sums[ITEMS][POINTS] = {};
+        for (int column = lane * E; column < width; column += WARP * E) {
+            Pack<T, E> packs[ITEMS];
+#pragma unroll
+            for (int item = 0; item < ITEMS; ++item)
+                packs[item] =
+                    load_pack<false, T, E>(first + item < n, features + (first + item) * stride + column);
+            Pack<float, E> centre = load_pack<false, float, E>(true, middle + column);
+#pragma unroll
+            for (int point = 0; point < POINTS; ++point) {
+                Pack<float, E> values = load_pack<false, float, E>(
+                    start + point < clusters, points + (Index)(start + point) * width + column);
+#pragma unroll
+                for (int item = 0; item < ITEMS; ++item)
+#pragma unroll
+                    for (int e = 0; e < E; ++e)
+                        sums[item][point] =
+                            fma(value(packs[item], e) - value(centre, e), value(values, e), sums[item][point]);
+            }
+        }
+#pragma unroll
+        for (int item = 0; item < ITEMS; ++item)
+#pragma unroll
+            for (int point = 0; point < POINTS; ++point) {
+                float sum = sums[item][point];
+#pragma unroll
+                for (int offset = 1; offset < WARP; offset *= 2)
+                    sum += __shfl_xor_sync(ALL, sum, offset);
+                if (lane == 0 && first + item < n && start + point < clusters)
+                    out[(first + item) * clusters + start + point] = sum;
+            }
+    }
+}
+
+/// Writes down labels, and bounds on the distances they follow from: see kernels/reference.py.
+__global__ void __launch_bounds__(WARPS * WARP) note(
+    Index n, const Index* rows, const int* found, const double* least, const double* second, const double* norms,
+    const double* reach, double fall, int* labels, double* upper, double* lower, int* before)
+{
+    Index at = (Index)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= n)
+        return;
+    Index row = rows[at];
+    double norm = norms[row];
+    upper[row] = sqrt(fmax(least[at] + norm, 0.0)) - reach[found[at]];
+    lower[row] = sqrt(fmax(second[at] + norm, 0.0)) + fall;
+    before[at] = labels[row];
+    labels[row] = found[at];
+}
+
+/// Marks rows whose label may change.
+__global__ void __launch_bounds__(WARPS * WARP) in_doubt(
+    Index n, const int* labels, const double* upper, const double* lower, const double* reach, double fall,
+    unsigned char* doubtful)
+{
+    Index at = (Index)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < n)
+        doubtful[at] = upper[at] + reach[labels[at]] > lower[at] - fall;
+}
+
+constexpr int COUNTED = 1024;   // labels that a block counts in shared memory
+constexpr int PER_THREAD = 16;  // labels that a thread looks at (cuda.py: COUNTED_PER_THREAD)
+
+/// counts[label] += sign for each of n labels that is not negative.
+__global__ void __launch_bounds__(WARPS * WARP) count_labels(
+    Index n, const int* labels, int clusters, long long sign, unsigned long long* counts)
+{
+    __shared__ unsigned long long own[COUNTED];
+    int held = clusters < COUNTED ? clusters : COUNTED;
+    for (int label = (int)threadIdx.x; label < held; label += WARPS * WARP)
+        own[label] = 0;
+    __syncthreads();
+    Index start = (Index)blockIdx.x * blockDim.x * PER_THREAD + threadIdx.x;
+    for (int one = 0; one < PER_THREAD; ++one) {
+        Index at = start + (Index)one * blockDim.x;
+        int label = at < n ? labels[at] : -1;
+        if (label >= 0)
+            atomicAdd(label < held ? own + label : counts + label, (unsigned long long)(label < held ? 1 : sign));
+    }
+    __syncthreads();
+    for (int label = (int)threadIdx.x; label < held; label += WARPS * WARP)
+        if (own[label])
+            atomicAdd(counts + label, own[label] * (unsigned long long)sign);
+}
+
 constexpr int TILE = 256;  // interactions that a warp takes in label_sums, however they lie in rows (cuda.py: TILE)
 
 /// fixed[item][label] += A[user][item], in units that make whole numbers of it: whole numbers add up to the same

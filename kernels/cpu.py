@@ -556,6 +556,10 @@ class NumbaKernels:
             total += int(count)
         return rows[:total] if 2 * total > len(labels) else rows[:total].copy()
 
+    def count(self, labels: Any, sign: int, counts: Any) -> None:
+        """See `Kernels.count`."""
+        counts += sign * np.bincount(labels[labels >= 0], minlength=len(counts))
+
     def move_rows(
         self,
         csr: Csr,

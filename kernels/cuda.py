@@ -36,12 +36,27 @@ PRODUCT_BYTES = 64 << 20  # of items' rows less the middle at a time in `CudaKer
 WARP = 32
 ROWS = 8  # that a warp takes, half as many where it blends by item (gather.cuh: ROWS)
 TILE = 256  # interactions per warp in label_sums (clustering.cu: TILE)
+ITEMS = 4  # per warp in products (clustering.cu: ITEMS)
+COUNTED_PER_THREAD = 16  # labels in count (clustering.cu: PER_THREAD)
+MOST_POINTS = 32  # that the kernel products takes; for more, which use features more often, the library is faster
 THREADS = 128  # per block: a block waits for its slowest warp, so there are few in it
 OLDEST = 70  # compute capability, times ten, that has the loads of device.cuh
 
 _SOURCES = {
     "aggregate_blend.cu": ("aggregate_blend", "busy_rows", "add_parts", "combine_parts"),
-    "clustering.cu": ("aggregate", "squared_norms", "lengths", "assign", "nearest_two", "label_sums", "add_fixed"),
+    "clustering.cu": (
+        "aggregate",
+        "squared_norms",
+        "lengths",
+        "assign",
+        "nearest_two",
+        "products",
+        "note",
+        "in_doubt",
+        "count_labels",
+        "label_sums",
+        "add_fixed",
+    ),
 }
 _OPTIONS = ("--std=c++17",)  # CuPy adds the architecture, from the device's compute capability
 _TYPES = {"float16": "Half", "bfloat16": "Bfloat16", "void16": "Bfloat16", "float32": "float", "float64": "double"}
@@ -52,6 +67,7 @@ _MOST_VALUES = 16  # and values: registers set the bound
 _COMBINED = (32, 8)  # columns and rows of a block of combine_parts
 _ADDING = 256  # threads per block of add_fixed
 _NULL = np.uint64(0)  # CuPy hands on None as no argument at all
+_NOBODY = np.empty(0, np.int64)
 _BITS = 62  # of sums in whole numbers, sign and rounding left out
 
 Launch = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], None]
@@ -165,6 +181,10 @@ def instances() -> dict[str, list[str]]:
             *(f"lengths<{kind}>" for kind in _LOADS),
             *(f"assign<{kind}, {values}>" for kind, values in loads if kind in ("float", "double")),
             *(f"nearest_two<{kind}>" for kind in ("float", "double")),
+            *(f"products<{kind}, {values}>" for kind, values in floats),
+            "note",
+            "in_doubt",
+            "count_labels",
             "label_sums",
             "add_fixed",
         ],
@@ -276,14 +296,27 @@ class CudaKernels(ReferenceKernels):
         return out
 
     def products(self, features: Any, middle: Any, points: Any, dtype: Any) -> Any:
-        """See `Kernels.products`: the library's matrix product, so many items at a time."""
+        """See `Kernels.products`: for many points or in float64 the library's product, so many items at a time."""
         xp, width = self._xp, features.shape[1]
+        if np.dtype(dtype) == np.float32 and features.dtype.name != "float64" and 0 < len(points) <= MOST_POINTS:
+            return self._few_products(features, middle, points)
         middle, transposed = middle.astype(dtype), points.astype(dtype).T
         out = xp.empty((len(features), len(points)), dtype)
         step = max(1, PRODUCT_BYTES // max(1, width * out.itemsize))
         for start in range(0, len(features), step):
             block = _widened(xp, features[start : start + step]).astype(dtype)
             out[start : start + step] = (block - middle) @ transposed
+        return out
+
+    def _few_products(self, features: Any, middle: Any, points: Any) -> Any:
+        table, middle, points = self._table(features), self._aligned(middle), self._aligned(points)
+        out = self._xp.empty((len(features), len(points)), np.float32)
+        values = load_width(table.kind, table.width, table.place, (0, 4 * table.width, 4))
+        self._launch(
+            f"products<{table.kind}, {values}>",
+            blocks(-(-len(features) // ITEMS)),
+            (np.int64(len(features)), *table.arguments, middle, points, np.int32(len(points)), out),
+        )
         return out
 
     def assign(
@@ -310,6 +343,46 @@ class CudaKernels(ReferenceKernels):
         found = self._nearest(len(products))
         self._nearest_two(products, self._as(lengths, np.float64), _NULL, found)
         return found
+
+    def note(
+        self,
+        rows: Any,
+        found: Any,
+        least: Any,
+        second: Any,
+        norms: Any,
+        reach: Any,
+        fall: float,
+        labels: Any,
+        upper: Any,
+        lower: Any,
+    ) -> Any:
+        """See `Kernels.note`."""
+        before = self._xp.empty(len(rows), np.int32)
+        arrays = (self._as(array, np.float64) for array in (least, second, norms, reach))
+        found = (self._as(rows, np.int64), self._as(found, np.int32), *arrays)
+        self._launch(
+            "note",
+            -(-len(rows) // THREADS),
+            (np.int64(len(rows)), *found, np.float64(fall), labels, upper, lower, before),
+        )
+        return before
+
+    def in_doubt(self, labels: Any, upper: Any, lower: Any, reach: Any, fall: float) -> Any:
+        """See `Kernels.in_doubt`."""
+        doubtful = self._xp.empty(len(labels), np.uint8)
+        arrays = (labels, upper, lower, self._as(reach, np.float64), np.float64(fall), doubtful)
+        self._launch("in_doubt", -(-len(labels) // THREADS), (np.int64(len(labels)), *arrays))
+        return self._xp.flatnonzero(doubtful)
+
+    def count(self, labels: Any, sign: int, counts: Any) -> None:
+        """See `Kernels.count`."""
+        n = len(labels)
+        self._launch(
+            "count_labels",
+            -(-n // (THREADS * COUNTED_PER_THREAD)),
+            (np.int64(n), self._as(labels, np.int32), np.int32(len(counts)), np.int64(sign), counts),
+        )
 
     def move_rows(
         self,
@@ -431,6 +504,8 @@ class CudaKernels(ReferenceKernels):
         indptr, wide, *_ = _interactions(xp, csr)
         self._launch("busy_rows", -(-n // THREADS), (np.int64(n), rows, indptr, wide, row_scale, found))
         count = int(found[0, 0])
+        if count == 0:
+            return _Busy(_NOBODY, _NOBODY)
         listed = _host(found[1 : count + 1])
         return _Busy(*np.ascontiguousarray(listed[np.argsort(listed[:, 0])].T))
 

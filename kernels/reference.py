@@ -116,6 +116,10 @@ class ReferenceKernels:
         """See `Kernels.in_doubt`."""
         return self._xp.flatnonzero(upper + reach[labels] > lower - fall)
 
+    def count(self, labels: Any, sign: int, counts: Any) -> None:
+        """See `Kernels.count`."""
+        counts += sign * self._xp.bincount(labels[labels >= 0], minlength=len(counts))
+
     def move_rows(
         self,
         csr: Csr,

@@ -287,16 +287,29 @@ def check_label_sums(where, p, clusters):
     np.testing.assert_allclose(where.get(sums), expected, rtol=1e-12)
 
 
-def check_products(where, dtype):
+def check_products(where, dtype, width=37, points=7, features="float32"):
     rng = np.random.default_rng(7)
-    features = rng.standard_normal((129, 37)).astype(np.float32) + 5
-    features[60] = np.nan
-    points, middle = rng.standard_normal((7, 37)), np.full(37, 5.0)
-    found = where.get(where.kernels.products(*map(where.put, (features, middle, points)), dtype))
-    expected = (features.astype(np.float64) - middle) @ points.T
-    tolerance = 1e-4 if dtype == np.float32 else 1e-12
+    plain = rng.standard_normal((129, width)).astype(np.float32) + 5
+    plain[60] = np.nan
+    typed, plain = as_type(plain, features)
+    table, middle = rng.standard_normal((points, width)), np.full(width, 5.0)
+    found = where.get(where.kernels.products(*map(where.put, (typed, middle, table)), dtype))
+    expected = (plain.astype(np.float64) - middle) @ table.T
+    tolerance = 1e-6 * width if dtype == np.float32 else 1e-12
     assert found.dtype == dtype
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def check_count(where, clusters):
+    labels = np.random.default_rng(9).integers(-1, clusters, 9001).astype(np.int32)
+    counts = where.put(np.arange(clusters))
+    where.kernels.count(where.put(labels), 1, counts)
+    expected = np.arange(clusters) + np.bincount(labels[labels >= 0], minlength=clusters)
+    np.testing.assert_array_equal(where.get(counts), expected)
+    where.kernels.count(where.put(labels[:77]), -1, counts)
+    where.kernels.count(where.put(labels[:0]), 1, counts)
+    expected -= np.bincount(labels[:77][labels[:77] >= 0], minlength=clusters)
+    np.testing.assert_array_equal(where.get(counts), expected)
 
 
 def check_no_users(where):

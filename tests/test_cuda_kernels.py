@@ -216,8 +216,20 @@ def test_label_sums_whatever_the_tiles(where):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_products(where, dtype, monkeypatch):
     checks.check_products(where, dtype)
+    checks.check_products(where, dtype, points=cuda.MOST_POINTS + 1)
     monkeypatch.setattr(cuda, "PRODUCT_BYTES", 2000)
     checks.check_products(where, dtype)
+
+
+@pytest.mark.parametrize("features", checks.FEATURE_TYPES)
+@pytest.mark.parametrize(("width", "points"), [(1, 1), (128, 8), (130, 9), (1024, 20)])
+def test_products_with_few_points(where, features, width, points):
+    checks.check_products(where, np.float32, width, points, features)
+
+
+@pytest.mark.parametrize("clusters", [1, 8, 1500])
+def test_count(where, clusters):
+    checks.check_count(where, clusters)
 
 
 def test_products_of_bfloat16(where):
@@ -387,6 +399,8 @@ def test_constants_are_those_of_the_sources():
     assert f"RUN = {cuda.LONGEST};" in text
     assert f"ROWS = {cuda.ROWS};" in text
     assert f"TILE = {cuda.TILE};" in text
+    assert f"ITEMS = {cuda.ITEMS}," in text
+    assert f"PER_THREAD = {cuda.COUNTED_PER_THREAD};" in text
     assert f"WARP = {cuda.WARP};" in text
     assert f"WARPS = {cuda.THREADS // cuda.WARP};" in text
     assert text.count("__launch_bounds__(WARPS * WARP") == text.count("__global__") - 2

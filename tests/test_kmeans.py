@@ -95,7 +95,7 @@ def test_same_start_and_steps_same_centroids_as_scikit_learn(rng, groups, form):
         centroids = start
         for _ in range(steps):
             _, _, sums, counts = points.step(centroids, np.full(len(M), -1, np.int32))
-            centroids = kmeans._means(CPU, points, centroids, sums, counts)
+            centroids = kmeans._means(points.middle, centroids, sums, counts)
         theirs = KMeans(6, init=start, n_init=1, max_iter=steps, tol=0).fit(M.astype(np.float32)).cluster_centers_
         oracle.assert_close(centroids, theirs, 1e-4)
         oracle.assert_close(centroids, lloyd(M, start.astype(np.float64), steps), 1e-4)

@@ -127,8 +127,15 @@ def test_label_sums(where, clusters):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_products(where, dtype):
-    checks.check_products(where, dtype)
+@pytest.mark.parametrize("points", [7, 40])
+@pytest.mark.parametrize("features", checks.FEATURE_TYPES)
+def test_products(where, dtype, points, features):
+    checks.check_products(where, dtype, 128, points, features)
+
+
+@pytest.mark.parametrize("clusters", [8, 1500])
+def test_count(where, clusters):
+    checks.check_count(where, clusters)
 
 
 def device_memory(needed):

@@ -101,5 +101,5 @@ class Poisoned:
     @staticmethod
     def empty(shape, dtype=np.float64):
         made = np.empty(shape, dtype)
-        made.fill(np.nan if made.dtype.kind == "f" else -(2**31) + 1)
+        made.fill({"f": np.nan, "u": 99}.get(made.dtype.kind, -(2**31) + 1))
         return made
