@@ -66,6 +66,7 @@ class Backend(Protocol):
     kernels: Kernels
     kmeans_name: str
     kmeans_dtype: str  # of the rows that `kmeans` is given
+    looks_dtype: str  # in which K-means of ours compares distances on the way
     say: Callable[[str], None]  # tells the user one line; whoever has a log sets it
 
     def asarray(self, array: Any) -> Any:
@@ -202,6 +203,7 @@ class CpuBackend:
     name = "cpu"
     kmeans_name = "gpu_init.kmeans"
     kmeans_dtype = "float64"
+    looks_dtype = "float32"
 
     def __init__(self, why: str) -> None:
         import pandas as pd
@@ -359,6 +361,7 @@ class CudaBackend:
     name = "cuda"
     kmeans_name = "cuml.cluster.KMeans"
     kmeans_dtype = "float32"
+    looks_dtype = "float64"  # memory sets the pace, and nothing needs a second look
 
     def __init__(self, why: str) -> None:
         choose_cache_folder()

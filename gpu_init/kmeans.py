@@ -301,7 +301,7 @@ class Step(NamedTuple):
     moved: int  # rows whose label changed
     sums: Any  # of the rows less the middle of each label, (K, D) float64
     counts: Any  # of each label, (K,)
-    reached: float  # sum of the bounds on the distances to the centroids
+    reached: float  # of the first step: sum of the bounds on the distances to the centroids
 
 
 class Walk:
@@ -325,20 +325,15 @@ class Walk:
         """
         points, clusters, backend = self._points, len(centroids), self._points.backend
         xp, kernels, reach = backend.xp, backend.kernels, backend.asarray(reach)
-        if self._begun:
-            doubtful = kernels.in_doubt(self._labels, self._upper, self._lower, reach, fall + margin)
-        else:
+        begins, self._begun = not self._begun, True
+        if begins:
             doubtful = xp.arange(len(points))
-            self._begun = True
-        look = (points.looking_at if points.few(len(doubtful)) else points.assigning)(centroids, xp.float32)
-        closely = points.tile_by_tile(points.looking_at(centroids, xp.float64))
-        mean = self._spread / max(len(points), 1)
+        else:
+            doubtful = kernels.in_doubt(self._labels, self._upper, self._lower, reach, fall + margin)
+        look = self._looking(centroids, points.few(len(doubtful)))
         changes, moved = [], 0
         for part in ranges(len(doubtful), LOOK_ROWS):
             found, least, second = look(doubtful[part])
-            close = xp.flatnonzero(second - least <= _CLOSE * (points.squared_norms[doubtful[part]] + mean))
-            if len(close):
-                found[close], least[close], second[close] = closely(doubtful[part][close])
             noted = (found, least, second, points.squared_norms, reach, fall, self._labels, self._upper, self._lower)
             before = kernels.note(doubtful[part], *noted)
             changed = xp.flatnonzero(found != before)
@@ -359,7 +354,26 @@ class Walk:
             for rows, before, after in changes:
                 self._sums += points.moves(rows, before, after, clusters)
             sums = self._sums
-        return Step(moved, backend.to_host(sums), backend.to_host(self._counts), float(self._upper.sum()))
+        reached = float(self._upper.sum()) if begins else 0.0
+        return Step(moved, backend.to_host(sums), backend.to_host(self._counts), reached)
+
+    def _looking(self, centroids: Any, few: bool) -> _Look:
+        """Look at rows in float32, at those in float64 for which that is too coarse; or in float64 at all."""
+        points, xp = self._points, self._points.backend.xp
+        way = points.looking_at if few else points.assigning
+        if points.backend.looks_dtype == "float64":
+            return way(centroids, xp.float64)
+        look, closely = way(centroids, xp.float32), points.tile_by_tile(points.looking_at(centroids, xp.float64))
+        mean = self._spread / max(len(points), 1)
+
+        def both(index: Any) -> tuple[Any, Any, Any]:
+            found, least, second = look(index)
+            close = xp.flatnonzero(second - least <= _CLOSE * (points.squared_norms[index] + mean))
+            if len(close):
+                found[close], least[close], second[close] = closely(index[close])
+            return found, least, second
+
+        return both
 
 
 def _means(middle: Any, centroids: Any, sums: Any, counts: Any) -> Any:
@@ -781,6 +795,12 @@ class Factored(Tiled):
     def summed(self, by_item: Any, dtype: Any) -> Any:
         """See `Points.sums`, from the table (I, K) of the rows; features are gone through once."""
         xp = self.backend.xp
+        towards = by_item.sum(axis=0)[:, None] * self.middle
+        total = (
+            self.backend.kernels.table_sums(by_item, self._features) if isinstance(self._features, xp.ndarray) else None
+        )
+        if total is not None:
+            return total - towards
         total = xp.zeros((by_item.shape[1], self._features.shape[1]))
         missing = self._missing if self._any_missing else None
 
@@ -792,7 +812,7 @@ class Factored(Tiled):
                 total[:, columns] += partial
 
         of_columns(self._features, add)
-        return total - by_item.sum(axis=0)[:, None] * self.middle
+        return total - towards
 
 
 class ByItem(Factored):

@@ -132,6 +132,12 @@ class Kernels(Protocol):
     def label_sums(self, csr: Csr, rows: Any, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
         """Add ``A^T Z`` of the given rows (m,), Z their labels (m,) one-hot, to ``sums`` (I, K) float64."""
 
+    def table_sums(self, table: Any, features: Any) -> Any:
+        """``T^T F``, (K, D) float64, for T (I, K) float64 and features (I, D); rows whose factors are 0 may be NaN.
+
+        None: nothing here is faster than products of the library, block by block.
+        """
+
     def gram(self, csr: Csr, table: Any, row_factors: Any, sums: Any) -> None:
         """Add ``R^T diag(row_factors) R T`` to ``sums`` (I, b) float64, for a table T (I, b) float64, C order."""
 

@@ -211,50 +211,96 @@ __global__ void __launch_bounds__(WARPS * WARP) nearest_two(
     }
 }
 
-/// Sums of a lane for a few items and centroids, over the columns it takes.
+/// Rows and points that a lane has sums for at a time (cuda.py: ITEMS).
 constexpr int ITEMS = 4, POINTS = 8;
 
-/// (F - middle) P^T, (n, clusters), in float32, for points P (clusters, width): a warp takes ITEMS rows of F, which it
-/// reads once for POINTS points; as many points are read once for ITEMS rows.
-template <typename T, int E>
-__global__ void __launch_bounds__(WARPS * WARP, E == 8 ? 3 : 4) products(
-    Index n, const T* features, Index stride, int width, const float* middle, const float* points, int clusters,
-    float* out)
+/// (F - middle) P^T, (n, clusters), for points P (clusters, width): a warp takes ITEMS rows of F, which it reads once
+/// for POINTS points; as many points are read once for ITEMS rows.
+template <typename T, int E, typename Sum>
+__global__ void __launch_bounds__(WARPS * WARP, E == 8 || sizeof(Sum) == 8 ? 2 : 4) products(
+    Index n, const T* features, Index stride, int width, const Sum* middle, const Sum* points, int clusters, Sum* out)
 {
     Index first = warp_number() * ITEMS;
     int lane = (int)(threadIdx.x % WARP);
     for (int start = 0; start < clusters; start += POINTS) {
-        float sums[ITEMS][POINTS] = {};
+        Sum sums[ITEMS][POINTS] = {};
         for (int column = lane * E; column < width; column += WARP * E) {
             Pack<T, E> packs[ITEMS];
 #pragma unroll
             for (int item = 0; item < ITEMS; ++item)
                 packs[item] =
                     load_pack<false, T, E>(first + item < n, features + (first + item) * stride + column);
-            Pack<float, E> centre = load_pack<false, float, E>(true, middle + column);
+            Pack<Sum, E> centre = load_pack<false, Sum, E>(true, middle + column);
+            Sum apart[ITEMS][E];
+#pragma unroll
+            for (int item = 0; item < ITEMS; ++item)
+#pragma unroll
+                for (int e = 0; e < E; ++e)
+                    apart[item][e] = (Sum)value(packs[item], e) - value(centre, e);
 #pragma unroll
             for (int point = 0; point < POINTS; ++point) {
-                Pack<float, E> values = load_pack<false, float, E>(
+                Pack<Sum, E> values = load_pack<false, Sum, E>(
                     start + point < clusters, points + (Index)(start + point) * width + column);
 #pragma unroll
                 for (int item = 0; item < ITEMS; ++item)
 #pragma unroll
                     for (int e = 0; e < E; ++e)
-                        sums[item][point] =
-                            fma(value(packs[item], e) - value(centre, e), value(values, e), sums[item][point]);
+                        sums[item][point] = fma(apart[item][e], value(values, e), sums[item][point]);
             }
         }
 #pragma unroll
         for (int item = 0; item < ITEMS; ++item)
 #pragma unroll
             for (int point = 0; point < POINTS; ++point) {
-                float sum = sums[item][point];
+                Sum sum = sums[item][point];
 #pragma unroll
                 for (int offset = 1; offset < WARP; offset *= 2)
                     sum += __shfl_xor_sync(ALL, sum, offset);
                 if (lane == 0 && first + item < n && start + point < clusters)
                     out[(first + item) * clusters + start + point] = sum;
             }
+    }
+}
+
+constexpr int SUMMED_AT_ONCE = 4;
+
+/// partial[c] = T^T F over the c-th `length` rows, (clusters, width) in float64, for T (n, clusters): a warp takes
+/// 32 * E columns of them. A row of F counts only where its factor is not 0, whatever it holds.
+template <typename T, int E>
+__global__ void __launch_bounds__(WARPS * WARP, 2) table_sums(
+    Index n, const double* table, int clusters, const T* features, Index stride, int width, Index length,
+    Index tiles, double* partial)
+{
+    Index warp = warp_number(), chunk = warp / tiles;
+    Index first = chunk * length, last = first + length < n ? first + length : n;
+    Index column = (warp % tiles * WARP + threadIdx.x % WARP) * E;
+    if (first >= n || column >= width)
+        return;
+    for (int start = 0; start < clusters; start += POINTS) {
+        double sums[POINTS][E] = {};
+        for (Index row = first; row < last; row += SUMMED_AT_ONCE) {
+            Pack<T, E> packs[SUMMED_AT_ONCE];
+#pragma unroll
+            for (int one = 0; one < SUMMED_AT_ONCE; ++one)
+                packs[one] = load_pack<true, T, E>(row + one < last, features + (row + one) * stride + column);
+#pragma unroll
+            for (int one = 0; one < SUMMED_AT_ONCE; ++one)
+#pragma unroll
+                for (int point = 0; point < POINTS; ++point) {
+                    bool there = row + one < last && start + point < clusters;
+                    double factor = there ? __ldg(table + (row + one) * clusters + start + point) : 0.0;
+                    if (factor != 0.0)
+#pragma unroll
+                        for (int e = 0; e < E; ++e)
+                            sums[point][e] = fma(factor, (double)value(packs[one], e), sums[point][e]);
+                }
+        }
+#pragma unroll
+        for (int point = 0; point < POINTS; ++point)
+#pragma unroll
+            for (int e = 0; e < E; ++e)
+                if (start + point < clusters)
+                    partial[(chunk * clusters + start + point) * width + column + e] = sums[point][e];
     }
 }
 

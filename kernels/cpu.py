@@ -581,6 +581,10 @@ class NumbaKernels:
         arrays = _inputs(*csr, rows, labels, row_scale, _scale(item_scale))
         _add_ranges(_label_sums, [*arrays, sums.nbytes > _NEAR_BYTES], sums)
 
+    def table_sums(self, table: Any, features: Any) -> Any:  # noqa: ARG002
+        """See `Kernels.table_sums`."""
+        return None
+
     def gram(self, csr: Csr, table: Any, row_factors: Any, sums: Any) -> None:
         """See `Kernels.gram`: fixed ranges of the rows, added up in order."""
         arrays = _inputs(*csr, table, row_factors)

@@ -37,8 +37,9 @@ WARP = 32
 ROWS = 8  # that a warp takes, half as many where it blends by item (gather.cuh: ROWS)
 TILE = 256  # interactions per warp in label_sums (clustering.cu: TILE)
 ITEMS = 4  # per warp in products (clustering.cu: ITEMS)
+SUMMED = 512  # items per warp in table_sums, more where their sums would take more than `WORKSPACE_BYTES`
 COUNTED_PER_THREAD = 16  # labels in count (clustering.cu: PER_THREAD)
-MOST_POINTS = 32  # that the kernel products takes; for more, which use features more often, the library is faster
+MOST_POINTS = 32  # in products and table_sums; with more, which use features more often, the library is faster
 THREADS = 128  # per block: a block waits for its slowest warp, so there are few in it
 OLDEST = 70  # compute capability, times ten, that has the loads of device.cuh
 
@@ -51,6 +52,7 @@ _SOURCES = {
         "assign",
         "nearest_two",
         "products",
+        "table_sums",
         "note",
         "in_doubt",
         "count_labels",
@@ -66,6 +68,7 @@ _MOST_VECTORS = 4  # loads per lane and row in aggregate_blend
 _MOST_VALUES = 16  # and values: registers set the bound
 _COMBINED = (32, 8)  # columns and rows of a block of combine_parts
 _ADDING = 256  # threads per block of add_fixed
+_MOST_PRODUCT_VALUES = {"float": 8, "double": 4}  # that a lane loads in products: registers set the bound
 _NULL = np.uint64(0)  # CuPy hands on None as no argument at all
 _NOBODY = np.empty(0, np.int64)
 _BITS = 62  # of sums in whole numbers, sign and rounding left out
@@ -181,7 +184,13 @@ def instances() -> dict[str, list[str]]:
             *(f"lengths<{kind}>" for kind in _LOADS),
             *(f"assign<{kind}, {values}>" for kind, values in loads if kind in ("float", "double")),
             *(f"nearest_two<{kind}>" for kind in ("float", "double")),
-            *(f"products<{kind}, {values}>" for kind, values in floats),
+            *(
+                f"products<{kind}, {values}, {total}>"
+                for kind, values in floats
+                for total in ("float", "double")
+                if values <= _MOST_PRODUCT_VALUES[total]
+            ),
+            *(f"table_sums<{kind}, {values}>" for kind, values in floats),
             "note",
             "in_doubt",
             "count_labels",
@@ -296,10 +305,10 @@ class CudaKernels(ReferenceKernels):
         return out
 
     def products(self, features: Any, middle: Any, points: Any, dtype: Any) -> Any:
-        """See `Kernels.products`: for many points or in float64 the library's product, so many items at a time."""
+        """See `Kernels.products`: for many points the library's product, so many items at a time."""
         xp, width = self._xp, features.shape[1]
-        if np.dtype(dtype) == np.float32 and features.dtype.name != "float64" and 0 < len(points) <= MOST_POINTS:
-            return self._few_products(features, middle, points)
+        if features.dtype.name != "float64" and 0 < len(points) <= MOST_POINTS:
+            return self._few_products(features, middle, points, np.dtype(dtype))
         middle, transposed = middle.astype(dtype), points.astype(dtype).T
         out = xp.empty((len(features), len(points)), dtype)
         step = max(1, PRODUCT_BYTES // max(1, width * out.itemsize))
@@ -308,16 +317,44 @@ class CudaKernels(ReferenceKernels):
             out[start : start + step] = (block - middle) @ transposed
         return out
 
-    def _few_products(self, features: Any, middle: Any, points: Any) -> Any:
-        table, middle, points = self._table(features), self._aligned(middle), self._aligned(points)
-        out = self._xp.empty((len(features), len(points)), np.float32)
-        values = load_width(table.kind, table.width, table.place, (0, 4 * table.width, 4))
+    def _few_products(self, features: Any, middle: Any, points: Any, dtype: np.dtype[Any]) -> Any:
+        table, middle, points = self._table(features), self._aligned(middle, dtype), self._aligned(points, dtype)
+        out = self._xp.empty((len(features), len(points)), dtype)
+        total = _TYPES[dtype.name]
+        values = load_width(table.kind, table.width, table.place, (0, dtype.itemsize * table.width, dtype.itemsize))
+        if values > _MOST_PRODUCT_VALUES[total]:
+            values = _LOADS[table.kind][1]
         self._launch(
-            f"products<{table.kind}, {values}>",
+            f"products<{table.kind}, {values}, {total}>",
             blocks(-(-len(features) // ITEMS)),
             (np.int64(len(features)), *table.arguments, middle, points, np.int32(len(points)), out),
         )
         return out
+
+    def table_sums(self, table: Any, features: Any) -> Any:
+        """See `Kernels.table_sums`."""
+        n, clusters = table.shape
+        if features.dtype.name == "float64" or n == 0 or features.shape[1] == 0 or clusters > MOST_POINTS:
+            return super().table_sums(table, features)
+        rows = self._table(features)
+        values = load_width(rows.kind, rows.width, rows.place)
+        length = max(SUMMED, -(-8 * n * clusters * rows.width // WORKSPACE_BYTES))
+        chunks, tiles = -(-n // length), -(-rows.width // (WARP * values))
+        partial = self._xp.empty((chunks, clusters, rows.width), np.float64)
+        self._launch(
+            f"table_sums<{rows.kind}, {values}>",
+            blocks(chunks * tiles),
+            (
+                np.int64(n),
+                self._as(table, np.float64),
+                np.int32(clusters),
+                *rows.arguments,
+                np.int64(length),
+                np.int64(tiles),
+                partial,
+            ),
+        )
+        return partial.sum(axis=0)
 
     def assign(
         self, csr: Csr, rows: Any, table: Any, row_scale: Any, item_scale: Any, lengths: Any
@@ -551,9 +588,9 @@ class CudaKernels(ReferenceKernels):
         """The array in C order and of a type, no copy where it is so already; None is no array."""
         return _NULL if array is None else self._xp.ascontiguousarray(array, dtype)
 
-    def _aligned(self, array: Any) -> Any:
-        """The same in float32, on a multiple of 16 bytes."""
-        array = self._as(array, np.float32)
+    def _aligned(self, array: Any, dtype: Any = np.float32) -> Any:
+        """The array in C order and of a type, on a multiple of 16 bytes."""
+        array = self._as(array, dtype)
         return array if _address(array) % _WIDEST == 0 else array.copy()
 
     def _table(self, array: Any) -> _Table:

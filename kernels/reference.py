@@ -143,6 +143,10 @@ class ReferenceKernels:
         one_hot = self._xp.eye(sums.shape[1])[labels]
         sums += self._operator(csr, row_scale, item_scale)[rows].T.tocsr() @ one_hot
 
+    def table_sums(self, table: Any, features: Any) -> Any:  # noqa: ARG002
+        """See `Kernels.table_sums`."""
+        return None
+
     def gram(self, csr: Csr, table: Any, row_factors: Any, sums: Any) -> None:
         """See `Kernels.gram`."""
         ones = self._xp.ones

@@ -300,6 +300,16 @@ def check_products(where, dtype, width=37, points=7, features="float32"):
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
+def check_table_sums(where, rows, width, points, features):
+    rng = np.random.default_rng(10)
+    plain = rng.standard_normal((rows, width)).astype(np.float32)
+    table = rng.standard_normal((rows, points)) * (rng.random((rows, points)) < 0.7)
+    plain[rows // 2], table[rows // 2] = np.nan, 0.0
+    typed, plain = as_type(plain, features)
+    found = where.get(where.kernels.table_sums(where.put(table), where.put(typed)))
+    np.testing.assert_allclose(found, table.T @ np.nan_to_num(plain.astype(np.float64)), rtol=1e-12, atol=1e-12)
+
+
 def check_count(where, clusters):
     labels = np.random.default_rng(9).integers(-1, clusters, 9001).astype(np.int32)
     counts = where.put(np.arange(clusters))

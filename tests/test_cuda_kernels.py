@@ -223,8 +223,18 @@ def test_products(where, dtype, monkeypatch):
 
 @pytest.mark.parametrize("features", checks.FEATURE_TYPES)
 @pytest.mark.parametrize(("width", "points"), [(1, 1), (128, 8), (130, 9), (1024, 20)])
-def test_products_with_few_points(where, features, width, points):
-    checks.check_products(where, np.float32, width, points, features)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_products_with_few_points(where, features, width, points, dtype):
+    checks.check_products(where, dtype, width, points, features)
+
+
+@pytest.mark.parametrize("features", checks.FEATURE_TYPES)
+@pytest.mark.parametrize(("rows", "width", "points"), [(7, 1, 1), (513, 128, 8), (1030, 130, 9), (600, 300, 20)])
+def test_table_sums(where, features, rows, width, points, monkeypatch):
+    checks.check_table_sums(where, rows, width, points, features)
+    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 8 * rows * width)
+    checks.check_table_sums(where, rows, width, points, features)
+    assert where.kernels.table_sums(np.zeros((3, cuda.MOST_POINTS + 1)), np.zeros((3, 2), np.float32)) is None
 
 
 @pytest.mark.parametrize("clusters", [1, 8, 1500])

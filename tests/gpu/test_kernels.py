@@ -133,6 +133,12 @@ def test_products(where, dtype, points, features):
     checks.check_products(where, dtype, 128, points, features)
 
 
+@pytest.mark.parametrize("features", checks.FEATURE_TYPES)
+@pytest.mark.parametrize(("width", "points"), [(3, 8), (1024, 8), (384, 20)])
+def test_table_sums(where, features, width, points):
+    checks.check_table_sums(where, 20_000, width, points, features)
+
+
 @pytest.mark.parametrize("clusters", [8, 1500])
 def test_count(where, clusters):
     checks.check_count(where, clusters)

@@ -40,6 +40,7 @@ def main():
         checks.check_lengths(where, np.float32, width)
         checks.check_nearest_two(where, np.float32, width)
         checks.check_products(where, np.float32, width, width % 11 + 1, checks.FEATURE_TYPES[seed % 3])
+        checks.check_table_sums(where, 3 * width, width, seed + 1, checks.FEATURE_TYPES[seed % 3])
         checks.check_count(where, width)
         checks.check_note(where)
         checks.check_move_rows(where, p)
