@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import baselines
 import numpy as np
-from common import arguments, features, matrix, row, show, write_interactions
+from common import arguments, row, show, write_interactions
+from common import features as features_on_host
 
 from gpu_init import kmeans
 from gpu_init.kernels import Csr, cuda
@@ -30,15 +31,21 @@ from gpu_init.kernels import Csr, cuda
 OURS, LIMIT = "gpu-init", "copy of the same bytes"
 CLUSTERS = 8
 DEGREE = 13
+POPULARITY_EXPONENT = 0.8  # Zipf exponent of an item's popularity, by rank
 LEAST_FEATURE_BYTES = 200_000_000
 CACHES = 4
 JOB_WIDTH = 1024
 
 
 class Size(NamedTuple):
-    """What is measured, and how often; where rows of more than 128 columns are written, ``users`` are fewer."""
+    """What is measured, and how often.
+
+    ``users``: in the fused pass and from files, fewer where rows have more than 128 columns; ``clustered``: in K-means
+    and in the job on arrays.
+    """
 
     users: int
+    clustered: int
     least_bytes: int
     widths: tuple[int, ...]
     repeats: int
@@ -46,9 +53,9 @@ class Size(NamedTuple):
 
 _WIDTHS = (128, 256, 384, 1024)
 SIZES = {
-    "quick": Size(20_000, 1 << 22, (64,), 3),
-    "default": Size(2_000_000, LEAST_FEATURE_BYTES, _WIDTHS, 20),
-    "large": Size(8_000_000, 4 * LEAST_FEATURE_BYTES, _WIDTHS, 20),
+    "quick": Size(20_000, 20_000, 1 << 22, (64,), 3),
+    "default": Size(2_000_000, 4_000_000, LEAST_FEATURE_BYTES, _WIDTHS, 20),
+    "large": Size(8_000_000, 8_000_000, 4 * LEAST_FEATURE_BYTES, _WIDTHS, 20),
 }
 
 
@@ -67,10 +74,11 @@ def main() -> None:
     for width in size.widths:
         n_bytes = max(size.least_bytes, CACHES * properties["l2CacheSize"] if given.size != "quick" else 0)
         items, users = -(-n_bytes // (2 * width)), of_width(size, width)
-        values = features("groups", items, width)
-        for draw, pairs in (("alike", alike(users, items)), ("popular", popular(users, items))):
-            for kind, facts in fused(cupy, pairs, values, size.repeats):
-                counts = {"users": users, "items": items, "pairs": pairs.nnz, "D": width, "drawn": draw}
+        values = features(cupy, items, width)
+        for draw, exponent in (("alike", 0.0), ("popular", POPULARITY_EXPONENT)):
+            interactions = drawn(cupy, users, items, exponent)
+            for kind, facts in fused(cupy, interactions, values, size.repeats):
+                counts = {"users": users, "items": items, "pairs": interactions.pairs, "D": width, "drawn": draw}
                 row(given.results / "gpu.csv", **device, **counts, **kind, **facts)
                 lines.append([*kind.values(), width, draw, *facts.values()])
     columns = ["", "features", "D", "drawn", "ms", "GB/s", "of the copy", "x gpu-init"]
@@ -99,31 +107,67 @@ def no_device() -> str:
         return f"no CUDA device ({error})"
 
 
-def popular(users: int, items: int) -> Any:
-    """Interactions whose items follow a power law of popularity."""
-    return matrix(users, items, DEGREE * users)
+class Drawn(NamedTuple):
+    """Interactions on the device, each pair once; everybody has one: row pointers int64, items int32, and (U, I)."""
+
+    indptr: Any
+    indices: Any
+    shape: tuple[int, int]
+
+    @property
+    def pairs(self) -> int:
+        """How many."""
+        return len(self.indices)
+
+    @property
+    def csr(self) -> Csr:
+        """As the kernels take them."""
+        return Csr(self.indptr, self.indices, None)
+
+    def matrix(self, cupy: Any, means: bool) -> Any:
+        """As cupyx has them, float32: ones, or the operator of the users' means."""
+        from cupyx.scipy.sparse import csr_matrix
+
+        values = cupy.ones(self.pairs)
+        if means:
+            owners = cupy.searchsorted(self.indptr, cupy.arange(self.pairs), side="right") - 1
+            values /= cupy.diff(self.indptr)[owners]
+        arrays = (values.astype(np.float32), self.indices, self.indptr.astype(np.int32))
+        return csr_matrix(arrays, shape=self.shape)
 
 
-def alike(users: int, items: int, seed: int = 0) -> Any:
-    """Interactions whose items are all as likely, each pair once, as ones (U, I) float32; nobody has none."""
-    import scipy.sparse
+def drawn(cupy: Any, users: int, items: int, exponent: float) -> Drawn:
+    """Mean degree `DEGREE`; an item's popularity is its rank to the power of ``-exponent``: 0 for all alike."""
+    rng = cupy.random.RandomState(0)
+    count = (DEGREE - 1) * users
+    who = cupy.concatenate([cupy.arange(users), rng.randint(0, users, count, dtype=np.int64)])
+    popularity = cupy.cumsum(cupy.arange(1.0, items + 1) ** -exponent)
+    what = cupy.searchsorted(popularity, rng.random_sample(len(who)) * popularity[-1], side="right")
+    pairs = cupy.unique(who * items + rng.permutation(items)[cupy.minimum(what, items - 1)])
+    del who, what
+    indptr = cupy.searchsorted(pairs, cupy.arange(users + 1) * items)
+    return Drawn(indptr.astype(np.int64), (pairs % items).astype(np.int32), (users, items))
 
-    rng = np.random.default_rng(seed)
-    who = np.concatenate([np.arange(users), rng.integers(users, size=(DEGREE - 1) * users)])
-    pairs = np.unique(who * items + rng.integers(items, size=len(who)))
-    shape = (users, items)
-    return scipy.sparse.csr_matrix((np.ones(len(pairs), np.float32), (pairs // items, pairs % items)), shape=shape)
+
+def features(cupy: Any, items: int, width: int) -> Any:
+    """As those of the other benchmarks, (I, D) float32: noise about 20 centres."""
+    rng = cupy.random.RandomState(0)
+    values = rng.standard_normal((items, width), dtype=np.float32)
+    values += rng.standard_normal((20, width), dtype=np.float32)[rng.randint(0, 20, items)]
+    return values
 
 
 # The fused pass.
 
 
-def fused(cupy: Any, interactions: Any, values: Any, repeats: int) -> Iterator[tuple[dict[str, str], dict[str, float]]]:
+def fused(
+    cupy: Any, interactions: Drawn, values: Any, repeats: int
+) -> Iterator[tuple[dict[str, str], dict[str, float]]]:
     """Each way, in each type of the features, and what it took."""
     users, width = interactions.shape[0], values.shape[1]
     for kind in ("float32", "float16"):
-        table = cupy.asarray(values).astype(kind)
-        n_bytes = interactions.nnz * (table.itemsize * width + 4) + users * width * table.itemsize
+        table = values.astype(kind)
+        n_bytes = interactions.pairs * (table.itemsize * width + 4) + users * width * table.itemsize
         taken = {}
         for name, function in ways(cupy, interactions, table).items():
             with leaving_out(f"{name}, D {width}, {kind}"):
@@ -139,25 +183,23 @@ def fused(cupy: Any, interactions: Any, values: Any, repeats: int) -> Iterator[t
             yield {"kernel": name, "features": kind}, facts
 
 
-def ways(cupy: Any, interactions: Any, table: Any) -> dict[str, Callable[[], Any]]:
+def ways(cupy: Any, interactions: Drawn, table: Any) -> dict[str, Callable[[], Any]]:
     """Every way to the same result (U, D), of the features' type, each held to the first of the library's."""
     import cupyx.scipy.sparse
 
     users, width = interactions.shape[0], table.shape[1]
-    rng = np.random.default_rng(1)
-    centroids = cupy.asarray(rng.standard_normal((CLUSTERS, width), dtype=np.float32))
-    labels = cupy.asarray(rng.integers(CLUSTERS, size=users).astype(np.int32))
-    degrees = np.diff(interactions.indptr)
-    csr = Csr(cupy.asarray(interactions.indptr.astype(np.int64)), cupy.asarray(interactions.indices), None)
-    row_scale, item_scale = cupy.asarray(1.0 / degrees), cupy.ones(len(table))
+    rng = cupy.random.RandomState(1)
+    centroids = rng.standard_normal((CLUSTERS, width), dtype=np.float32)
+    labels = rng.randint(0, CLUSTERS, users).astype(np.int32)
+    row_scale, item_scale = 1.0 / cupy.diff(interactions.indptr), cupy.ones(len(table))
     lam, cold = cupy.full(users, baselines.LAMBDA), cupy.zeros(width)
     kernels = cuda.CudaKernels(cupy, cupyx.scipy.sparse)
     out = cupy.empty((users, width), table.dtype)
-    means = cupyx.scipy.sparse.csr_matrix(baselines.operator(interactions))
+    means = interactions.matrix(cupy, means=True)
 
     def ours() -> Any:
         scales = (row_scale, item_scale, lam)
-        kernels.aggregate_blend(csr, table, *scales, centroids, labels, None, None, cold, 1.0, out)
+        kernels.aggregate_blend(interactions.csr, table, *scales, centroids, labels, None, None, cold, 1.0, out)
         return out
 
     functions: dict[str, Callable[[], Any]] = {OURS: ours}
@@ -216,10 +258,10 @@ def torch_ways(means: Any, table: Any, centroids: Any, labels: Any) -> dict[str,
     return {"cuSPARSE by rows + blend": lambda: blended(csr @ values), "torch scatter-add + blend": scattered}
 
 
-def seconds(cupy: Any, function: Callable[[], Any], repeats: int) -> float:
-    """Median time between two marks on the device's clock, after three runs that are not counted."""
+def seconds(cupy: Any, function: Callable[[], Any], repeats: int, warm_ups: int = 3) -> float:
+    """Median time between two marks on the device's clock, after some runs that are not counted."""
     taken = []
-    for turn in range(repeats + 3):
+    for turn in range(repeats + warm_ups):
         begin, end = cupy.cuda.Event(), cupy.cuda.Event()
         cupy.cuda.Device().synchronize()
         begin.record()
@@ -227,7 +269,7 @@ def seconds(cupy: Any, function: Callable[[], Any], repeats: int) -> float:
         end.record()
         end.synchronize()
         del result
-        if turn >= 3:
+        if turn >= warm_ups:
             taken.append(float(cupy.cuda.get_elapsed_time(begin, end)) / 1e3)
     return statistics.median(taken)
 
@@ -236,11 +278,10 @@ def seconds(cupy: Any, function: Callable[[], Any], repeats: int) -> float:
 
 
 class Problem(NamedTuple):
-    """Interactions and features on the host and on the device, and the operator of the means there."""
+    """Interactions, features, and the operator of the means, on the device."""
 
     backend: Any
-    interactions: Any
-    csr: Csr
+    interactions: Drawn
     table: Any
     means: Any
 
@@ -251,16 +292,12 @@ class Problem(NamedTuple):
 
 def problem(cupy: Any, users: int, width: int) -> Problem:
     """Interactions of so many users with a tenth as many items."""
-    import cupyx.scipy.sparse
-
     from gpu_init.backend import select
-    from gpu_init.interactions import from_matrix
 
     cupy.get_default_memory_pool().free_all_blocks()  # the backend's own pool may have all that is free
-    backend, interactions = select("cuda"), popular(users, max(1000, users // 10))
-    table = cupy.asarray(features("groups", interactions.shape[1], width))
-    csr = from_matrix(backend, interactions, "benchmark").csr
-    return Problem(backend, interactions, csr, table, cupyx.scipy.sparse.csr_matrix(baselines.operator(interactions)))
+    backend, items = select("cuda"), max(1000, users // 10)
+    interactions = drawn(cupy, users, items, POPULARITY_EXPONENT)
+    return Problem(backend, interactions, features(cupy, items, width), interactions.matrix(cupy, means=True))
 
 
 def library(matrix: Any) -> Any:
@@ -277,8 +314,8 @@ def clusterings(cupy: Any, p: Problem) -> Iterator[tuple[str, dict[str, float]]]
     dense = p.made()
 
     def factored() -> Any:
-        row_scale = 1.0 / cupy.diff(p.csr.indptr)
-        points = kmeans.Factored(p.backend, p.csr, p.table, row_scale, cupy.ones(len(p.table)))
+        row_scale = 1.0 / cupy.diff(p.interactions.indptr)
+        points = kmeans.Factored(p.backend, p.interactions.csr, p.table, row_scale, cupy.ones(len(p.table)))
         return kmeans.fit(p.backend, points, CLUSTERS, 0).centroids
 
     functions: dict[str, Callable[[], Any]] = {
@@ -302,13 +339,14 @@ def clusterings(cupy: Any, p: Problem) -> Iterator[tuple[str, dict[str, float]]]
 
 
 def jobs(cupy: Any, p: Problem) -> Iterator[tuple[str, dict[str, float]]]:
-    """All of the method on arrays: `initialize()`, as it chooses and without cuML, and the libraries."""
+    """All of the method on arrays: `initialize()`, and the libraries."""
     import gpu_init
 
     settings: dict[str, Any] = {"lam": baselines.LAMBDA, "clusters": CLUSTERS, "seed": 0, "backend": "cuda"}
+    ones = p.interactions.matrix(cupy, means=False)
 
     def ours() -> Any:
-        return gpu_init.initialize(p.interactions, {"text": p.table}, **settings)["text"].users
+        return gpu_init.initialize(ones, {"text": p.table}, **settings)["text"].users
 
     def by_libraries() -> Any:
         local = p.made()
@@ -323,9 +361,9 @@ def jobs(cupy: Any, p: Problem) -> Iterator[tuple[str, dict[str, float]]]:
 def whole_jobs(cupy: Any, results: Path, size: Size, device: dict[str, str]) -> None:
     """K-means and the whole job on arrays."""
     width = min(size.widths, key=lambda width: abs(width - JOB_WIDTH))
-    p = problem(cupy, size.users, width)
+    p = problem(cupy, size.clustered, width)
     users, items = p.interactions.shape
-    counts = {"users": users, "items": items, "pairs": p.interactions.nnz, "D": width, "K": CLUSTERS}
+    counts = {"users": users, "items": items, "pairs": p.interactions.pairs, "D": width, "K": CLUSTERS}
     for title, ways in (("K-means", clusterings), ("job", jobs)):
         lines: list[list[Any]] = []
         own: dict[str, float] = {}
@@ -340,7 +378,7 @@ def whole_jobs(cupy: Any, results: Path, size: Size, device: dict[str, str]) -> 
 def cost(cupy: Any, function: Callable[[], Any]) -> dict[str, float]:
     """Median time of three runs, and the most device memory that a run takes beside what is there before."""
     memory = importlib.import_module("rmm.mr").get_current_device_resource()
-    taken = seconds(cupy, function, 3)
+    taken = seconds(cupy, function, 3, warm_ups=1)
     memory.push_counters()
     function()
     return {"ms": 1e3 * taken, "gb_beside": memory.pop_counters().peak_bytes / 1e9}
@@ -362,7 +400,7 @@ def from_files(results: Path, size: Size, device: dict[str, str], backends: tupl
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_interactions(folder / "clicks.parquet", users, items, DEGREE * users)
-        np.save(folder / "text.npy", features("groups", items, width))
+        np.save(folder / "text.npy", features_on_host("groups", items, width))
         given = [f"--interactions={folder}/clicks.parquet", f"--features=text={folder}/text.npy", "--overwrite"]
         for backend in backends:
             for _ in range(2):
