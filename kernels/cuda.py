@@ -31,13 +31,13 @@ LONGEST = 64  # interactions of a row that is not split: as many as one sum in f
 PART = 256  # interactions per part of a row, or a multiple where that would be more than `MOST_PARTS`
 MOST_PARTS = 2048
 WORKSPACE_BYTES = 128 << 20  # of parts at a time; a single row's may be more
-MOVED_ROWS = 4096  # made at a time by `CudaKernels.move_rows`
+MOVED_BYTES = 64 << 20  # of rows made at a time by `CudaKernels.move_rows`
 PRODUCT_BYTES = 64 << 20  # of items' rows less the middle at a time in `CudaKernels.products`
 WARP = 32
 ROWS = 8  # that a warp takes, half as many where it blends by item (gather.cuh: ROWS)
 TILE = 256  # interactions per warp in label_sums (clustering.cu: TILE)
 ITEMS = 4  # per warp in products (clustering.cu: ITEMS)
-SUMMED = 512  # items per warp in table_sums, more where their sums would take more than `WORKSPACE_BYTES`
+SUMMED = 128  # rows per warp in table_sums, more where their sums would take more than `WORKSPACE_BYTES`
 COUNTED_PER_THREAD = 16  # labels in count (clustering.cu: PER_THREAD)
 MOST_POINTS = 32  # in products and table_sums; with more, which use features more often, the library is faster
 THREADS = 128  # per block: a block waits for its slowest warp, so there are few in it
@@ -190,7 +190,7 @@ def instances() -> dict[str, list[str]]:
                 for total in ("float", "double")
                 if values <= _MOST_PRODUCT_VALUES[total]
             ),
-            *(f"table_sums<{kind}, {values}>" for kind, values in floats),
+            *(f"table_sums<{kind}, {values}>" for kind, values in loads),
             "note",
             "in_doubt",
             "count_labels",
@@ -334,7 +334,7 @@ class CudaKernels(ReferenceKernels):
     def table_sums(self, table: Any, features: Any) -> Any:
         """See `Kernels.table_sums`."""
         n, clusters = table.shape
-        if features.dtype.name == "float64" or n == 0 or features.shape[1] == 0 or clusters > MOST_POINTS:
+        if n == 0 or features.shape[1] == 0 or clusters > MOST_POINTS:
             return super().table_sums(table, features)
         rows = self._table(features)
         values = load_width(rows.kind, rows.width, rows.place)
@@ -435,12 +435,14 @@ class CudaKernels(ReferenceKernels):
     ) -> None:
         """See `Kernels.move_rows`: so many rows at a time, each in the order given."""
         xp = self._xp
-        labels = xp.arange(len(sums))[:, None]
-        for start in range(0, len(rows), MOVED_ROWS):
-            part = slice(start, start + MOVED_ROWS)
+        labels = xp.arange(len(sums))
+        step = max(1, MOVED_BYTES // (8 * max(1, features.shape[1])))
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
             made = self._rows(csr, rows[part], features, row_scale, item_scale, middle, np.float64)
-            signs = (labels == after[part]).astype(np.float64) - (labels == before[part])
-            sums += signs @ made
+            signs = (after[part, None] == labels).astype(np.float64) - (before[part, None] == labels)
+            moved = self.table_sums(signs, made)
+            sums += signs.T @ made if moved is None else moved
 
     def label_sums(self, csr: Csr, rows: Any, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
         """See `Kernels.label_sums`: sums in whole numbers, whose order does not matter.

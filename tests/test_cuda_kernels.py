@@ -199,7 +199,7 @@ def test_what_is_noted_of_rows(where):
 
 
 def test_move_rows(where, some, monkeypatch):
-    monkeypatch.setattr(cuda, "MOVED_ROWS", 5)
+    monkeypatch.setattr(cuda, "MOVED_BYTES", 8 * 21 * 5)
     checks.check_move_rows(where, some(21))
 
 
