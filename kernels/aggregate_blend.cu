@@ -24,9 +24,9 @@
 // 5. Users with more than RUN interactions are split: a warp per part, parts summed in float64 in their order.
 //    Nobody waits for them, sums keep their digits, and no float atomics means the same bytes in every run.
 // 6. A user of 13 interactions is summed in two loads' time, and its row pointer, scales, items and their scales would
-//    come in four more, each waiting for the one before. So a warp takes 8 users, whose lanes read all of that for all
-//    of them at once, to shared memory (gather.cuh: read_ahead), and then sums one after another: at D 128 on an H200
-//    0.43 of the copy's speed became 1.02, at D 1024 0.83 became 0.99.
+//    come in four more, each waiting for the one before. So a warp takes 8 users: its lanes read all of that for all of
+//    them at once, to shared memory (gather.cuh: read_ahead), and then sum one user after another. At D 128 that took
+//    the kernel from half of a copy's speed to all of it, on an H200.
 // What is here is 6; the shim of tests/shim and the device run it against kernels/reference.py.
 //
 // Bytes of a user of degree n, D columns of b bytes: n * (D * b + 4, and 4 more if weighted) + D * 4 of the result (2

@@ -538,7 +538,8 @@ class CudaKernels(ReferenceKernels):
         """Rows with more than `LONGEST` interactions, some of them usable."""
         xp = self._xp
         n = len(csr.indptr) - 1 if rows is _NULL else len(rows)
-        found = xp.empty((min(n, len(csr.indices) // LONGEST) + 1, 2), np.int64)
+        most = min(n, len(csr.indices) // LONGEST) if rows is _NULL else n  # rows that are given may come twice
+        found = xp.empty((most + 1, 2), np.int64)
         found[0] = 0
         indptr, wide, *_ = _interactions(xp, csr)
         self._launch("busy_rows", -(-n // THREADS), (np.int64(n), rows, indptr, wide, row_scale, found))
@@ -640,6 +641,7 @@ class _Blend(NamedTuple):
 
 
 def _groups(width: int, values: int) -> np.int32:
+    """How lanes share a row of a table, as the kernels take it."""
     return np.int32(groups_log2(width, values))
 
 
