@@ -2,7 +2,8 @@
 
 One, two and four workers, which share the machine's cores; every run is a process of its own, in turn, over workers
 that have just started and over those that have run a job before. What a step of K-means carries is counted twice, by
-the job's own count and by the loopback device's, and put beside K x D.
+the job's own count and by the loopback device's, and put beside K x D. Memory beside libraries is that beyond what the
+same processes take for a job of 100,000 interactions.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def main() -> None:
     lines, seconds = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_interactions(folder / "interactions.parquet", size.users, size.items, size.interactions)
-        np.save(folder / "features.npy", features("groups", size.items, size.width))
+        libraries = of_libraries(folder / "small", ways[1])
+        write_inputs(folder, size)
         rounds = [{way: run(folder, size.users, way, keep=turn == 0) for way in ways} for turn in range(size.repeats)]
         carried = shuffled_bytes(folder / "2", size)
         needs = project(folder / "one", size, carried)
@@ -67,16 +68,20 @@ def main() -> None:
                 "ratio_at_first": statistics.median(one[way].first / one[None].seconds for one in rounds),
                 "process_peak_mib": max(one[way].driver for one in rounds) >> 20,
             }
-            if way is not None:
-                facts["worker_peak_mib"] = max(one[way].worker for one in rounds) >> 20
+            if way is None:
+                alone = max(one[way].driver for one in rounds) - libraries.driver
+            else:
+                peak_bytes = max(one[way].worker for one in rounds)
+                facts["worker_peak_mib"] = peak_bytes >> 20
+                facts["worker_beside_libraries"] = (peak_bytes - libraries.worker) / max(alone, 1)
                 facts |= difference(folder / "one", folder / str(way))
                 facts |= traffic(folder, size, way)
             path, clusters = given.results / "distributed.csv", baselines.CLUSTERS
             row(path, **counts, D=size.width, K=clusters, workers=way or 0, **facts)
             lines.append([PLAIN if way is None else str(way), *facts.values()])
     title = f"the job over Dask: {size.users:,} users, {size.interactions:,} interactions, D {size.width}"
-    heads = ["seconds", "x one process", "x at first", "driver MiB", "worker MiB", "other labels", "largest difference"]
-    heads += ["bytes a step", "on the wire", "W (2 K D + ...)"]
+    heads = ["seconds", "x one process", "x at first", "driver MiB", "worker MiB", "x beside libraries"]
+    heads += ["other labels", "largest difference", "bytes a step", "on the wire", "W (2 K D + ...)"]
     show(title, ["workers", *heads], [[*line, *[""] * (1 + len(heads) - len(line))] for line in lines])
     show(
         f"what {BILLION.users:.0e} users, {BILLION.items:.0e} items, {BILLION.interactions:.0e} interactions,"
@@ -95,6 +100,21 @@ class Run(NamedTuple):
     first: float
     driver: int
     worker: int
+
+
+def write_inputs(folder: Path, size: Size) -> None:
+    """Interactions and features."""
+    folder.mkdir(exist_ok=True)
+    write_interactions(folder / "interactions.parquet", size.users, size.items, size.interactions)
+    np.save(folder / "features.npy", features("groups", size.items, size.width))
+
+
+def of_libraries(folder: Path, workers: int | None) -> Run:
+    """What one process, and a worker, take for next to nothing."""
+    size = SIZES["quick"]
+    write_inputs(folder, size)
+    process, worker = (run(folder, size.users, way, keep=False) for way in (None, workers))
+    return Run(0.0, 0.0, process.driver, worker.worker)
 
 
 def run(folder: Path, users: int, workers: int | None, *, keep: bool) -> Run:
