@@ -55,7 +55,7 @@ def main() -> None:
     lines, seconds = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        libraries = of_libraries(folder / "small", ways[1])
+        libraries = None if given.size == "quick" else of_libraries(folder / "small", ways[1])
         write_inputs(folder, size)
         rounds = [{way: run(folder, size.users, way, keep=turn == 0) for way in ways} for turn in range(size.repeats)]
         carried = shuffled_bytes(folder / "2", size)
@@ -68,12 +68,12 @@ def main() -> None:
                 "ratio_at_first": statistics.median(one[way].first / one[None].seconds for one in rounds),
                 "process_peak_mib": max(one[way].driver for one in rounds) >> 20,
             }
-            if way is None:
-                alone = max(one[way].driver for one in rounds) - libraries.driver
-            else:
+            if way is not None:
                 peak_bytes = max(one[way].worker for one in rounds)
-                facts["worker_peak_mib"] = peak_bytes >> 20
-                facts["worker_beside_libraries"] = (peak_bytes - libraries.worker) / max(alone, 1)
+                facts["worker_peak_mib"], facts["worker_beside_libraries"] = peak_bytes >> 20, ""
+                if libraries:
+                    alone = max(one[None].driver for one in rounds) - libraries.driver
+                    facts["worker_beside_libraries"] = (peak_bytes - libraries.worker) / alone
                 facts |= difference(folder / "one", folder / str(way))
                 facts |= traffic(folder, size, way)
             path, clusters = given.results / "distributed.csv", baselines.CLUSTERS
