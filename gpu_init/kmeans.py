@@ -795,12 +795,6 @@ class Factored(Tiled):
     def summed(self, by_item: Any, dtype: Any) -> Any:
         """See `Points.sums`, from the table (I, K) of the rows; features are gone through once."""
         xp = self.backend.xp
-        towards = by_item.sum(axis=0)[:, None] * self.middle
-        total = (
-            self.backend.kernels.table_sums(by_item, self._features) if isinstance(self._features, xp.ndarray) else None
-        )
-        if total is not None:
-            return total - towards
         total = xp.zeros((by_item.shape[1], self._features.shape[1]))
         missing = self._missing if self._any_missing else None
 
@@ -808,11 +802,13 @@ class Factored(Tiled):
             def work(part: slice) -> Any:
                 return by_item[part].T.astype(dtype) @ _present(features, part, missing, dtype)
 
-            for partial in self.backend.in_order(work, ranges(len(features), BLOCK_ROWS)):
+            whole = self.backend.kernels.table_sums(by_item, features)
+            parts = self.backend.in_order(work, ranges(len(features), BLOCK_ROWS)) if whole is None else [whole]
+            for partial in parts:
                 total[:, columns] += partial
 
         of_columns(self._features, add)
-        return total - towards
+        return total - by_item.sum(axis=0)[:, None] * self.middle
 
 
 class ByItem(Factored):

@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(WARPS * WARP, sizeof(Sum) == 4 ? 6 : 4) aggreg
 }
 
 /// Sum over the lanes of a group; every lane has it.
-__device__ __forceinline__ double sum_within(double value, Lanes lanes)
+template <typename Sum>
+__device__ __forceinline__ Sum sum_within(Sum value, Lanes lanes)
 {
     for (int offset = 1; offset < lanes.width; offset *= 2)
         value += __shfl_xor_sync(ALL, value, offset);
@@ -221,10 +222,10 @@ __global__ void __launch_bounds__(WARPS * WARP, E == 8 || sizeof(Sum) == 8 ? 2 :
     Index n, const T* features, Index stride, int width, const Sum* middle, const Sum* points, int clusters, Sum* out)
 {
     Index first = warp_number() * ITEMS;
-    int lane = (int)(threadIdx.x % WARP);
+    Lanes lanes(0);
     for (int start = 0; start < clusters; start += POINTS) {
         Sum sums[ITEMS][POINTS] = {};
-        for (int column = lane * E; column < width; column += WARP * E) {
+        for (int column = lanes.lane * E; column < width; column += WARP * E) {
             Pack<T, E> packs[ITEMS];
 #pragma unroll
             for (int item = 0; item < ITEMS; ++item)
@@ -252,11 +253,8 @@ __global__ void __launch_bounds__(WARPS * WARP, E == 8 || sizeof(Sum) == 8 ? 2 :
         for (int item = 0; item < ITEMS; ++item)
 #pragma unroll
             for (int point = 0; point < POINTS; ++point) {
-                Sum sum = sums[item][point];
-#pragma unroll
-                for (int offset = 1; offset < WARP; offset *= 2)
-                    sum += __shfl_xor_sync(ALL, sum, offset);
-                if (lane == 0 && first + item < n && start + point < clusters)
+                Sum sum = sum_within(sums[item][point], lanes);
+                if (lanes.lane == 0 && first + item < n && start + point < clusters)
                     out[(first + item) * clusters + start + point] = sum;
             }
     }
