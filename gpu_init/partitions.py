@@ -11,6 +11,7 @@ import ctypes
 import functools
 import itertools
 import math
+import mmap
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -132,13 +133,16 @@ def _reading(function: Callable[..., _T]) -> Callable[..., _T]:
 
 
 def _task(function: Callable[..., _T]) -> Callable[..., _T]:
-    """One at a time in a process, beside those that read."""
+    """One about a part, at a time in a process, beside those that read."""
     alone = _reading(function)
 
     @functools.wraps(function)
-    def wrapped(*arguments: Any, **named: Any) -> _T:
+    def wrapped(work: Work, number: int, *arguments: Any) -> _T:
         with _turn:
-            return alone(*arguments, **named)
+            try:
+                return alone(work, number, *arguments)
+            finally:
+                _let_go(number)
 
     return wrapped
 
@@ -444,12 +448,22 @@ def _part_path(work: Work, number: int, name: str) -> str:
 
 
 def _part(work: Work, number: int) -> Interactions:
+    """A part of R: mapped, and on a device taken there."""
+
     def load() -> Interactions:
         backend, paths = _backend(work), [_part_path(work, number, name) for name in Csr._fields]
-        arrays = [backend.asarray(np.load(path)) if os.path.exists(path) else None for path in paths]
-        return Interactions(Csr(*arrays), work.items)
+        files = [np.load(path, mmap_mode="r") if os.path.exists(path) else None for path in paths]
+        _kept["mapped", number] = [file.base for file in files if file is not None]
+        return Interactions(Csr(*(None if file is None else backend.asarray(file) for file in files)), work.items)
 
     return _keep(("part", number), load)
+
+
+def _let_go(number: int) -> None:
+    """Leave to the system what was looked at of a part: it has that in memory while there is room."""
+    for file in _kept.get(("mapped", number), ()):
+        with suppress(AttributeError, OSError):  # a system that takes no such advice
+            file.madvise(mmap.MADV_DONTNEED)
 
 
 # Modalities.

@@ -19,7 +19,9 @@ import scipy.sparse
 
 import gpu_init
 from gpu_init import artifact, cli, distributed, partitions
+from gpu_init.config import JobConfig, Settings
 from gpu_init.errors import ResourceError
+from gpu_init.kernels import Csr
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="needs Dask")
 
@@ -225,6 +227,21 @@ def test_batches_of_any_size_come_to_the_same_bytes(cluster, data, tmp_path, mon
     assert batches == [(6, 14), (14, 15)]
     made = [(tmp_path / name / "image" / "users.npy").read_bytes() for name in ("one", "other", "resumed")]
     assert made[0] == made[1] == made[2]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="needs Linux")
+def test_what_a_task_looked_at_of_a_part_is_left_to_the_system(tmp_path):
+    items = np.random.default_rng(0).integers(0, ITEMS, 40 * USERS, np.int32)
+    work = partitions.Work(JobConfig("", {}, "", Settings()), "cpu", "run", str(tmp_path), (0, USERS), ITEMS)
+    (tmp_path / partitions.SCRATCH).mkdir()
+    partitions.put_part(work, 0, Csr(40 * np.arange(USERS + 1), items, None))
+    for _ in range(2):
+        assert (partitions.item_sums(work, 0) == np.bincount(items, minlength=ITEMS)).all()
+        with open("/proc/self/smaps", encoding="utf-8") as file:
+            mapped = file.read().split(f"{tmp_path}/{partitions.SCRATCH}/0.indices.npy\n")[1]
+        assert int(mapped.split("Size:")[1].split()[0]) >= items.nbytes >> 10
+        assert int(mapped.split("Rss:")[1].split()[0]) == 0
+    partitions.forget()
 
 
 @pytest.mark.slow
