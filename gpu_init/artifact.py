@@ -24,6 +24,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -1077,22 +1078,32 @@ class Staging:
     def adopting(self, relpath: str) -> Iterator[Callable[[int], None]]:
         """Note an array as finished that others fill by `row_writer`, when this is left.
 
-        Gives what may be told how many of its first rows are there by now, which are hashed while others are written.
+        Gives what may be told how many of its first rows are there by now: a thread hashes them meanwhile.
         """
-        path, sink = self._path_for(relpath), storage.Sink(-1)
+        path, sink, left = self._path_for(relpath), storage.Sink(-1), threading.Event()
         header = _read_header(path)
         if header is None:
             raise _misread(path)
 
-        def hash_to(end: int | None) -> None:
+        def hash_to(end: int) -> None:
             with storage.reading(path) as file:  # anew, so that storage over a network shows what others wrote
                 sink.descriptor = file.fileno()
                 os.lseek(sink.descriptor, sink.size, os.SEEK_SET)
-                sink.skip(end)
+                for start in range(sink.size, end, SYNC_BYTES):
+                    if left.is_set():
+                        return
+                    sink.skip(min(start + SYNC_BYTES, end))
 
         row_bytes = header.data_bytes // max(header.shape[0], 1)
-        yield lambda rows: hash_to(header.offset + rows * row_bytes)
-        hash_to(None)
+        parts: list[Future[None]] = []
+        with ThreadPoolExecutor(1) as thread:
+            try:
+                yield lambda rows: parts.append(thread.submit(hash_to, header.offset + rows * row_bytes))
+                parts.append(thread.submit(hash_to, header.offset + header.data_bytes))
+                for part in parts:
+                    part.result()
+            finally:
+                left.set()
         self._note_array(relpath, sink)
 
     def _path_for(self, relpath: str) -> str:

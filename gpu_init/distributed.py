@@ -21,7 +21,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -130,22 +130,33 @@ class _Dask:
     """
 
     def __init__(self) -> None:
-        try:
+        with self._needed():
             import dask
-            import dask.dataframe
             import distributed
             from dask.sizeof import sizeof
             from distributed.comm.core import CommClosedError
             from distributed.scheduler import KilledWorker
-        except ImportError as error:
-            raise InputError(f"--scheduler needs Dask ({one_line(error)}): pip install 'gpu-init[dask]'") from None
         self.options: Any = dask.config.set
         self.sizeof: Callable[[Any], int] = sizeof
-        self.from_map: Any = dask.dataframe.from_map
         self.as_completed: Any = distributed.as_completed
         self.Client: Any = distributed.Client
         self.CommClosedError: Any = CommClosedError
         self.KilledWorker: Any = KilledWorker
+
+    @functools.cached_property
+    def frames(self) -> Any:
+        """Dask's data frames, loaded while workers are busy."""
+        with self._needed():
+            import dask.dataframe
+        return dask.dataframe
+
+    @staticmethod
+    @contextmanager
+    def _needed() -> Iterator[None]:
+        try:
+            yield
+        except ImportError as error:
+            raise InputError(f"--scheduler needs Dask ({one_line(error)}): pip install 'gpu-init[dask]'") from None
 
 
 class Workers:
@@ -299,13 +310,11 @@ class Workers:
 
         What it returns waits for the end. Of two batches, workers take the later one where the earlier has no work.
         """
-        tables, groups = zip(*calls[slice(*batch)], strict=True)
-        frame = self._dask.from_map(
-            functools.partial(partitions.rows, work, axis_rows=axis_rows),
-            tables,
-            groups,
-            meta=partitions.no_rows(),
-        )
+        options = {"pure": False, "fifo_timeout": "0s"}
+        begun = [
+            self._client.submit(partitions.rows, work, *call, axis_rows, **options) for call in calls[slice(*batch)]
+        ]
+        frame = self._dask.frames.from_delayed(begun, meta=partitions.no_rows(), verify_meta=False)
         split = frame.shuffle("part", npartitions=len(work.bounds) - 1, ignore_index=True)
         put = split.map_partitions(partitions.put_all, work, batch, meta=pd.DataFrame({"part": np.empty(0, np.int32)}))
         future = self._client.compute(put, fifo_timeout="0s")
@@ -429,10 +438,13 @@ def _run(config: JobConfig, workers: Workers, progress: Progress) -> str:
         files = [one["path"] for one in inputs.files if not is_url(one["path"])]
         workers.require_sight([os.path.abspath(path) for path in (staging.path, *files)])
         work = Work(config, theirs["name"], uuid.uuid4().hex, staging.path)
-        run = _Run(config, workers, progress, staging, work)
-        counts = run.read()
-        embedding = run.behaviour() if config.settings.cluster_on == "interactions" else None
-        statistics = {name: run.modality(name) for name in config.features}
+        with ExitStack() as adopted:
+            run = _Run(config, workers, progress, staging, work, adopted)
+            counts = run.read()
+            embedding = run.behaviour() if config.settings.cluster_on == "interactions" else None
+            statistics = {name: run.modality(name) for name in config.features}
+            with progress.step("hash vectors"):
+                adopted.close()
         save_ids(staging, counts.user_ids, counts.item_ids)
         inputs.require_unchanged()
         manifest = manifest_of(config, inputs.files, theirs, counts, statistics)
@@ -444,11 +456,23 @@ def _run(config: JobConfig, workers: Workers, progress: Progress) -> str:
 
 
 class _Run:
-    """A run's steps, in the order of `job`."""
+    """A run's steps, in the order of `job`.
 
-    def __init__(self, config: JobConfig, workers: Workers, progress: Progress, staging: Staging, work: Work) -> None:
+    What was begun to be hashed is left to the end, as the steps after it need it not.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        workers: Workers,
+        progress: Progress,
+        staging: Staging,
+        work: Work,
+        adopted: ExitStack,
+    ) -> None:
         self.config, self.workers, self.progress = config, workers, progress
         self.staging, self.work = staging, work
+        self._adopted = adopted
         self._tables: dict[str, FeatureTable] = {}
         self._masks: dict[str, Any] = {}
         self._rows: dict[str, Any] = {}
@@ -813,12 +837,12 @@ class _Run:
         """Have the parts written that an earlier run did not write; gives the norms of all."""
         key, bounds = f"{fitted.name}/written", self.work.bounds
         done = {int(number): NormSums(*sums) for number, sums in (self.staging.finished(key) or {}).items()}
-        with self.staging.adopting(f"{fitted.name}/users.npy") as there:
-            for number, sums in self.workers.each(partitions.write, self.work, set(done), fitted):
-                done[number] = sums
-                self.staging.finish(key, {str(one): list(found) for one, found in done.items()})
-                step.advance(bounds[number + 1] - bounds[number])
-                there(next((bounds[one] for one in range(len(bounds) - 1) if one not in done), bounds[-1]))
+        there = self._adopted.enter_context(self.staging.adopting(f"{fitted.name}/users.npy"))
+        for number, sums in self.workers.each(partitions.write, self.work, set(done), fitted):
+            done[number] = sums
+            self.staging.finish(key, {str(one): list(found) for one, found in done.items()})
+            step.advance(bounds[number + 1] - bounds[number])
+            there(next((bounds[one] for one in range(len(bounds) - 1) if one not in done), bounds[-1]))
         return [done[number] for number in range(len(bounds) - 1)]
 
     def _some(self, modality: Modality, fitted: Fitted, numbers: Any) -> tuple[Interactions, Blend]:
