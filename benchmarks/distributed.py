@@ -40,7 +40,7 @@ _PATIENCE = 60  # seconds for a cluster to start
 
 SIZES = {
     "quick": Size(20_000, 500, 100_000, 16, 1),
-    "default": Size(2_000_000, 50_000, 20_000_000, 128, 1),
+    "default": Size(2_000_000, 50_000, 20_000_000, 128, 3),
     "large": Size(10_000_000, 200_000, 100_000_000, 128, 1),
 }
 WORKERS = {"quick": (1, 2), "default": (1, 2, 4), "large": (2,)}
