@@ -13,6 +13,7 @@ from .config import Settings
 from .features import Modality
 from .interactions import Interactions
 from .kernels import Csr
+from .kernels.columns import of_columns
 
 TEMPERATURE = 0.1  # of attention
 NORM_ROWS = 4096  # norms are summed over ranges of so many rows, in order, whatever the size of a block
@@ -244,19 +245,24 @@ def attention(backend: Backend, interactions: Interactions, fit: Blend, squares:
     to_unit = xp.where(directed, 1.0 / xp.where(directed, lengths, 1.0), 0.0)
     with_themselves = interactions.square_sums(backend, rows, directed.astype(xp.float64))
     several = 1.0 - squares > 1e-9
-    nowhere = xp.zeros(values.shape[1])
 
-    def make(part: slice) -> Any:
-        csr = interactions.csr.rows(part.start, part.stop)
-        own = kernels.aggregate(csr, values, rows[part], to_unit, nowhere, xp.float64)
-        pairs = xp.where(several[part], 1.0 - squares[part], 1.0)
-        among = xp.where(several[part], (kernels.lengths(own) - with_themselves[part]) / pairs, 0.0)
-        level = global_part(backend, interactions, fit, part)
-        length = xp.sqrt(kernels.lengths(level))
-        return among - (own * level).sum(axis=1) / xp.where(length > 0, length, 1.0)
+    def of_slice(columns: slice, features: Any) -> Any:
+        """``|sum p f|^2``, ``sum p f . G_u`` and ``|G_u|^2`` of each user, (3, U), over some columns."""
+        own = replace(fit, centroids=xp.ascontiguousarray(fit.centroids[:, columns]))
+        nowhere = xp.zeros(features.shape[1])
 
-    parts = in_blocks(backend, interactions.users, block_rows, NORM_ROWS, make)
-    return xp.concatenate([made for _, made in parts])
+        def make(part: slice) -> Any:
+            csr = interactions.csr.rows(part.start, part.stop)
+            local = kernels.aggregate(csr, features, rows[part], to_unit, nowhere, xp.float64)
+            level = global_part(backend, interactions, own, part)
+            return xp.stack([kernels.lengths(local), (local * level).sum(axis=1), kernels.lengths(level)])
+
+        parts = in_blocks(backend, interactions.users, block_rows, NORM_ROWS, make)
+        return xp.concatenate([made for _, made in parts], axis=1)
+
+    among, to_level, level = sum(of_columns(values, of_slice))
+    among = xp.where(several, (among - with_themselves) / xp.where(several, 1.0 - squares, 1.0), 0.0)
+    return among - to_level / xp.where(level > 0, xp.sqrt(level), 1.0)
 
 
 def global_part(backend: Backend, interactions: Interactions, fit: Blend, part: slice) -> Any:

@@ -1,9 +1,9 @@
 """The whole run again, over the processes of a Dask cluster (`job` has it for one machine).
 
 Dask reads the interactions piece by piece and shuffles them by user; each part of R then lies in the staging folder, on
-storage that all workers see, and stays in the memory of the worker that its tasks go to. K-means is `kmeans.fit`, with
-`Partitioned` points: of a step only each part's sums and counts travel, K x D numbers and K. Each worker writes its
-users' rows into their range of the artifact's arrays.
+storage that all workers see, and is mapped, or on its device, where the worker is that its tasks go to. K-means is
+`kmeans.fit`, with `Partitioned` points: of a step only each part's sums and counts travel, K x D numbers and K. Each
+worker writes its users' rows into their range of the artifact's arrays.
 
 Parts are the same for any number of workers, so the bytes are too. A worker that is lost costs what it was at: its
 tasks go to others, which open its parts again.
@@ -339,7 +339,10 @@ class Workers:
         return int(min(found.values()))
 
     def _arrange(self, work: Work) -> list[range]:
-        """Runs of neighbouring parts, each of one worker; a lost one's go to others, and new ones get a share."""
+        """Runs of neighbouring parts, each of one worker; a lost one's go to others, and new ones get a share.
+
+        In turn, so that parts are written in about their order, in which they are hashed.
+        """
         there, count = self.present(), len(work.bounds) - 1
         if self._arranged != (there, count):
             length = run_length(count, len(there))
@@ -350,7 +353,7 @@ class Workers:
             for stay in (True, False):
                 for run in [run for run in runs if run not in places]:
                     room = [place for place in there if load[place] < share]
-                    place = self._places.get(run[0]) if stay else room[0]
+                    place = self._places.get(run[0]) if stay else min(room, key=load.__getitem__)
                     if place in room:
                         places[run] = place
                         load[place] += 1

@@ -6,10 +6,16 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 from gpu_init.backend import select
+from gpu_init.blend import NORM_ROWS, Blend, lambdas
+from gpu_init.config import Settings
+from gpu_init.features import Modality
+from gpu_init.interactions import from_matrix
 from gpu_init.kernels import Csr, columns
 from gpu_init.kernels.columns import ColumnKernels, Columns
+from gpu_init.method import weighting
 
 USERS, ITEMS, WIDTH = 60, 30, 40
 
@@ -71,3 +77,26 @@ def test_a_slice_stays_open_until_another_is_asked_for(sliced):
     assert found == [(0, (ITEMS, 16)), (16, (ITEMS, 16)), (32, (ITEMS, 8))]
     assert len(opened) == 3
     assert sliced._open[0] == 2
+
+
+@pytest.mark.parametrize("by_item", [False, True])
+def test_attention_goes_through_the_slices_twice(by_item, whole, sliced):
+    """Once for the items' lengths, once for what their users make of them, however many blocks these are."""
+    rng = np.random.default_rng(1)
+    users = 3 * NORM_ROWS
+    backend = select("cpu")
+    backend.kernels = ColumnKernels(backend.kernels, np)
+    matrix = sp.random_array((users, ITEMS), density=0.1, format="csr", rng=rng)
+    interactions = from_matrix(backend, matrix, "matrix")
+    present = np.ones(ITEMS, bool)
+    operator = weighting(backend, interactions, present, "mean")
+    labels = rng.integers(0, 5, ITEMS if by_item else users).astype(np.int32)
+    centroids, of = whole[:5], (None, labels) if by_item else (labels, None)
+    plans = [
+        Blend(Modality("image", values, present, ITEMS), operator, 0.0, centroids, *of, None)
+        for values in (whole, sliced)
+    ]
+    one, other = (lambdas(backend, interactions, plan, Settings(lam="attention"), NORM_ROWS).values for plan in plans)
+    np.testing.assert_allclose(other, one, rtol=1e-9)
+    assert one.std() > 0.1
+    assert len(opened) == 2 * 3

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -186,6 +187,22 @@ def test_parts_join_to_the_same_in_runs_of_any_length():
             groups = [each[first : first + distributed.FAN_IN] for first in range(0, len(each), distributed.FAN_IN)]
             assert partitions.joined(join, [partitions.joined(join, group) for group in groups]) == whole
     assert [distributed.run_length(8, workers) for workers in (1, 2, 3, 4, 8, 9)] == [16, 4, 1, 2, 1, 1]
+
+
+def test_runs_of_parts_are_dealt_in_turn_and_stay_where_they_are():
+    there = {"a": 1, "b": 1}
+    workers = distributed.Workers(None, SimpleNamespace(nthreads=lambda: there))
+    work = partitions.Work(JobConfig("", {}, "", Settings()), "cpu", "run", "", tuple(range(13)), ITEMS)
+
+    def places():
+        workers._arrange(work)
+        return "".join(workers._places[number] for number in range(12))
+
+    assert places() == "aabbaabbaabb"
+    there["c"] = there.pop("a")
+    assert places() == "ccbbccbbccbb"
+    there["d"] = 1
+    assert places() == "ccccbbbbdddd"
 
 
 def test_batches_of_any_size_come_to_the_same_bytes(cluster, data, tmp_path, monkeypatch):
