@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator
+import time
+import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ def _cache_folder() -> str | None:
     return str(folder) if os.access(folder, os.W_OK | os.X_OK) and folder.stat().st_uid == os.getuid() else None
 
 
+_PATIENCE = 120  # seconds for another process to compile; it takes half a minute at most
 _REORDERING = {"reassoc", "nsz", "contract"}  # sums in vectors, products fused with them
 
 # What kernels call: compiled apart, which takes much less time than numba's own inlining; LLVM inlines them anyway.
@@ -81,18 +86,67 @@ def _compile(function: Any, parallel: bool, fastmath: Any = False) -> Any:
     finally:
         config.CACHE_DIR = before
     if folder is not None:
-        found._cache.save_overload = _where_there_is_room(found._cache.save_overload)
+        _take_turns(found._cache, f"{function.__module__}.{function.__qualname__}", _lock_in(folder))
     return found
 
 
-def _where_there_is_room(save: Callable[..., None]) -> Callable[..., None]:
-    """Keep machine code as numba does, but let nothing fail for it, such as a full disk."""
+class _Lock:
+    """A lock file of all processes that keep machine code in a folder, with a place for each thing that is made."""
 
-    def attempt(*arguments: Any) -> None:
+    def __init__(self, folder: str) -> None:
+        self._path = os.path.join(folder, "lock")
+
+    @functools.cached_property
+    def _file(self) -> int:
+        return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)  # closing it would let go of all
+
+    def take(self, place: int) -> None:
+        """Wait for a place, not for ever: whoever has it may be stuck."""
+        deadline = time.monotonic() + _PATIENCE
+        with suppress(OSError):  # no file can be made there, or locked
+            file = self._file
+            while time.monotonic() < deadline:
+                with suppress(BlockingIOError, PermissionError):
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+                    return
+                time.sleep(0.05)
+
+    def leave(self, place: int) -> None:
+        """Let the next one have a place."""
         with suppress(OSError):
-            save(*arguments)
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
 
-    return attempt
+
+_lock_in = functools.cache(_Lock)
+
+
+def _take_turns(cache: Any, name: str, lock: _Lock) -> None:
+    """Of processes that need the same machine code, let one make it and the others load it.
+
+    It is kept as numba does, but nothing fails for it, such as a full disk.
+    """
+    load, save = cache.load_overload, cache.save_overload
+
+    def place(signature: Any) -> int:
+        return 1 + zlib.crc32(f"{name}{signature}".encode())
+
+    def load_or_begin(signature: Any, context: Any) -> Any:
+        found = load(signature, context)
+        if found is None:
+            lock.take(place(signature))
+            found = load(signature, context)
+            if found is not None:
+                lock.leave(place(signature))
+        return found
+
+    def keep(signature: Any, made: Any) -> None:
+        lock.take(0)  # of its list, which is read and written anew
+        with suppress(OSError):
+            save(signature, made)
+        lock.leave(0)
+        lock.leave(place(signature))
+
+    cache.load_overload, cache.save_overload = load_or_begin, keep
 
 
 def compiled(function: Any) -> Any:

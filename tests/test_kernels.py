@@ -17,6 +17,7 @@ from numba.core import caching
 
 from gpu_init.errors import InputError
 from gpu_init.kernels import Csr, cpu, cpu_kernels
+from gpu_init.kernels import compiled as kernels_compiled
 from gpu_init.kernels.compiled import compiled_serial
 from gpu_init.kernels.cpu import NumbaKernels
 from gpu_init.kernels.reference import ReferenceKernels
@@ -373,3 +374,43 @@ def test_a_kernel_runs_where_its_machine_code_cannot_be_kept(monkeypatch, tmp_pa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(caching.FunctionCache, "save_overload", full)
     assert compiled_serial(_twice)(4) == 8
+
+
+def test_of_processes_that_need_the_same_machine_code_one_makes_it(tmp_path):
+    program = """if True:
+        import sys, numpy
+        from gpu_init.kernels import cpu
+        print("ready", flush=True)
+        sys.stdin.readline()
+        cpu.NumbaKernels().lengths(numpy.ones((3, 4), "float32"))
+        print(sum(cpu._lengths.stats.cache_misses.values()), sum(cpu._lengths.stats.cache_hits.values()))
+    """
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    processes = [subprocess.Popen([sys.executable, "-c", program], **pipes) for _ in range(3)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = sorted(process.communicate(timeout=120)[0] for process in processes)
+    assert said == ["0 1\n", "0 1\n", "1 0\n"]
+
+
+def test_whoever_is_stuck_is_not_waited_for_for_ever(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels_compiled, "_PATIENCE", 0.2)
+    (tmp_path / "gpu-init" / "numba").mkdir(parents=True)
+    program = f"""if True:
+        import fcntl, time
+        file = open("{tmp_path}/gpu-init/numba/lock", "w")
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        print("held", flush=True)
+        time.sleep(60)
+    """
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        assert compiled_serial(_twice)(4) == 8
+        assert holder.poll() is None
+        holder.kill()
