@@ -341,22 +341,26 @@ class Workers:
     def _arrange(self, work: Work) -> list[range]:
         """Runs of neighbouring parts, each of one worker; a lost one's go to others, and new ones get a share.
 
-        In turn, so that parts are written in about their order, in which they are hashed.
+        In turn, so that parts are written in about their order, in which they are hashed; where there are many, as many
+        at a time as are joined first, so that few of their results travel.
         """
         there, count = self.present(), len(work.bounds) - 1
         if self._arranged != (there, count):
             length = run_length(count, len(there))
             runs = [range(first, min(first + length, count)) for first in range(0, count, length)]
+            together = FAN_IN if len(runs) >= 2 * FAN_IN * len(there) else 1
             share = -(-len(runs) // len(there))
             places: dict[range, str] = {}
             load = Counter(dict.fromkeys(there, 0))
             for stay in (True, False):
-                for run in [run for run in runs if run not in places]:
+                for at, run in enumerate(runs):
+                    if run in places:
+                        continue
                     room = [place for place in there if load[place] < share]
-                    place = self._places.get(run[0]) if stay else min(room, key=load.__getitem__)
-                    if place in room:
-                        places[run] = place
-                        load[place] += 1
+                    wanted = self._places.get(run[0]) if stay else places.get(runs[at - 1]) if at % together else None
+                    if wanted in room or not stay:
+                        places[run] = wanted if wanted in room else min(room, key=load.__getitem__)
+                        load[places[run]] += 1
             self._places = {number: places[run] for run in runs for number in run}
             self._arranged, self._runs = (there, count), runs
         return self._runs

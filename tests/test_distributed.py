@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -203,6 +205,10 @@ def test_runs_of_parts_are_dealt_in_turn_and_stay_where_they_are():
     assert places() == "ccbbccbbccbb"
     there["d"] = 1
     assert places() == "ccccbbbbdddd"
+    there, work = dict.fromkeys("abcdefg", 1), replace(work, bounds=tuple(range(101)))
+    workers._places.clear()
+    assert places() == "aaaabbbbcccc"
+    assert max(Counter(workers._places.values()).values()) == 15
 
 
 def test_batches_of_any_size_come_to_the_same_bytes(cluster, data, tmp_path, monkeypatch):
