@@ -93,6 +93,7 @@ def test_given_users_are_read_alike(cupy, tmp_path):
 
 
 def test_both_kmeans_find_clusters_as_good(cupy, monkeypatch):
+    monkeypatch.setattr(kmeans, "SAMPLE_ROWS", 2048)
     jobs.check_inertia(monkeypatch)
     assert len(stand_ins.KMeans.fitted) == 1
 
