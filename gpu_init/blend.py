@@ -247,22 +247,23 @@ def attention(backend: Backend, interactions: Interactions, fit: Blend, squares:
     several = 1.0 - squares > 1e-9
 
     def of_slice(columns: slice, features: Any) -> Any:
-        """``|sum p f|^2``, ``sum p f . G_u`` and ``|G_u|^2`` of each user, (3, U), over some columns."""
-        own = replace(fit, centroids=xp.ascontiguousarray(fit.centroids[:, columns]))
+        """What some columns add to each user's (U,), the lengths of single items with the first."""
         nowhere = xp.zeros(features.shape[1])
 
         def make(part: slice) -> Any:
             csr = interactions.csr.rows(part.start, part.stop)
-            local = kernels.aggregate(csr, features, rows[part], to_unit, nowhere, xp.float64)
-            level = global_part(backend, interactions, own, part)
-            return xp.stack([kernels.lengths(local), (local * level).sum(axis=1), kernels.lengths(level)])
+            own = kernels.aggregate(csr, features, rows[part], to_unit, nowhere, xp.float64)
+            pairs = xp.where(several[part], 1.0 - squares[part], 1.0)
+            alone = 0.0 if columns.start else with_themselves[part]
+            among = xp.where(several[part], (kernels.lengths(own) - alone) / pairs, 0.0)
+            level = global_part(backend, interactions, fit, part)
+            length = xp.sqrt(kernels.lengths(level))
+            return among - (own * level[:, columns]).sum(axis=1) / xp.where(length > 0, length, 1.0)
 
         parts = in_blocks(backend, interactions.users, block_rows, NORM_ROWS, make)
-        return xp.concatenate([made for _, made in parts], axis=1)
+        return xp.concatenate([made for _, made in parts])
 
-    among, to_level, level = sum(of_columns(values, of_slice))
-    among = xp.where(several, (among - with_themselves) / xp.where(several, 1.0 - squares, 1.0), 0.0)
-    return among - to_level / xp.where(level > 0, xp.sqrt(level), 1.0)
+    return sum(of_columns(values, of_slice))
 
 
 def global_part(backend: Backend, interactions: Interactions, fit: Blend, part: slice) -> Any:
