@@ -352,15 +352,19 @@ class Workers:
             share = -(-len(runs) // len(there))
             places: dict[range, str] = {}
             load = Counter(dict.fromkeys(there, 0))
-            for stay in (True, False):
-                for at, run in enumerate(runs):
-                    if run in places:
-                        continue
-                    room = [place for place in there if load[place] < share]
-                    wanted = self._places.get(run[0]) if stay else places.get(runs[at - 1]) if at % together else None
-                    if wanted in room or not stay:
-                        places[run] = wanted if wanted in room else min(room, key=load.__getitem__)
-                        load[places[run]] += 1
+
+            def put(run: range, place: str) -> None:
+                places[run] = place
+                load[place] += 1
+
+            for run in runs:
+                kept = self._places.get(run[0])
+                if kept in there and load[kept] < share:
+                    put(run, kept)
+            for at, run in enumerate(runs):
+                if run not in places:
+                    before = places.get(runs[at - 1]) if at % together else None
+                    put(run, before if before and load[before] < share else min(there, key=load.__getitem__))
             self._places = {number: places[run] for run in runs for number in run}
             self._arranged, self._runs = (there, count), runs
         return self._runs
