@@ -93,7 +93,7 @@ def ranked(job: config.JobConfig, drawn: int | None = None) -> tuple[tune.Rankin
         settings = [
             settings[at] for at in np.sort(np.random.default_rng(0).choice(len(settings), drawn, replace=False))
         ]
-    found = tune.rank(backend, data, held_out, settings, 0, progress)
+    found = tune.rank(data, held_out, settings, 0, progress)
     return found, time.perf_counter() - start
 
 

@@ -6,7 +6,7 @@
 | sparse | scipy.sparse | cupyx.scipy.sparse |
 | tables | pandas (pyarrow) | cudf |
 | K-means of a matrix | gpu_init.kmeans | cuml.cluster.KMeans |
-| fused kernels | numba, numpy as the reference | CUDA C++ through cupy.RawModule |
+| fused kernels | numpy for small jobs, numba for large ones | CUDA C++ through cupy.RawModule |
 
 Everything above is written once, against what both columns share.
 """
@@ -20,12 +20,10 @@ import importlib
 import importlib.metadata
 import io
 import itertools
-import os
 import platform
 import re
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,8 +31,9 @@ import numpy as np
 
 from . import memory
 from .errors import InputError, ResourceError
-from .kernels import Kernels, arrays, cpu_kernels
+from .kernels import Kernels, arrays, cpu_kernels, kernels_for, prepare
 from .kernels.cuda import OLDEST, CudaKernels, choose_cache_folder
+from .kernels.threads import cores, in_order, one_blas_thread
 from .lines import trouble
 from .storage import source, stream
 
@@ -47,6 +46,9 @@ KMEANS_ITERATIONS = 300  # as scikit-learn's default
 DEVICE_TEXT_BYTES = 256 << 20  # of a text file that a device reads at a time
 DEVICE_ROWS = 1 << 24  # of a Parquet file, likewise, or one row group that has more
 LIBRARY_VALUES = 2**31  # rows x columns, or rows x clusters, from where cuML's K-means was seen to crash (raft#1258)
+LIBRARY_FASTER = (
+    1 << 27
+)  # values up to which cuML takes less time than ours: it did at 20,000 users of 1,024 dimensions
 LIBRARY_ROW_BYTES = 64  # that K-means takes per row beside the rows: labels, distances, bounds
 SPARE = 0.9  # of the free memory that a plan may count on
 
@@ -66,8 +68,13 @@ class Backend(Protocol):
     kernels: Kernels
     kmeans_name: str
     kmeans_dtype: str  # of the rows that `kmeans` is given
-    looks_dtype: str  # in which K-means of ours compares distances on the way
     say: Callable[[str], None]  # tells the user one line; whoever has a log sets it
+
+    def with_kernels(self, name: str) -> Backend:
+        """Give the same backend with the kernels of a name, where there is a choice; see `for_work`."""
+
+    def prepare(self, reading: bool, fitting: bool, on_interactions: bool) -> None:
+        """Begin to compile the kernels that a large job needs for reading or fitting, while it does something else."""
 
     def asarray(self, array: Any) -> Any:
         """Array on this device, in C order; no copy where none is needed."""
@@ -94,10 +101,21 @@ class Backend(Protocol):
         """``function`` of each part, in order; parts run side by side, each as `deterministic` has it."""
 
     def kmeans(self, matrix: Any, clusters: int, seed: int, restarts: int) -> Any:
-        """Centroids (K, D) that a library's K-means finds for rows (n, D); None: ours is as fast, or has to do."""
+        """Centroids (K, D) that a library's K-means finds for rows (n, D)."""
 
-    def takes_matrix(self, rows: int, width: int, clusters: int) -> bool:
-        """Whether rows (n, D) should be made for `kmeans`; where only memory speaks against it, one line says so."""
+    def takes_matrix(self, rows: int, width: int, clusters: int, wanted: str) -> bool:
+        """Whether `kmeans` should run, on a matrix (n, D) that is made for it.
+
+        ``wanted``: "own" and "cuml" say so; "auto": where it is cheaper than ours. Where only memory speaks against
+        it, one line says so.
+
+        Raises
+        ------
+        InputError
+            "cuml" is wanted, and there is none here.
+        ResourceError
+            "cuml" is wanted, and it has not enough memory, or crashes at this shape.
+        """
 
     def free_memory(self) -> int:
         """Bytes that arrays may still take."""
@@ -197,27 +215,38 @@ def select(name: str) -> Backend:
     return CpuBackend(missing.what)
 
 
+def for_work(backend: Backend, seconds: float) -> Backend:
+    """Give the backend with the kernels that `kernels_for` names."""
+    return backend.with_kernels(kernels_for(seconds))
+
+
 class CpuBackend:
-    """numpy, scipy, pandas over pyarrow, numba."""
+    """numpy, scipy, pandas over pyarrow; numba for large jobs."""
 
     name = "cpu"
     kmeans_name = "gpu_init.kmeans"
     kmeans_dtype = "float64"
-    looks_dtype = "float32"
 
-    def __init__(self, why: str) -> None:
+    def __init__(self, why: str, kernels: str = "numpy") -> None:
         import pandas as pd
         import scipy.sparse
-        from threadpoolctl import ThreadpoolController
 
         self.why = why
         self.say: Callable[[str], None] = _silent
         self.xp: Any = np
         self.sparse: Any = scipy.sparse
         self.tables: Any = pd
-        self.kernels = cpu_kernels()
-        self._threads = ThreadpoolController()  # of the libraries loaded by now, numpy's BLAS among them
-        self._pool = ThreadPoolExecutor(cores(), thread_name_prefix="gpu-init")
+        self.kernels = cpu_kernels(kernels)
+
+    def with_kernels(self, name: str) -> CpuBackend:
+        """See `Backend.with_kernels`."""
+        other = CpuBackend(self.why, name)
+        other.say = self.say
+        return other
+
+    def prepare(self, reading: bool, fitting: bool, on_interactions: bool) -> None:
+        """See `Backend.prepare`."""
+        prepare(reading, fitting, on_interactions)
 
     def asarray(self, array: Any) -> Any:
         """See `Backend.asarray`."""
@@ -233,7 +262,7 @@ class CpuBackend:
 
     def deterministic(self) -> contextlib.AbstractContextManager[Any]:
         """See `Backend.deterministic`: BLAS, LAPACK and OpenMP split sums by thread, so one thread."""
-        return self._threads.limit(limits=1)  # type: ignore[no-any-return]
+        return one_blas_thread()
 
     def local_cluster(self, **options: Any) -> Any:
         """See `Backend.local_cluster`: one for each core."""
@@ -243,22 +272,18 @@ class CpuBackend:
         return kind(n_workers=cores(), threads_per_worker=1, env={"NUMBA_NUM_THREADS": "1"}, **options)
 
     def in_order(self, function: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
-        """See `Backend.in_order`: a thread per core, a few results ahead of their use."""
-        ahead: deque[Future[Any]] = deque()
-        with self.deterministic():
-            for part in parts:
-                ahead.append(self._pool.submit(function, part))
-                if len(ahead) > 2 * cores():
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+        """See `Backend.in_order`."""
+        with one_blas_thread():
+            yield from in_order(function, parts)
 
     def kmeans(self, matrix: Any, clusters: int, seed: int, restarts: int) -> Any:  # noqa: ARG002
-        """See `Backend.kmeans`: scikit-learn's takes several times as long, and a second to import."""
-        return None
+        """See `Backend.kmeans`: there is none, as `takes_matrix` says."""
+        raise TypeError("no library's K-means runs on a CPU")
 
-    def takes_matrix(self, rows: int, width: int, clusters: int) -> bool:  # noqa: ARG002
-        """See `Backend.takes_matrix`: there is no library to make it for."""
+    def takes_matrix(self, rows: int, width: int, clusters: int, wanted: str) -> bool:  # noqa: ARG002
+        """See `Backend.takes_matrix`: ours is faster than scikit-learn's."""
+        if wanted == "cuml":
+            raise InputError("kmeans cuml needs the CUDA backend, and this run is on a CPU; leave it out, or take own.")
         return False
 
     def free_memory(self) -> int:
@@ -361,7 +386,6 @@ class CudaBackend:
     name = "cuda"
     kmeans_name = "cuml.cluster.KMeans"
     kmeans_dtype = "float32"
-    looks_dtype = "float64"  # memory sets the pace, and nothing needs a second look
 
     def __init__(self, why: str) -> None:
         choose_cache_folder()
@@ -378,6 +402,13 @@ class CudaBackend:
         self.kernels: Kernels = CudaKernels(cupy, cupyx.scipy.sparse)
         self._pinned: Callable[..., Any] = cupyx.empty_pinned
         self._memory, self._limit = _pool(cupy)
+
+    def with_kernels(self, name: str) -> CudaBackend:  # noqa: ARG002
+        """See `Backend.with_kernels`: there is no choice."""
+        return self
+
+    def prepare(self, reading: bool, fitting: bool, on_interactions: bool) -> None:
+        """See `Backend.prepare`: which ones are needed is known only when they are."""
 
     def asarray(self, array: Any) -> Any:
         """See `Backend.asarray`."""
@@ -412,12 +443,8 @@ class CudaBackend:
     def kmeans(self, matrix: Any, clusters: int, seed: int, restarts: int) -> Any:
         """See `Backend.kmeans`: every setting given, since cuML's own seed is None and its number of starts varies.
 
-        Its peak is about twice its input (cuvs#1773), which is there already; where no second one has room, or the
-        shape is one that it crashes at, and takes the process with it, it is left alone.
+        The passes over all rows that follow go further than its tolerance.
         """
-        n, width = matrix.shape
-        if _crashes(n, width, clusters) or not self._has_room(n, width, matrix.itemsize, 1):
-            return None
         from cuml.cluster import KMeans
 
         model = KMeans(
@@ -431,24 +458,25 @@ class CudaBackend:
         ).fit(matrix)
         return self.asarray(model.cluster_centers_)
 
-    def takes_matrix(self, rows: int, width: int, clusters: int) -> bool:
-        """See `Backend.takes_matrix`: twice the matrix must fit, and what is kept per row."""
-        return not _crashes(rows, width, clusters) and self._has_room(rows, width, 4, 2)
+    def takes_matrix(self, rows: int, width: int, clusters: int, wanted: str) -> bool:
+        """See `Backend.takes_matrix`: its peak is about twice its input (cuvs#1773), and what is kept per row."""
+        if wanted == "own" or (wanted == "auto" and rows * width > LIBRARY_FASTER):
+            return False
+        needed, free = rows * (2 * width * 4 + LIBRARY_ROW_BYTES), self.free_memory()
+        why = f"takes {needed / 1e9:.2f} GB more, of {free / 1e9:.2f} GB that are free on the device"
+        if rows * max(width, clusters) >= LIBRARY_VALUES:
+            why = "crashes at such sizes"
+        elif needed <= SPARE * free:
+            return True
+        line = f"cuML's K-means on {rows} x {width} values for {clusters} clusters {why}"
+        if wanted == "cuml":
+            raise ResourceError(f"{line}; leave kmeans out, or take own.")
+        self.say(f"{line}: gpu-init's own K-means runs")
+        return False
 
     def free_memory(self) -> int:
         """See `Backend.free_memory`: of the device, what no array of the pool has."""
         return int(self._limit - self._memory.allocation_counts.current_bytes)
-
-    def _has_room(self, rows: int, width: int, itemsize: int, copies: int) -> bool:
-        needed = rows * (copies * width * itemsize + LIBRARY_ROW_BYTES)
-        free = self.free_memory()
-        if needed <= SPARE * free:
-            return True
-        self.say(
-            f"cuML's K-means on {rows} x {width} values takes {needed / 1e9:.2f} GB more, of {free / 1e9:.2f} GB that"
-            " are free on the device: gpu-init's own K-means runs, without that matrix where it can"
-        )
-        return False
 
     def outbox(self, rows: int, width: int, dtype: str, write: Callable[[Any], None]) -> Outbox:
         """See `Backend.outbox`: through pinned memory."""
@@ -617,10 +645,6 @@ def _pool(cupy: Any) -> tuple[Any, int]:
     return memory, int(cupy.cuda.runtime.memGetInfo()[0])
 
 
-def _crashes(rows: int, width: int, clusters: int) -> bool:
-    return rows * max(width, clusters) >= LIBRARY_VALUES
-
-
 def _of_cuda(error: Exception) -> bool:
     library = type(error).__module__.partition(".")[0]
     return bool(_OF_CUDA.match(library)) or (isinstance(error, RuntimeError) and bool(_OF_CUDA.search(str(error))))
@@ -725,12 +749,6 @@ def _end_of_lines(data: bytes) -> int:
 def ranges(count: int, step: int) -> Iterator[slice]:
     """0 to ``count`` in slices of ``step``."""
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
-
-
-def cores() -> int:
-    """Number of threads to use: ``NUMBA_NUM_THREADS``, or the cores that this process may run on."""
-    given = os.environ.get("NUMBA_NUM_THREADS", "")
-    return int(given) if given.isdigit() and int(given) > 0 else len(os.sched_getaffinity(0))
 
 
 def one_line(error: BaseException) -> str:

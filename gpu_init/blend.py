@@ -206,8 +206,12 @@ def tau_sums(
     backend: Backend, interactions: Interactions, modality: Modality, weighting: Weighting, counts: Any, centre: Centre
 ) -> tuple[float, float]:
     """``sum_u n_u s_u`` and ``sum_u n_u |M_u - m|^2`` over some users."""
-    xp, rows, present = backend.xp, weighting.mean_rows, weighting.present
-    apart = backend.kernels.squared_norms(interactions.csr, modality.values, rows, present, centre.middle)
+    xp, rows, present, kernels = backend.xp, weighting.mean_rows, weighting.present, backend.kernels
+    apart = xp.empty(interactions.users)
+    for part in ranges(interactions.users, NORM_ROWS):
+        csr = interactions.csr.rows(part.start, part.stop)
+        means = kernels.aggregate(csr, modality.values, rows[part], present, centre.middle)
+        apart[part] = kernels.lengths(means)
     apart = xp.where(weighting.warm, apart, 0.0)
     inside = xp.where(weighting.warm, rows * interactions.user_degrees(backend, centre.lengths * present) - apart, 0.0)
     return float((counts * inside).sum()), float((counts * apart).sum())
@@ -252,7 +256,7 @@ def attention(backend: Backend, interactions: Interactions, fit: Blend, squares:
 
         def make(part: slice) -> Any:
             csr = interactions.csr.rows(part.start, part.stop)
-            own = kernels.aggregate(csr, features, rows[part], to_unit, nowhere, xp.float64)
+            own = kernels.aggregate(csr, features, rows[part], to_unit, nowhere)
             pairs = xp.where(several[part], 1.0 - squares[part], 1.0)
             alone = 0.0 if columns.start else with_themselves[part]
             among = xp.where(several[part], (kernels.lengths(own) - alone) / pairs, 0.0)
@@ -280,7 +284,7 @@ def global_part(backend: Backend, interactions: Interactions, fit: Blend, part: 
     weights = None if csr.weights is None else csr.weights[entries]
     by_label = Csr(csr.indptr - entries.start, labels, weights)
     nowhere = xp.zeros(fit.centroids.shape[1])
-    return backend.kernels.aggregate(by_label, table, fit.weighting.mean_rows[part], known, nowhere, xp.float64)
+    return backend.kernels.aggregate(by_label, table, fit.weighting.mean_rows[part], known, nowhere)
 
 
 def lambda_statistics(values: Any, counts: Any) -> dict[str, Any]:

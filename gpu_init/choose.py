@@ -66,11 +66,11 @@ def choose(backend: Backend, points: kmeans.Clusterable, seed: int) -> Choice:
     size = min(len(points), SAMPLE_ROWS)
     drawn = backend.asarray(np.sort(rng.choice(len(points), size, replace=False)))
     with backend.deterministic():
-        rows = points.rows(drawn, xp.float64)
+        rows = points.rows(drawn).astype(xp.float64)
         rows = rows - rows.mean(axis=0)
         spread = float((rows * rows).sum())
         candidates = [k for k in CANDIDATES if k < size]
-        if not candidates or spread <= 1e-20 * float((points.middle * points.middle).sum()):
+        if not candidates or spread <= 1e-20 * float((points.offset * points.offset).sum()):
             return Choice(1, size, [])
         scored = _scored(backend, rows, candidates, seed)
         best = max(scored, key=lambda one: one["silhouette"])
@@ -86,14 +86,14 @@ def choose(backend: Backend, points: kmeans.Clusterable, seed: int) -> Choice:
 def _scored(backend: Backend, rows: Any, candidates: list[int], seed: int) -> list[dict[str, Any]]:
     """Scores of each K on rows (n, D) about 0; seeds of a smaller K are the first of a larger one's."""
     distances = _distances(backend, rows)
-    points = kmeans.Dense(backend, rows.astype(backend.xp.float32))
+    points = kmeans.Sample(backend, rows.astype(backend.xp.float32))
     rng = np.random.default_rng(seed)
     starts = [kmeans.seeds(backend, points, candidates[-1], rng) for _ in range(_RESTARTS)]
     scored = []
     for k in candidates:
-        found = (kmeans.descend(backend, points, start[:k], 0) for start in starts)
-        centroids, _, _ = min(found, key=lambda one: one[1][-1])
-        scored.append({"clusters": k, **_scores(backend, rows, distances, points.nearest(centroids), k)})
+        found = (kmeans.lloyd(backend, points, start[:k]) for start in starts)
+        _, labels, *_ = min(found, key=lambda one: one[2][-1])
+        scored.append({"clusters": k, **_scores(backend, rows, distances, labels, k)})
     return scored
 
 

@@ -70,7 +70,12 @@ class Settings:
     seed : int, default=0
         In [0, 2^32).
     restarts : int, default=1
-        Starts of K-means, 1 or more; the best is taken.
+        Starts of K-means on its sample, 1 or more; the best goes on.
+    tolerance : float, default=1e-3
+        In [0, 1]: a pass of K-means over all rows that lowers the inertia by less than this share is the last; 0:
+        passes go on until no label changes.
+    kmeans : {"auto", "own", "cuml"}, default="auto"
+        Whose K-means finds the centroids that the passes over all rows start from; ``cuml`` needs CUDA.
     tau : float, optional
         Of lambda ``shrink``, 0 or more; None: from the data.
     temperature : float, optional
@@ -94,6 +99,8 @@ class Settings:
     dtype: str = "float32"
     seed: int = 0
     restarts: int = 1
+    tolerance: float = 1e-3
+    kmeans: str = "auto"
     tau: float | None = None
     temperature: float | None = None
     cluster_rank: int | None = None
@@ -534,6 +541,16 @@ KEYS: tuple[Key, ...] = (
     _choice_key("dtype", ("float32", "float16"), "type of the user vectors; centroids and projected items are float32"),
     _number_key("seed", (0, 2**32 - 1), "seed of the clustering (default: 0)", "N"),
     _number_key("restarts", (1, 1000), "starts of the clustering, of which the best is taken (default: 1)", "N"),
+    Key(
+        "tolerance",
+        lambda value: _number(value, 0, 1),
+        "a number from 0 to 1",
+        "clustering ends with a pass over all rows that lowers the inertia by less than this share (default: 1e-3);"
+        " 0: when no label changes",
+        "0..1",
+        read=float,
+    ),
+    _choice_key("kmeans", ("auto", "own", "cuml"), "K-means of gpu-init, or of cuML on CUDA; auto: the cheaper"),
     _choice_key("backend", ("auto", "cpu", "cuda"), "where it runs; auto takes a GPU where there is one"),
     Key(
         "memory",

@@ -75,7 +75,7 @@ def _of_users(
     values, present = plan.modality.values, plan.modality.present
     lengths = xp.where(present, xp.sqrt(backend.kernels.lengths(values)), 0.0)
     to_unit = xp.where(lengths > 0, 1.0 / xp.where(lengths > 0, lengths, 1.0), 0.0)
-    mine = backend.kernels.aggregate(own.csr, values, plan.weighting.mean_rows, to_unit, nowhere, xp.float64)
+    mine = backend.kernels.aggregate(own.csr, values, plan.weighting.mean_rows, to_unit, nowhere)
     far = _lengths(xp, others)
     directions = others / xp.where(far > 0, far, 1.0)[:, None]
     theirs = directions[backend.asarray(rng.integers(0, len(others), (n, _RANDOM)))].mean(axis=1)
@@ -102,7 +102,7 @@ def typical(backend: Backend, modality: Modality, centroids: Any) -> Any:
     found = xp.full((clusters, TYPICAL), -1, xp.int64)
     for part in ranges(len(modality.values), max(1024, _TABLE_VALUES // clusters)):
         rows = modality.values[part]
-        away = backend.kernels.lengths(rows) - 2.0 * backend.kernels.products(rows, nowhere, points, xp.float32).T
+        away = backend.kernels.lengths(rows) - 2.0 * backend.kernels.products(rows, nowhere, points).T
         away = xp.concatenate([distances, xp.where(modality.present[part], away, xp.inf)], axis=1)
         numbers = xp.broadcast_to(xp.arange(part.start, part.stop), (clusters, len(rows)))
         numbers = xp.concatenate([found, numbers], axis=1)

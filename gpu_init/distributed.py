@@ -51,7 +51,15 @@ from .config import AUTO, POLICIES, JobConfig
 from .describe import described
 from .errors import InputError, ResourceError
 from .features import FeatureTable, Modality
-from .interactions import EXTENSIONS, Interactions, power, require_kept, require_unchanged
+from .interactions import (
+    EXTENSIONS,
+    Interactions,
+    power,
+    require_kept,
+    require_unchanged,
+    stated_rows,
+    text_bytes,
+)
 from .interactions import read as read_interactions
 from .job import (
     Counts,
@@ -74,7 +82,8 @@ from .job import (
     timings_of,
     users_of,
 )
-from .kernels import Csr
+from .kernels import Csr, kernels_for
+from .kernels.costs import fitting_seconds, reading_seconds
 from .npy import read_rows
 from .objects import open_staging
 from .partitions import SCRATCH, SHARED, Batch, Fitted, Rows, Work
@@ -112,6 +121,8 @@ def run(config: JobConfig, progress: Progress) -> str:
         As in `job.run`; or workers lack something; or the scheduler is lost: what was done can be resumed.
     """
     check_places(config)
+    if config.settings.kmeans == "cuml":
+        raise InputError("kmeans cuml runs in one process, and this run is over Dask; leave it out, or take own.")
     if is_url(config.out):
         raise InputError(
             f"{config.out}: over a cluster, workers write the output together; name a folder they all see."
@@ -186,11 +197,11 @@ class Workers:
             time.sleep(0.1)
         return there
 
-    def facts(self, backend: str) -> dict[str, Any]:
-        """What the workers are; they have to be alike."""
+    def facts(self, backend: str, kernels: str = "numpy", reading_kernels: str = "numpy") -> dict[str, Any]:
+        """What the workers are, with kernels of such names; they have to be alike."""
         self.present()
         try:
-            found = self._client.run(partitions.facts, backend)
+            found = self._client.run(partitions.facts, backend, kernels, reading_kernels)
         except ImportError as error:
             raise InputError(f"workers lack something ({one_line(error)}); install gpu-init there as here.") from None
         first = next(iter(found.values()))
@@ -440,15 +451,15 @@ def _run(config: JobConfig, workers: Workers, progress: Progress) -> str:
         inputs = inputs_of(config)
     check_inputs(config, inputs.files)
     theirs = workers.facts(config.backend)
-    progress.say(f"{len(workers.present())} workers, backend {theirs['name']}, kernels {theirs['kernels']}")
-    identity = identity_of(config, inputs.files, theirs["name"], theirs["kernels"])
+    progress.say(f"{len(workers.present())} workers, backend {theirs['name']}")
+    identity = identity_of(config, inputs.files, theirs["name"])
     identity["program"]["distributed"] = True
     with open_staging(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
         if not has_work(config, staging, progress):
             return config.out
         files = [one["path"] for one in inputs.files if not is_url(one["path"])]
         workers.require_sight([os.path.abspath(path) for path in (staging.path, *files)])
-        work = Work(config, theirs["name"], uuid.uuid4().hex, staging.path)
+        work = Work(config, theirs["name"], "numpy", uuid.uuid4().hex, staging.path)
         with ExitStack() as adopted:
             run = _Run(config, workers, progress, staging, work, adopted)
             counts = run.read()
@@ -458,12 +469,18 @@ def _run(config: JobConfig, workers: Workers, progress: Progress) -> str:
                 adopted.close()
         save_ids(staging, counts.user_ids, counts.item_ids)
         inputs.require_unchanged()
+        theirs = workers.facts(config.backend, run.work.kernels, run.reading_kernels)
         manifest = manifest_of(config, inputs.files, theirs, counts, statistics)
         if embedding is not None:
             manifest["interactions"]["embedding"] = embedding
         slices = {name: len(bounds) - 1 for name, bounds in run.work.columns.items()}
         manifest["cluster"] = {"workers": len(workers.present()), "parts": len(run.work.bounds) - 1, "slices": slices}
         return staging.commit({**manifest, "timings": timings_of(started, progress, run.backend)})
+
+
+@functools.cache
+def _of_this_process(kernels: str) -> Backend:
+    return select("cpu").with_kernels(kernels)
 
 
 class _Run:
@@ -489,13 +506,12 @@ class _Run:
         self._rows: dict[str, Any] = {}
         self._warm: dict[str, list[int]] = {}
         self._pairs = 0
+        self.reading_kernels = work.kernels
 
-    @functools.cached_property
+    @property
     def backend(self) -> Backend:
-        """Of this process, which adds up what workers give; with the compiled code that K-means of a sample needs."""
-        backend = select("cpu")
-        kmeans.fit(backend, kmeans.Dense(backend, np.eye(4, dtype=np.float32)), 2, 0)
-        return backend
+        """Of this process, which adds up what workers give."""
+        return _of_this_process(self.work.kernels)
 
     @contextmanager
     def _step(self, name: str, **measures: Any) -> Iterator[Step]:
@@ -514,6 +530,10 @@ class _Run:
         axis = item_axis_of(self._tables)
         with self._step("read interactions", unit="row") as step:
             counts = self._store(axis, step)
+            widths = [config.settings.dim or table.values.shape[1] for table in self._tables.values()]
+            sizes = (counts.users, counts.items, counts.pairs)
+            seconds = fitting_seconds(*sizes, widths, config.settings.clusters)
+            self.work = replace(self.work, kernels=kernels_for(seconds))
             step.note(users=counts.users, items=counts.items, pairs=counts.pairs)
         for name, table in self._tables.items():
             self._rows[name] = None if table.ids is None else feature_rows(table, axis, counts.item_ids)
@@ -533,6 +553,8 @@ class _Run:
         tables = [open_table(path if is_url(path) else os.path.abspath(path), columns, warnings) for path in paths]
         for line in warnings:
             self.progress.warn(line)
+        self.reading_kernels = kernels_for(reading_seconds(stated_rows(config.interactions), text_bytes(tables)))
+        self.work = replace(self.work, kernels=self.reading_kernels)
         calls = pieces(tables, PIECE_ROWS, MOST_PIECES)
         known = [table.whole for table in tables if table.whole is not None]
         numbered = len(known) == len(tables) and isinstance(config.users, int) and axis.rows is not None
@@ -567,7 +589,7 @@ class _Run:
         users, columns = users_of(config, self.backend), columns_of(config)
         table = read_interactions(self.backend, config.interactions, columns, axis, users, step.advance)
         step.advance(table.read)
-        counts = Counts.of(table)
+        counts, self.reading_kernels = Counts.of(table), table.kernels
         self.work = replace(self.work, bounds=_bounds(counts.users, counts.kept), items=counts.items)
         self._pairs = counts.pairs
         if staging.finished("parts") is None:
@@ -689,19 +711,18 @@ class _Run:
         if staging.finished(INTERACTIONS) is None:
             counts = workers.map(partitions.placed, work)
             with self._step("cluster interactions") as step:
-                middle = np.zeros(staging.load(items).shape[1])
-                found, choice, sizes = self._fit(Rows(INTERACTIONS, "tiled", middle), counts, method.INERTIA_TOLERANCE)
-                step.note(clusters=len(found.centroids), iterations=found.iterations)
+                offset = np.zeros(staging.load(items).shape[1])
+                found, choice, sizes = self._fit(Rows(INTERACTIONS, "tiled", offset), counts)
+                step.note(clusters=len(found.centroids), passes=len(found.inertia))
             staging.save(f"{INTERACTIONS}/centroids.npy", found.centroids)
             staging.allocate(labels, (work.bounds[-1],), np.int32)
             with staging.adopting(labels):
                 workers.map(partitions.label_interactions, work, found.centroids)
-            staging.finish(INTERACTIONS, kmeans_facts(found, choice, sizes, "interactions", self.progress))
+            facts = kmeans_facts(found, choice, sizes, "interactions", settings.tolerance, self.progress)
+            staging.finish(INTERACTIONS, facts)
         return embedding_facts(staging)
 
-    def _fit(
-        self, rows: Rows, counts: Sequence[int], inertia_tolerance: float = 0.0
-    ) -> tuple[kmeans.Clusters, Choice | None, list[int]]:
+    def _fit(self, rows: Rows, counts: Sequence[int]) -> tuple[kmeans.Clusters, Choice | None, list[int]]:
         """K-means on points of which parts have so many; how K was chosen; how many have each label."""
         backend, settings = self.backend, self.config.settings
         choice, clusters = None, settings.clusters
@@ -713,14 +734,14 @@ class _Run:
             method.check_placed(sum(counts), clusters)
         form = self._form(rows, sum(counts), clusters)
         points = Partitioned(backend, self.workers, self.work, replace(rows, form=form), counts)
-        found = kmeans.fit(backend, points, clusters, settings.seed, settings.restarts, inertia_tolerance)
+        found = kmeans.fit(backend, points, clusters, settings.seed, settings.restarts, settings.tolerance)
         return found, choice, [int(count) for count in points.counts]
 
     def _form(self, rows: Rows, count: int, clusters: int) -> str:
         """See `method.kmeans_form`; from features in slices no rows are made but a few."""
         if rows.name in self.work.columns:
             return "factored"
-        sizes = (count, self.work.items, self._pairs, clusters, len(rows.middle))
+        sizes = (count, self.work.items, self._pairs, clusters, len(rows.offset))
         return method.kmeans_form(*sizes, self.config.memory)
 
     # Fit and write.
@@ -773,8 +794,8 @@ class _Run:
         name, settings, staging, backend = modality.name, self.config.settings, self.staging, self.backend
         facts = staging.finished(f"{name}/clusters")
         if facts is None:
-            middle = kmeans.mean_item(backend, modality.values, modality.present)
-            rows, item_labels = Rows(name, "tiled", middle), None
+            offset = kmeans.mean_item(backend, modality.values, modality.present)
+            rows, item_labels = Rows(name, "tiled", offset), None
             if settings.cluster_on == "interactions":
                 facts = staging.finished(INTERACTIONS) or {}
                 centroids = self._shared_centroids(rows, sum(self._warm[name]))
@@ -785,11 +806,9 @@ class _Run:
                     else:
                         found, choice, item_labels = method.cluster_items(backend, modality, settings)
                         sizes = cluster_sizes(found.labels, len(found.centroids))
-                    step.note(clusters=len(found.centroids), iterations=found.iterations)
-                facts, centroids = (
-                    kmeans_facts(found, choice, sizes, f"modality {name}", self.progress),
-                    found.centroids,
-                )
+                    step.note(clusters=len(found.centroids), passes=len(found.inertia))
+                facts = kmeans_facts(found, choice, sizes, f"modality {name}", settings.tolerance, self.progress)
+                centroids = found.centroids
             staging.save(f"{name}/centroids.npy", centroids)
             if item_labels is not None:
                 staging.save(f"{name}/item_labels.npy", item_labels)
@@ -804,7 +823,7 @@ class _Run:
         clusters = len(self.staging.load(f"{INTERACTIONS}/centroids.npy"))
         rows = replace(rows, form=self._form(rows, warm, clusters))
         sums, counts = self.workers.total_sums(partitions.sums_of_labels, 0, self.work, rows, clusters)
-        return method.behaviour_means(self.backend, sums, counts, rows.middle)
+        return method.behaviour_means(self.backend, sums, counts, rows.offset)
 
     def _lambda(self, modality: Modality, fitted: Fitted) -> tuple[Fitted, Any]:
         """The clusters with the policy's tau, and what the manifest says of lambda."""
@@ -934,26 +953,21 @@ class Partitioned:
         return sum(self._warm)
 
     @property
-    def middle(self) -> Any:
-        """See `Points.middle`."""
-        return self._rows.middle
+    def offset(self) -> Any:
+        """See `Points.offset`."""
+        return self._rows.offset
 
     def by_library(self, clusters: int, seed: int, restarts: int) -> Any:  # noqa: ARG002
-        """See `Points.by_library`: none takes rows of other processes."""
-        return None
+        """See `Points.by_library`."""
+        raise TypeError("no library takes rows of other processes")
 
-    def spread(self) -> float:
-        """See `Points.spread`."""
-        return float(self._workers.total(partitions.spread, self._work, self._rows))
-
-    def rows(self, index: Any, dtype: Any) -> Any:
+    def rows(self, index: Any) -> Any:
         """See `Points.rows`."""
         order = np.argsort(index, kind="stable")
         calls = {part: (numbers,) for part, numbers in _by_part(self._warm, np.asarray(index)[order])}
-        out = np.empty((len(index), len(self.middle)), dtype)
+        out = np.empty((len(index), len(self.offset)))
         if calls:
-            shared = (self._rows, np.dtype(dtype).name)
-            futures = self._workers.submit(partitions.some_rows, self._work, shared, calls)
+            futures = self._workers.submit(partitions.some_rows, self._work, (self._rows,), calls)
             start = 0
             for future in futures.values():
                 (found,) = self._workers.results([future])
@@ -961,19 +975,14 @@ class Partitioned:
                 start += len(found)
         return out
 
-    def walk(self, clusters: int) -> PartitionedWalk:  # noqa: ARG002
-        """See `Points.walk`."""
-        return PartitionedWalk(self._workers, self._work, self._rows)
+    def step(self, centroids: Any) -> kmeans.Step:
+        """See `Points.step`: labels stay with the rows."""
+        inertia, self.counts = self._workers.total(partitions.step, self._work, self._rows, centroids)
 
-    def unlabelled(self) -> Any:
-        """See `Points.unlabelled`: labels stay with the rows."""
-        return _Turns()
+        def sums() -> Any:
+            return self._workers.total_sums(partitions.sums, 0, self._work, self._rows, centroids)[0]
 
-    def step(self, centroids: Any, labels: Any) -> tuple[float, int, Any, Any]:
-        """See `Points.step`."""
-        found = self._workers.total_sums(partitions.step, 2, self._work, self._rows, labels.next(), centroids)
-        self.counts = found[3]
-        return found  # type: ignore[no-any-return]
+        return kmeans.Step(inertia, self.counts, None, sums)
 
     def farthest(self, centroids: Any, count: int) -> Any:
         """See `Points.farthest`."""
@@ -983,31 +992,6 @@ class Partitioned:
         reached = np.concatenate([reached for _, reached in found])
         order = np.argsort(-reached, kind="stable")[:count]
         return rows[order][reached[order] > 0]
-
-
-class _Turns:
-    """Counts the steps, so that workers know whether what they keep is of the one before."""
-
-    def __init__(self) -> None:
-        self._run, self._turn = uuid.uuid4().hex, 0
-
-    def next(self) -> tuple[str, int]:
-        self._turn += 1
-        return self._run, self._turn
-
-
-class PartitionedWalk:
-    """See `kmeans.Walk`."""
-
-    def __init__(self, workers: Workers, work: Work, rows: Rows) -> None:
-        self.workers = workers
-        self._work, self._rows = work, rows
-        self._turns = _Turns()
-
-    def step(self, centroids: Any, reach: Any, fall: float, margin: float) -> kmeans.Step:
-        """See `Walk.step`."""
-        arguments = (self._rows, self._turns.next(), centroids, reach, fall, margin)
-        return kmeans.Step(*self.workers.total_sums(partitions.walk, 1, self._work, *arguments))
 
 
 class _PartitionedGraph:

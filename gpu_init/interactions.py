@@ -15,9 +15,10 @@ import numpy as np
 
 from . import ids, npy
 from .axes import Codes, ItemAxis, Resolve, RowNumbers, check_range, item_axis, positions, user_axis
-from .backend import Backend, one_line, ranges
+from .backend import Backend, for_work, one_line, ranges
 from .errors import GpuInitError, InputError
-from .kernels import Builder, Csr
+from .kernels import Csr
+from .kernels.costs import reading_seconds
 from .memory import require as require_memory
 from .recency import Recency, newest
 from .storage import expand, file_state, reading
@@ -58,6 +59,7 @@ _ENTRIES = 1 << 20  # of a matrix, put into R at a time
 _HELD_ROWS = 1 << 24  # whose codes are kept so that they need not be read again, 8 bytes each, 4 more with weights
 _ENTRY_BYTES = 4  # of memory for each row that is kept, at least: its item in R
 _INDICES = ("indices.npy", "indptr.npy", "row.npy", "col.npy", "coords.npy", "offsets.npy", "shape.npy")
+_PACKED = 4  # bytes of text in one of a .gz file, about
 _MATRIX_COPIES = 3  # of the arrays of a matrix file that are in memory at once: scipy's, by entries, R
 ROW_BYTES = 48  # of memory for each row of R: where it starts, degrees, scales, label
 
@@ -238,14 +240,14 @@ def from_matrix(backend: Backend, matrix: Any, place: str) -> Interactions:
 
 def _built(backend: Backend, rows: Any, columns: Any, weights: Any, shape: tuple[int, int]) -> Interactions:
     """R as `build` makes it, by the kernels that build it in place where there are such."""
-    builder = backend.kernels.builder()
-    if builder is None:
+    in_place = backend.kernels.rows_in_place()
+    if in_place is None:
         return build(backend, rows.astype("int64"), columns.astype("int64"), weights, shape)
     starts = np.zeros(shape[0] + 1, np.int64)
     parts = [slice(first, first + _ENTRIES) for first in range(0, len(rows), _ENTRIES)]
     for part in parts:
-        builder.count(rows[part].astype("int64"), starts[1:])
-    filling = builder.rows(np.cumsum(starts, out=starts), weighted=weights is not None)
+        np.add.at(starts[1:], rows[part], 1)
+    filling = in_place(np.cumsum(starts, out=starts), weighted=weights is not None)
     for part in parts:
         own = None if weights is None else weights[part].astype("float32")
         filling.add(rows[part].astype("int64"), columns[part].astype("int64"), own)
@@ -260,7 +262,7 @@ class InteractionTable:
     """Interactions as read: R, the raw ids of its rows and columns, and how many rows there were.
 
     ``user_ids`` and ``item_ids`` are pandas Series, or None where rows and columns are the ids. ``read`` and
-    ``kept`` count rows of the files, before and after ``where``.
+    ``kept`` count rows of the files, before and after ``where``. ``kernels``: name of those that R was made with.
     """
 
     interactions: Interactions
@@ -268,6 +270,7 @@ class InteractionTable:
     item_ids: Any
     read: int
     kept: int
+    kernels: str
     warnings: list[str] = field(default_factory=list)
 
 
@@ -314,15 +317,22 @@ def read(
     warnings: list[str] = []
     tables = [open_table(path, columns, warnings) for path in paths]
     recency = None if columns.half_life is None else Recency(columns.half_life)
+    backend = for_work(backend, reading_seconds(stated_rows(pattern), text_bytes(tables)))
     checks = Checks(backend, columns.where, axis, users, advance, recency)
-    builder = backend.kernels.builder()
-    held = _Hold(checks) if builder is None else _Stream(checks, builder, tables)
+    in_place = backend.kernels.rows_in_place()
+    held = _Hold(checks) if in_place is None else _Stream(checks, in_place, tables)
     for table in tables:
         held.take(table)
     require_kept(pattern, held.read, held.kept)
     matrix, user_ids, item_ids = held.finish(pattern)
     require_unchanged(tables)
-    return InteractionTable(matrix, user_ids, item_ids, held.read, held.kept, warnings)
+    return InteractionTable(matrix, user_ids, item_ids, held.read, held.kept, backend.kernels.name, warnings)
+
+
+def text_bytes(tables: Iterable[Table]) -> int:
+    """Bytes of the text files among some tables, about, as they are when unpacked."""
+    texts = (table for table in tables if table.separator is not None)
+    return sum(table.state[0] * (_PACKED if table.path.endswith(".gz") else 1) for table in texts)
 
 
 def require_kept(pattern: str, read: int, kept: int) -> None:
@@ -485,15 +495,15 @@ class _Held:
 class _Stream:
     """Rows counted as they are read, then put into R in place.
 
-    Tables whose ids are whole numbers are read twice, first for the users alone. Of others, `_HELD_ROWS` in all are
-    kept as int32 codes, and only what comes after these is read again. Where age counts, times
+    Tables whose ids are whole numbers that serve as row numbers are read twice, first for the users alone. Of others,
+    `_HELD_ROWS` in all are kept as int32 codes, and only what comes after these is read again. Where age counts, times
     are read in between, for each user's newest.
     """
 
-    def __init__(self, checks: Checks, builder: Builder, tables: list[Table]) -> None:
+    def __init__(self, checks: Checks, in_place: Callable[..., Any], tables: list[Table]) -> None:
         self.read = self.kept = 0
         self._checks = checks
-        self._builder = builder
+        self._in_place = in_place
         axis, listed = checks.axis, checks.listed
         self._again: list[tuple[Table, int]] = []  # and how many of its rows are held
         self._coded: deque[tuple[Any, Any, Any, Any]] = deque()
@@ -502,17 +512,18 @@ class _Stream:
         self._users: RowNumbers | Codes
         self._items: RowNumbers | Codes
         if isinstance(listed, int):
-            self._users = RowNumbers(listed, builder)
+            self._users = RowNumbers(listed)
         else:
             rows = sum(table.whole or 0 for table in tables) if listed is None else 0
-            self._users = Codes(builder, rows)
-        self._items = RowNumbers(axis.rows, builder) if axis.rows is not None else Codes(builder, 0)
+            self._users = Codes(rows)
+        self._items = RowNumbers(axis.rows) if axis.rows is not None else Codes(0)
 
     def take(self, table: Table) -> None:
         """Read a table, or the columns of it that say how R is laid out."""
         checks = self._checks
         self._weighted = table.weight is not None
-        holds, counts_items = table.whole is None, isinstance(self._items, Codes)
+        counts_items = isinstance(self._items, Codes)
+        holds = counts_items or not self._counts_by_table(table)
         more = (table.item, table.weight, table.time) if holds else (table.item if counts_items else None,)
         held = read = 0
         for batch in checks.batches(table, table.user, *more):
@@ -538,6 +549,15 @@ class _Stream:
         if held < read:
             self._again.append((table, held))
 
+    def _counts_by_table(self, table: Table) -> bool:
+        """Whether the users of a table, as far as its first rows tell, are counted without codes for them."""
+        if table.whole is None or isinstance(self._users, RowNumbers):
+            return table.whole is not None
+        for batch in self._checks.batches(table, table.user):
+            if len(batch.frame):
+                return self._users.fits_table(self._checks.users(table, batch))
+        return True
+
     def finish(self, place: str) -> tuple[Interactions, Any, Any]:
         """R, and the ids of its rows and columns where they are not the row numbers."""
         checks = self._checks
@@ -546,7 +566,7 @@ class _Stream:
         items.settle(lambda found: item_axis(found, place, checks.axis))
         timed = checks.recency is not None
         latest = self._newest() if timed else None
-        filling = self._builder.rows(users.starts(), self._weighted or timed)
+        filling = self._in_place(users.starts(), self._weighted or timed)
 
         def add(rows: Any, columns: Any, weights: Any, times: Any) -> None:
             filling.add(rows, columns, weights if latest is None else checks.decayed(weights, latest[rows] - times))
@@ -677,4 +697,7 @@ def _read_matrix(
     user_ids = None if users is None or isinstance(users, int) else users
     count = users if isinstance(users, int) else user_count
     matrix = scipy.sparse.coo_array((matrix.data, (matrix.row, matrix.col)), shape=(count, axis.rows))
-    return InteractionTable(from_matrix(backend, matrix, path), user_ids, None, read_rows, read_rows)
+    backend = for_work(backend, reading_seconds(read_rows, 0))
+    return InteractionTable(
+        from_matrix(backend, matrix, path), user_ids, None, read_rows, read_rows, backend.kernels.name
+    )

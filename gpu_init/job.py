@@ -19,7 +19,7 @@ import pandas as pd
 
 from . import features, method, spectral
 from .artifact import INTERACTIONS, Artifact, Staging, check_modality
-from .backend import Backend, select
+from .backend import Backend, for_work, select
 from .blend import Blend, Weighting, item_norms, norms
 from .choose import Choice
 from .config import JobConfig, Settings, settings_to_dict
@@ -39,6 +39,8 @@ from .interactions import (
     read_user_ids,
     stated_rows,
 )
+from .kernels import NUMPY_SECONDS, forced_kernels
+from .kernels.costs import fitting_seconds, reading_seconds
 from .kmeans import Clusters, needed_bytes, sample_sizes
 from .memory import require as require_memory
 from .objects import open_staging
@@ -49,6 +51,7 @@ from .version import __version__
 from .where import parse
 
 BLOCK_BYTES = 32 << 20  # of memory for the blocks on their way out, unless --memory asks for less; fits caches
+_LINE_BYTES = 32  # of an interaction in a text file, about
 OPERATOR_BYTES = {"mean": 8, "sym": 16}  # of memory for each user of a modality, by weighting: row factors
 USER_EXTENSIONS = (".parquet", ".pq", ".txt", *TEXT_EXTENSIONS)
 
@@ -72,15 +75,16 @@ def run(config: JobConfig, progress: Progress) -> str:
 
 def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
     started = datetime.now(UTC)
-    progress.say(f"backend {backend.name}: {backend.why}; kernels {backend.kernels.name}")
+    progress.say(f"backend {backend.name}: {backend.why}")
     with progress.step("fingerprint inputs"):
         inputs = inputs_of(config)
     check_inputs(config, inputs.files)
-    identity = identity_of(config, inputs.files, backend.name, backend.kernels.name)
+    identity = identity_of(config, inputs.files, backend.name)
     with open_staging(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
         if not has_work(config, staging, progress):
             return config.out
         data = read_inputs(config, backend, progress, staging)
+        backend = data.backend
         projected = {}
         shared = None
         if config.settings.cluster_on == "interactions":
@@ -95,7 +99,8 @@ def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
         }
         save_ids(staging, data.table.user_ids, data.table.item_ids)
         inputs.require_unchanged()
-        manifest = manifest_of(config, inputs.files, backend_facts(backend), Counts.of(data.table), statistics)
+        facts = backend_facts(backend, data.table.kernels)
+        manifest = manifest_of(config, inputs.files, facts, Counts.of(data.table), statistics)
         if shared is not None:
             manifest["interactions"]["embedding"] = embedding_facts(staging)
         return staging.commit({**manifest, "timings": timings_of(started, progress, backend)})
@@ -159,8 +164,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Data:
-    """All inputs, checked. Features are taken to the device one modality at a time."""
+    """All inputs, checked. Features are taken to the device one modality at a time.
 
+    ``backend``: with the kernels that suit what is to be done with them.
+    """
+
+    backend: Backend
     table: InteractionTable
     sources: dict[str, Source]
     operators: dict[str, Weighting]
@@ -199,10 +208,15 @@ def check_inputs(config: JobConfig, inputs: list[dict[str, Any]]) -> None:
 # Read.
 
 
-def read_inputs(config: JobConfig, backend: Backend, progress: Progress, staging: Staging | None = None) -> Data:
-    """Read and check everything, so that bad input ends the job before any work."""
+def read_inputs(
+    config: JobConfig, backend: Backend, progress: Progress, staging: Staging | None = None, candidates: int = 1
+) -> Data:
+    """Read and check everything, so that bad input ends the job before any work.
+
+    ``candidates``: settings that will be tried.
+    """
     tables, present = read_features(config, progress)
-    data = _read_interactions(config, backend, tables, present, progress, staging)
+    data = _read_interactions(config, backend, tables, present, progress, staging, candidates=candidates)
     for name, source in data.sources.items():
         method.check_clusters(name, int(source.mask.sum()), data.operators[name], config.settings)
     return data
@@ -233,8 +247,11 @@ def _read_interactions(
     progress: Progress,
     staging: Staging | None,
     source: Artifact | None = None,
+    candidates: int = 1,
 ) -> Data:
     """Interactions among the items of the features, or of the artifact that the features are those of."""
+    rows, size = stated_rows(config.interactions), _text_bytes(config)
+    prepare_kernels(config, backend, tables, rows, size)
     users, columns = users_of(config, backend), columns_of(config)
     if isinstance(users, int):
         require_memory(f"users {users}", users * ROW_BYTES)
@@ -243,7 +260,7 @@ def _read_interactions(
         axis = ItemAxis(None, [source.item_ids])
     known = 0 if users is None else users if isinstance(users, int) else len(users)
     items = axis.rows or max(len(table.values) for table in tables.values())
-    pairs = 0 if columns.where else stated_rows(config.interactions)
+    pairs = 0 if columns.where else rows
     _require_room(config, tables, _Sizes(known, items, pairs), staging, reading=True)
     with progress.step("read interactions", unit="row") as step:
         table = read(backend, config.interactions, columns, axis, users, step.advance)
@@ -251,6 +268,9 @@ def _read_interactions(
     for line in table.warnings:
         progress.warn(line)
     tell_gaps(config, table.user_ids, progress)
+    sizes = (table.interactions.users, table.interactions.items, table.interactions.pairs)
+    backend = for_work(backend, fitting_seconds(*sizes, _widths(config, tables), config.settings.clusters, candidates))
+    progress.say(f"kernels: {table.kernels} to read, {backend.kernels.name} to fit")
     sources, operators = {}, {}
     for name, found in tables.items():
         rows = None if found.ids is None else feature_rows(found, axis, table.item_ids)
@@ -264,7 +284,29 @@ def _read_interactions(
         )
     matrix = table.interactions
     _require_room(config, tables, _Sizes(matrix.users, matrix.items, matrix.pairs), staging)
-    return Data(table, sources, operators)
+    return Data(backend, table, sources, operators)
+
+
+def prepare_kernels(
+    config: JobConfig, backend: Backend, tables: Mapping[str, FeatureTable], rows: int, size: int
+) -> None:
+    """Begin to compile what the job will use, as far as the sizes of its files tell: rows, and bytes of text files."""
+    pairs = max(rows, size // _LINE_BYTES)
+    items = max(len(table.values) for table in tables.values())
+    fitting = fitting_seconds(0, items, pairs, _widths(config, tables), config.settings.clusters)
+    needed = [seconds > NUMPY_SECONDS for seconds in (reading_seconds(rows, size), fitting)]
+    if any(needed):
+        backend.prepare(*needed, on_interactions=config.settings.cluster_on == "interactions")
+
+
+def _text_bytes(config: JobConfig) -> int:
+    paths = [path for path in expand(config.interactions, EXTENSIONS) if path.endswith(TEXT_EXTENSIONS)]
+    return sum(file_state(path)[0] for path in paths)
+
+
+def _widths(config: JobConfig, tables: Mapping[str, FeatureTable]) -> list[int]:
+    """Columns of each modality's features, as they are aggregated."""
+    return [config.settings.dim or table.values.shape[1] for table in tables.values()]
 
 
 def columns_of(config: JobConfig) -> Columns:
@@ -487,7 +529,7 @@ def _write(
             step.advance(len(block))
 
         outbox = backend.outbox(min(step_rows, matrix.users), width, settings.dtype, write)
-        with writer, outbox, backend.kernels.leaving_a_core():
+        with writer, outbox:
             step.advance(writer.done)
 
             def blocks() -> Iterator[Any]:
@@ -592,9 +634,11 @@ def _cluster(
     else:
         with progress.step(f"cluster {name}") as step:
             found = method.clusters(backend, matrix, modality, operator, config.settings, memory)
-            step.note(clusters=len(found.centroids), iterations=found.found.iterations)
+            step.note(clusters=len(found.centroids), passes=len(found.found.inertia))
         labels = (found.centroids, found.user_labels, found.item_labels)
-        facts = kmeans_facts(found.found, found.choice, _sizes(backend, found.found), f"modality {name}", progress)
+        what, tolerance = f"modality {name}", config.settings.tolerance
+        sizes = _sizes(backend, found.found)
+        facts = kmeans_facts(found.found, found.choice, sizes, what, tolerance, progress)
     for path, array in zip(paths, labels, strict=False):
         staging.save(path, backend.to_host(array))
     staging.finish(f"{name}/clusters", facts)
@@ -606,7 +650,7 @@ def _sizes(backend: Backend, found: Clusters) -> list[int]:
 
 
 def kmeans_facts(
-    found: Clusters, choice: Choice | None, sizes: list[int], what: str, progress: Progress
+    found: Clusters, choice: Choice | None, sizes: list[int], what: str, tolerance: float, progress: Progress
 ) -> dict[str, Any]:
     """What the manifest says of a clustering, whose clusters have so many rows; warns of those that are empty."""
     clusters = len(found.centroids)
@@ -616,9 +660,10 @@ def kmeans_facts(
     facts = {
         "form": found.form,
         "library": found.library,
-        "iterations": found.iterations,
         "samples": sample_sizes(sum(sizes), clusters, found.centroids.shape[1]),
-        "settled": found.settled,
+        "tolerance": tolerance,
+        "passes": len(found.inertia),
+        "stopped": found.stopped,
         "inertia": found.inertia,
     }
     return {"kmeans": facts, **({} if choice is None else {"choice": asdict(choice)})}
@@ -642,10 +687,11 @@ def _behaviour(config: JobConfig, backend: Backend, data: Data, staging: Staging
         embedding = _embedding(config, backend, data, staging, progress)
         with progress.step("cluster interactions") as step:
             found = method.behaviour(backend, matrix, embedding, config.settings, _left(config, matrix.users))
-            step.note(clusters=len(found.centroids), iterations=found.found.iterations)
+            step.note(clusters=len(found.centroids), passes=len(found.found.inertia))
         staging.save(centroids, backend.to_host(found.centroids))
         staging.save(labels, backend.to_host(found.labels))
-        facts = kmeans_facts(found.found, found.choice, _sizes(backend, found.found), "interactions", progress)
+        sizes, tolerance = _sizes(backend, found.found), config.settings.tolerance
+        facts = kmeans_facts(found.found, found.choice, sizes, "interactions", tolerance, progress)
         staging.finish(INTERACTIONS, facts)
     return Shared(backend.asarray(staging.load(labels)), len(staging.load(centroids)), facts)
 
@@ -721,7 +767,7 @@ def _check_source(source: Artifact, config: JobConfig, given: Collection[str]) -
 
 def _assign(source: Artifact, config: JobConfig, given: Collection[str], backend: Backend, progress: Progress) -> str:
     started = datetime.now(UTC)
-    progress.say(f"backend {backend.name}: {backend.why}; kernels {backend.kernels.name}")
+    progress.say(f"backend {backend.name}: {backend.why}")
     projected = config.settings.dim is not None
     with progress.step("fingerprint inputs"):
         read = inputs_of(config, () if projected else None)
@@ -733,7 +779,7 @@ def _assign(source: Artifact, config: JobConfig, given: Collection[str], backend
         _recognise(source, before, inputs, given, progress)
     check_inputs(config, inputs)
     identity = {
-        **identity_of(config, inputs, backend.name, backend.kernels.name),
+        **identity_of(config, inputs, backend.name),
         "artifact": source.manifest["checksum"],
     }
     with open_staging(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
@@ -744,13 +790,15 @@ def _assign(source: Artifact, config: JobConfig, given: Collection[str], backend
         for table in tables.values():
             _check_shape(source, table)
         data = _read_interactions(config, backend, tables, present, progress, staging, source)
+        backend = data.backend
         shared = None if source.interactions is None else _assign_behaviour(source, backend, data, staging, progress)
         statistics = {
             name: _assign_modality(source, config, backend, data, name, shared, staging, progress) for name in tables
         }
         save_ids(staging, data.table.user_ids, data.table.item_ids)
         read.require_unchanged()
-        manifest = manifest_of(config, inputs, backend_facts(backend), Counts.of(data.table), statistics)
+        facts = backend_facts(backend, data.table.kernels)
+        manifest = manifest_of(config, inputs, facts, Counts.of(data.table), statistics)
         if shared is not None:
             manifest["interactions"]["embedding"] = source.manifest["interactions"].get("embedding")
         origin = {"path": source.path, "checksum": source.manifest["checksum"]}
@@ -925,13 +973,13 @@ def _tables(pattern: str, extensions: tuple[str, ...]) -> list[str]:
     return paths
 
 
-def identity_of(config: JobConfig, inputs: list[dict[str, Any]], backend: str, kernels: str) -> dict[str, Any]:
+def identity_of(config: JobConfig, inputs: list[dict[str, Any]], backend: str) -> dict[str, Any]:
     """What must be the same for a run to be resumed: settings, columns, contents of the inputs, the program."""
     files = {
         f"{one['for']}/{number}:{os.path.basename(one['path'])}": {"bytes": one["bytes"], "hash": one["hash"]}
         for number, one in enumerate(inputs)
     }
-    program = {"gpu_init": __version__, "backend": backend, "kernels": kernels}
+    program = {"gpu_init": __version__, "backend": backend, "kernels": forced_kernels()}
     users = config.users if isinstance(config.users, int) else None
     return {
         "settings": settings_to_dict(config.settings),
@@ -969,11 +1017,12 @@ class Counts:
         return cls(*axes, table.read, table.kept, matrix.pairs, weight)
 
 
-def backend_facts(backend: Backend) -> dict[str, Any]:
-    """What the manifest says of the backend."""
+def backend_facts(backend: Backend, reading_kernels: str) -> dict[str, Any]:
+    """What the manifest says of the backend, whose kernels fit and write; those that read may be others."""
     return {
         "name": backend.name,
         "kernels": backend.kernels.name,
+        "reading_kernels": reading_kernels,
         "kmeans": backend.kmeans_name,
         "versions": backend.versions(),
     }

@@ -11,16 +11,16 @@ from typing import Any
 
 from . import features as feature_arrays
 from . import kmeans, spectral
-from .backend import Backend, in_blocks, ranges, select
+from .backend import Backend, for_work, in_blocks, ranges, select
 from .blend import NORM_ROWS, Blend, Weighting, blend, lambdas, scale_to_items
 from .choose import CANDIDATES, Choice, choose
 from .config import AUTO, POLICIES, Settings
 from .errors import InputError
 from .features import Modality
 from .interactions import Interactions, from_matrix, power
+from .kernels.costs import fitting_seconds
 
 RANK = 64  # dimensions that users are placed in by what they did
-INERTIA_TOLERANCE = 1e-4  # of K-means there: interactions without groups keep it creeping for hundreds of steps
 KMEANS_BYTES = 1 << 30  # that K-means may take beside the interactions, the features and what it keeps of each user
 ARRAY_BLOCK_BYTES = 64 << 20  # of the result, per kernel call, where nobody says how much memory there is
 MATRIX_ROWS = 16 * kmeans.TILE_ROWS  # of the users' means made at a time, where they are made
@@ -143,14 +143,8 @@ def behaviour(
         settings = replace(settings, clusters=choice.clusters)
     assert isinstance(settings.clusters, int)
     check_placed(len(points), settings.clusters)
-    users, items = len(points), interactions.items
-    form = kmeans_form(users, items, interactions.pairs, settings.clusters, embedding.items.shape[1], memory)
-    rows: kmeans.Points = points
-    if form == "factored":
-        rows = spectral.points(*arrays, kmeans.Factored)
-    elif form == "dense":
-        rows = kmeans.Dense(backend, matrix(backend, points), points.middle)
-    found = kmeans.fit(backend, rows, settings.clusters, settings.seed, settings.restarts, INERTIA_TOLERANCE)
+    factored = lambda: spectral.points(*arrays, kmeans.Factored)  # noqa: E731
+    found = _kmeans(backend, interactions, points, factored, settings, memory)
     labels = behaviour_labels(backend, interactions, points, found.centroids)
     return Behaviour(embedding, found.centroids, labels, found, choice)
 
@@ -179,7 +173,7 @@ def behaviour_labels(backend: Backend, interactions: Interactions, points: kmean
     active = interactions.csr.indptr[1:] > interactions.csr.indptr[:-1]
     labels = xp.where(active, int(lengths.argmin()), -1).astype(xp.int32)
     if len(points):
-        labels[points.users] = points.nearest(centroids)
+        labels[points.users] = points.nearest(centroids)[points.users]
     return labels
 
 
@@ -195,19 +189,18 @@ def clusters(
 
     ``memory``: bytes that it may take beside the interactions and the features; None: as `kmeans_form` says.
     """
-    xp = backend.xp
-    user_labels = xp.full(interactions.users, -1, xp.int32)
     choice = None
     if settings.cluster_on == "users":
         if settings.clusters == AUTO:
             means = kmeans.Tiled(backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
             choice = choose(backend, means, settings.seed)
             settings = replace(settings, clusters=choice.clusters)
-        found = _cluster_users(backend, interactions, modality, operator, settings, memory)
+        arrays = (backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
+        tiled = kmeans.Tiled(*arrays)
+        found = _kmeans(backend, interactions, tiled, lambda: kmeans.Factored(*arrays), settings, memory)
+        user_labels = found.labels
         if found.form == "dense":  # as they come out where these users are assigned among others
             user_labels = nearest(backend, interactions, modality, operator, found.centroids, found.form)
-        else:
-            user_labels[operator.warm] = found.labels
         return Clustering(found.centroids, user_labels, None, found, choice)
     found, choice, item_labels = cluster_items(backend, modality, settings)
     user_labels = nearest(backend, interactions, modality, operator, found.centroids, "factored")
@@ -226,7 +219,7 @@ def cluster_items(
         choice = choose(backend, points, settings.seed)
         settings = replace(settings, clusters=choice.clusters)
     assert isinstance(settings.clusters, int)
-    found = kmeans.fit(backend, points, settings.clusters, settings.seed, settings.restarts)
+    found = _fit(backend, points, settings, _takes_library(backend, points, settings))
     item_labels = xp.full(len(modality.values), -1, xp.int32)
     item_labels[kept] = found.labels
     return found, choice, item_labels
@@ -264,21 +257,22 @@ def of_behaviour(
     if kmeans_form(*sizes, memory) == "factored":
         points = kmeans.Factored(*arrays)
     sums, counts = behaviour_sums(backend, points, labels, clusters)
-    return behaviour_means(backend, sums, counts, points.middle), xp.where(operator.warm, labels, -1).astype(xp.int32)
+    return behaviour_means(backend, sums, counts, points.offset), xp.where(operator.warm, labels, -1).astype(xp.int32)
 
 
 def behaviour_sums(backend: Backend, points: kmeans.Tiled, labels: Any, clusters: int) -> tuple[Any, Any]:
-    """Sums of the rows of some points, less the middle, of each label (K, D) float64, and their counts (K,)."""
-    own = labels[points.users]
+    """Sums of the rows of some points, less the offset, of each label (K, D) float64, and their counts (K,)."""
+    own = backend.xp.full(len(labels), -1, "int32")
+    own[points.users] = labels[points.users]
     with backend.deterministic():
-        return points.sums(own, clusters, backend.xp.float64), backend.xp.bincount(own, minlength=clusters)
+        return points.sums(own, clusters), backend.xp.bincount(own[points.users], minlength=clusters)
 
 
-def behaviour_means(backend: Backend, sums: Any, counts: Any, middle: Any) -> Any:
+def behaviour_means(backend: Backend, sums: Any, counts: Any, offset: Any) -> Any:
     """Centroids (K, D) float32 of `of_behaviour`, from the `behaviour_sums` of all users."""
     xp = backend.xp
     own = sums / xp.maximum(counts, 1)[:, None]
-    return (xp.where(counts[:, None] > 0, own, sums.sum(axis=0) / counts.sum()) + middle).astype(xp.float32)
+    return (xp.where(counts[:, None] > 0, own, sums.sum(axis=0) / counts.sum()) + offset).astype(xp.float32)
 
 
 def cluster_arrays(
@@ -310,67 +304,70 @@ def nearest(
     ``form``: ``factored``, or any other for means made tile by tile. Each user's label comes out the same whoever the
     other users are.
     """
-    xp = backend.xp
     kind = kmeans.Factored if form == "factored" else kmeans.Tiled
     users = kind(backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
-    labels = xp.full(interactions.users, -1, xp.int32)
-    if len(users):
-        labels[operator.warm] = users.nearest(centroids)
-    return labels
+    with backend.deterministic():
+        return users.nearest(centroids)
 
 
-def _cluster_users(
+def _kmeans(
     backend: Backend,
     interactions: Interactions,
-    modality: Modality,
-    operator: Weighting,
+    tiled: kmeans.Tiled,
+    factored: Callable[[], kmeans.Factored],
     settings: Settings,
     memory: int | None,
 ) -> kmeans.Clusters:
-    """K-means on the warm users' means: on their matrix where a library takes that, else as `kmeans_form` says.
+    """K-means on rows: on their matrix where a library takes that, else in the form that `kmeans_form` says.
 
     The matrix is made by the kernel and not as a sparse product of the library: cupyx copies R's weights to float32
     values of each interaction, counts interactions in 32 bits, and gives columns one after another, which cuML copies.
     """
     assert isinstance(settings.clusters, int)
-    arguments = (backend, interactions.csr, modality.values, operator.mean_rows, operator.present)
-    points: kmeans.Points = kmeans.Tiled(*arguments)
-    sizes = (len(points), interactions.items, interactions.pairs, settings.clusters, modality.values.shape[1])
-    library = backend.takes_matrix(len(points), modality.values.shape[1], settings.clusters)
+    sizes = (len(tiled), interactions.items, interactions.pairs, settings.clusters, len(tiled.offset))
+    library = _takes_library(backend, tiled, settings)
     form = "dense" if library else kmeans_form(*sizes, memory)
+    points: kmeans.Points = tiled
     if form == "factored":
-        points = kmeans.Factored(*arguments)
+        points = factored()
     elif form == "dense":
-        points = kmeans.Dense(backend, matrix(backend, points), points.middle)
-    return kmeans.fit(backend, points, settings.clusters, settings.seed, settings.restarts)
+        points = kmeans.Dense(backend, matrix(backend, tiled), tiled.offset)
+    return _fit(backend, points, settings, library)
+
+
+def _takes_library(backend: Backend, points: kmeans.Points, settings: Settings) -> bool:
+    assert isinstance(settings.clusters, int)
+    return backend.takes_matrix(len(points), len(points.offset), settings.clusters, settings.kmeans)
+
+
+def _fit(backend: Backend, points: kmeans.Points, settings: Settings, library: bool) -> kmeans.Clusters:
+    assert isinstance(settings.clusters, int)
+    return kmeans.fit(backend, points, settings.clusters, settings.seed, settings.restarts, settings.tolerance, library)
 
 
 def matrix(backend: Backend, points: kmeans.Points) -> Any:
     """All rows of some points, (n, D), in the type that the library takes."""
     xp = backend.xp
-    matrix = xp.empty((len(points), len(points.middle)), backend.kmeans_dtype)
+    matrix = xp.empty((len(points), len(points.offset)), backend.kmeans_dtype)
     for part in ranges(len(points), MATRIX_ROWS):
-        matrix[part] = points.rows(xp.arange(part.start, part.stop), matrix.dtype) + points.middle
+        matrix[part] = points.rows(xp.arange(part.start, part.stop)) + points.offset
     return matrix
 
 
 def kmeans_form(users: int, items: int, pairs: int, clusters: int, width: int, memory: int | None = None) -> str:
     """Form of our K-means on users' means that costs least, of those that take ``memory`` bytes at most.
 
-    A step of the factored form costs the mean degree times K per user, of the other two D times K, in what a
-    processor does best and without the matrix's bytes: measured, the factored form is ahead until the mean degree
-    times K is some 64 D (``benchmarks/kmeans.py`` sweeps them). The dense form keeps the matrix, where the tiled one
-    makes its rows in each step. Few users are all in the sample that is clustered first, so that their matrix is made
-    anyway. ``memory`` None: what is kept of each user, and `KMEANS_BYTES` more.
+    A pass of the factored form costs the mean degree times K per user, one of the tiled form D times K, in what a
+    processor does best, and the rows: measured, the factored form is ahead until the mean degree times K is some 64 D
+    (``benchmarks/kmeans.py`` sweeps them). Few users are all in the sample that is clustered first, so their matrix is
+    made anyway. ``memory`` None: what is kept of each user, and `KMEANS_BYTES` more.
     """
     if memory is None:
         memory = KMEANS_BYTES + kmeans.needed_bytes("tiled", users, items, clusters, width)
-    few = users <= kmeans.sample_size(clusters)
-    sizes = (users, items, clusters, width)
-    factored, dense = (kmeans.needed_bytes(form, *sizes) <= memory for form in ("factored", "dense"))
-    if factored and not few and pairs * clusters <= 64 * width * users:
-        return "factored"
-    return "dense" if dense else "tiled"
+    if users <= kmeans.sample_size(clusters):
+        return "dense" if kmeans.needed_bytes("dense", users, items, clusters, width) <= memory else "tiled"
+    fits = kmeans.needed_bytes("factored", users, items, clusters, width) <= memory
+    return "factored" if fits and pairs * clusters <= 64 * width * users else "tiled"
 
 
 def cold_vector(
@@ -549,6 +546,8 @@ def initialize(
     backend: str = "auto",
     seed: int = 0,
     restarts: int = 1,
+    tolerance: float = 1e-3,
+    kmeans: str = "auto",
     cluster_rank: int | None = None,
 ) -> Result:
     """Initial user vectors from interactions and item features (SG-URInit, arXiv 2604.14839).
@@ -588,7 +587,12 @@ def initialize(
     seed : int, default=0
         Of the k-means++ seeding.
     restarts : int, default=1
-        Starts of K-means, of which the best is taken.
+        Starts of K-means on its sample, of which the best goes on.
+    tolerance : float, default=1e-3
+        A pass of K-means over all rows that lowers the inertia by less than this share of it is the last; 0: passes go
+        on until no label changes.
+    kmeans : {"auto", "own", "cuml"}, default="auto"
+        Whose K-means finds the centroids that those passes start from; ``cuml`` needs CUDA, ``auto`` takes the cheaper.
     cluster_rank : int, optional
         Of ``cluster_on="interactions"``: dimensions that users are placed in; None: 64.
 
@@ -617,6 +621,8 @@ def initialize(
         dtype=dtype,
         seed=seed,
         restarts=restarts,
+        tolerance=tolerance,
+        kmeans=kmeans,
         cluster_rank=cluster_rank,
     )
     if not isinstance(features, Mapping) or not features:
@@ -630,6 +636,9 @@ def _initialize(device: Backend, interactions: Any, features: Mapping[str, Any],
     matrix = from_matrix(device, interactions, "interactions")
     exact = settings.dim is not None
     sources = {name: feature_arrays.from_array(device, name, array, exact=exact) for name, array in features.items()}
+    widths = [settings.dim or modality.values.shape[1] for modality in sources.values()]
+    sizes = (matrix.users, matrix.items, matrix.pairs)
+    device = for_work(device, fitting_seconds(*sizes, widths, settings.clusters))
     for name, modality in sources.items():
         if len(modality.values) != matrix.items:
             raise InputError(

@@ -58,7 +58,7 @@ from .where import parse
 SHARED = "shared"  # form of labels that are those of all modalities
 SCRATCH = "scratch"  # what is in the way only, in the staging folder
 FEATURES_SHARE = 1 / 2  # of a process's memory that the features it has open may take
-CLUSTERING = ("points", "walk", "labels")  # keys of what is kept for K-means
+CLUSTERING = ("points", "step")  # keys of what is kept for K-means
 _T = TypeVar("_T")
 _kept: dict[Any, Any] = {}
 _turn = Lock()  # of tasks in one process: kernels take all its threads
@@ -73,8 +73,8 @@ class Work:
     ----------
     config : JobConfig
         Of the job.
-    backend : str
-        ``cpu`` or ``cuda``.
+    backend, kernels : str
+        ``cpu`` or ``cuda``, and ``numpy`` or ``numba``.
     run : str
         No other run's.
     staging : str
@@ -91,6 +91,7 @@ class Work:
 
     config: JobConfig
     backend: str
+    kernels: str
     run: str
     staging: str
     bounds: tuple[int, ...] = ()
@@ -114,7 +115,7 @@ class Rows:
 
     name: str
     form: str
-    middle: Any
+    offset: Any
 
 
 def _reading(function: Callable[..., _T]) -> Callable[..., _T]:
@@ -163,25 +164,27 @@ def _drop(which: Callable[[tuple[Any, ...]], bool]) -> None:
 
 
 @functools.cache
-def _select(name: str) -> Backend:
-    backend = select(name)
+def _select(name: str, kernels: str) -> Backend:
+    backend = select(name).with_kernels(kernels)
     backend.kernels = ColumnKernels(backend.kernels, backend.xp)
     return backend
 
 
 def _backend(work: Work) -> Backend:
-    return _select(work.backend)
+    return _select(work.backend, work.kernels)
 
 
-def facts(backend: str) -> dict[str, Any]:
+def facts(backend: str, kernels: str, reading_kernels: str) -> dict[str, Any]:
     """What this process is: the manifest's words on the backend, and the version of the program."""
-    return {**backend_facts(_select(backend)), "gpu_init": __version__}
+    device = select(backend)
+    names = [device.with_kernels(name).kernels.name for name in (kernels, reading_kernels)]
+    return {**backend_facts(device, ""), "kernels": names[0], "reading_kernels": names[1], "gpu_init": __version__}
 
 
 def room(backend: str, dask_worker: Any) -> int:
     """Bytes that features may take here."""
     limit = dask_worker.memory_manager.memory_limit or math.inf
-    return int(min(limit, _select(backend).free_memory()) * FEATURES_SHARE)
+    return int(min(limit, select(backend).free_memory()) * FEATURES_SHARE)
 
 
 def missing(paths: list[str]) -> list[str]:
@@ -544,13 +547,13 @@ def warm(work: Work, number: int, name: str) -> int:
 class _Factored(kmeans.Factored):
     """Users of one part; the products of the items are worked out once for all parts of a process."""
 
-    def item_products(self, table: Any, dtype: Any) -> Any:
+    def item_products(self, table: Any) -> Any:
         """See `Factored.item_products`."""
-        of = (self.backend.to_host(table).tobytes(), self.backend.to_host(self.middle).tobytes(), np.dtype(dtype))
+        of = (self.backend.to_host(table).tobytes(), self.backend.to_host(self.offset).tobytes())
         features, before, products = _kept.pop("products", (None, None, None))
         if features is not self._features or before != of:
             del products
-            products = super().item_products(table, dtype)
+            products = super().item_products(table)
         _kept["products"] = (self._features, of, products)
         return products
 
@@ -569,25 +572,17 @@ def _points(work: Work, number: int, of: Rows) -> kmeans.Points:
     def make() -> kmeans.Points:
         _drop(lambda key: key[0] in CLUSTERING and key[1:3] != (of.name, of.form))
         backend = _backend(work)
-        middle = backend.asarray(of.middle)
+        offset = backend.asarray(of.offset)
         kind = _kind(work, of)
-        points = _placed(work, number, kind) if of.name == INTERACTIONS else _means(work, number, of.name, kind, middle)
-        return kmeans.Dense(backend, method.matrix(backend, points), middle) if of.form == "dense" else points
+        points = _placed(work, number, kind) if of.name == INTERACTIONS else _means(work, number, of.name, kind, offset)
+        return kmeans.Dense(backend, method.matrix(backend, points), offset) if of.form == "dense" else points
 
     return _keep(("points", of.name, of.form, number), make)
 
 
-Turn = tuple[str, int]
-"""Of which series of steps, and the how many-eth, from 1."""
-
-
-def _follows(before: Turn | None, turn: Turn) -> bool:
-    return before is not None and before[0] == turn[0] and before[1] == turn[1] - 1
-
-
-def _means(work: Work, number: int, name: str, kind: type[kmeans.Tiled], middle: Any) -> kmeans.Tiled:
+def _means(work: Work, number: int, name: str, kind: type[kmeans.Tiled], offset: Any) -> kmeans.Tiled:
     weighting = _operator(work, name, number)
-    arrays = (_modality(work, name).values, weighting.mean_rows, weighting.present, middle)
+    arrays = (_modality(work, name).values, weighting.mean_rows, weighting.present, offset)
     return kind(_backend(work), _part(work, number).csr, *arrays)
 
 
@@ -600,46 +595,40 @@ def _placed(work: Work, number: int, kind: type[kmeans.Tiled] = kmeans.Tiled) ->
 
 
 @_task
-def spread(work: Work, number: int, of: Rows) -> float:
-    """See `Points.spread`."""
-    return _points(work, number, of).spread()
-
-
-@_task
-def some_rows(work: Work, number: int, of: Rows, dtype: str, index: Any) -> Any:
+def some_rows(work: Work, number: int, of: Rows, index: Any) -> Any:
     """See `Points.rows`."""
     backend = _backend(work)
     with backend.deterministic():
-        return backend.to_host(_points(work, number, of).rows(backend.asarray(index), dtype))
+        return backend.to_host(_points(work, number, of).rows(backend.asarray(index)))
 
 
 @_task
-def walk(
-    work: Work, number: int, of: Rows, turn: Turn, centroids: Any, reach: Any, fall: float, margin: float
-) -> kmeans.Step:
-    """See `Walk.step`; where the walk up to this turn is not here, it begins anew, and looks at all rows."""
-    backend, key = _backend(work), ("walk", of.name, of.form, number)
-    points = _points(work, number, of)
-    before, walking = _kept.pop(key, (None, None))
-    if not _follows(before, turn):
-        walking = points.walk(len(centroids))
-    with backend.deterministic():
-        found = walking.step(centroids, reach, fall, margin)
-    _kept[key] = (turn, walking)
-    return kmeans.Step(found.moved, found.sums.copy(), found.counts.copy(), found.reached)  # it goes on with its own
+def step(work: Work, number: int, of: Rows, centroids: Any) -> tuple[float, Any]:
+    """See `Points.step`: the inertia and the counts, (K,)."""
+    found = _step(work, number, of, centroids)
+    return found.inertia, _backend(work).to_host(found.counts)
 
 
 @_task
-def step(work: Work, number: int, of: Rows, turn: Turn, centroids: Any) -> tuple[float, int, Any, Any]:
-    """See `Points.step`; where the labels of the turn before are not here, all change."""
-    backend, key = _backend(work), ("labels", of.name, of.form, number)
-    points = _points(work, number, of)
-    before, labels, _ = _kept.pop(key, (None, None, None))
-    if not _follows(before, turn):
-        labels = points.unlabelled()
+def sums(work: Work, number: int, of: Rows, centroids: Any) -> tuple[Any]:
+    """See `kmeans.Step.sums`."""
+    backend = _backend(work)
+    found = _step(work, number, of, centroids)
     with backend.deterministic():
-        found = points.step(centroids, labels)
-    _kept[key] = (turn, labels, centroids)
+        return (backend.to_host(found.sums()),)
+
+
+def _step(work: Work, number: int, of: Rows, centroids: Any) -> kmeans.Step:
+    """See `Points.step`; what these centroids gave is kept, and made again where it is not here."""
+    backend, key = _backend(work), ("step", of.name, of.form, number)
+    points = _points(work, number, of)
+    before, found = _kept.get(key, (None, None))
+    if not np.array_equal(before, centroids):
+        _kept.pop(key, None)
+        with backend.deterministic():
+            found = points.step(centroids)
+        _kept[key] = (centroids, found)
+    assert found is not None
     return found
 
 
@@ -659,7 +648,7 @@ def _summed(work: Work, number: int, found: Any, at: int, of: Rows) -> Any:
     points, backend = _points(work, number, of), _backend(work)
     assert isinstance(points, kmeans.ByItem)
     with backend.deterministic():
-        sums = points.summed(backend.asarray(found[at]), backend.xp.float64)
+        sums = points.summed(backend.asarray(found[at]))
     return (*found[:at], backend.to_host(sums), *found[at + 1 :])
 
 
@@ -718,7 +707,7 @@ def label_interactions(work: Work, number: int, centroids: Any) -> None:
 def sums_of_labels(work: Work, number: int, of: Rows, clusters: int) -> tuple[Any, Any]:
     """See `method.behaviour_sums`."""
     backend = _backend(work)
-    points = _means(work, number, of.name, _kind(work, of), backend.asarray(of.middle))
+    points = _means(work, number, of.name, _kind(work, of), backend.asarray(of.offset))
     found = method.behaviour_sums(backend, points, backend.asarray(_shared_labels(work, number)), clusters)
     return backend.to_host(found[0]), backend.to_host(found[1])
 
@@ -767,18 +756,15 @@ def label(work: Work, number: int, fitted: Fitted) -> tuple[Any, Any]:
 
 
 def _labels(work: Work, number: int, fitted: Fitted) -> Any:
-    """Labels of a part's users, -1 for cold ones: those of K-means' last step, where that was here."""
+    """Labels of a part's users, -1 for cold ones: those of K-means' last pass, where that was here."""
     backend, weighting = _backend(work), _operator(work, fitted.name, number)
     if fitted.form == SHARED:
         return backend.asarray(np.where(backend.to_host(weighting.warm), _shared_labels(work, number), -1))
-    _, found, of = _kept.get(("labels", fitted.name, fitted.form, number), (None, None, None))
-    if fitted.form != "dense" and np.array_equal(of, fitted.centroids):
-        labels = backend.xp.full(len(weighting.warm), -1, "int32")
-        labels[weighting.warm] = found
-        return labels
+    centroids, found = _kept.get(("step", fitted.name, fitted.form, number), (None, None))
+    if fitted.form != "dense" and np.array_equal(centroids, fitted.centroids):
+        return found.labels
     part, modality = _part(work, number), _modality(work, fitted.name)
-    with backend.deterministic():
-        return method.nearest(backend, part, modality, weighting, backend.asarray(fitted.centroids), fitted.form)
+    return method.nearest(backend, part, modality, weighting, backend.asarray(fitted.centroids), fitted.form)
 
 
 @_task

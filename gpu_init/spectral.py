@@ -178,9 +178,7 @@ def points(
     nowhere = xp.zeros(items.shape[1])
     ones = xp.ones(interactions.users)
     squares = backend.kernels.squared_norms(interactions.csr, items, ones, item_factors, nowhere)
-    made = kind(backend, interactions.csr, items, power(xp, squares, -0.5), item_factors, nowhere)
-    made.squared_norms = xp.ones(len(made))
-    return made
+    return kind(backend, interactions.csr, items, power(xp, squares, -0.5), item_factors, nowhere, ones)
 
 
 def large_components(backend: Backend, interactions: Interactions, most: int) -> NDArray[np.bool_]:

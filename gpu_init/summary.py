@@ -158,7 +158,7 @@ def _kmeans(facts: dict[str, Any]) -> str:
     path = "-"
     if isinstance(inertia, list) and inertia:
         path = " -> ".join(_number(value) for value in (inertia if len(inertia) == 1 else (inertia[0], inertia[-1])))
-    return f"{_say(facts.get('form'))}, {_number(facts.get('iterations'))} iterations, inertia {path}"
+    return f"{_say(facts.get('form'))}, {_number(facts.get('passes'))} passes, inertia {path}"
 
 
 def _sizes(sizes: Any, block: str) -> RenderableType:

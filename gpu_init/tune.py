@@ -126,7 +126,9 @@ def read(config: JobConfig, backend: Backend, progress: Progress) -> tuple[job.D
     """
     if config.valid is None and config.valid_where is None:
         raise InputError("tune ranks settings by held-out interactions: give --valid PATH, or --valid-where EXPR.")
-    data = job.read_inputs(config, backend, progress)
+    tried = grid(config.settings, dict.fromkeys(config.features, DIM), max(CLUSTERS))
+    clusterings = {_keys(one, "")[1] + (one.dim, one.whiten) for one in tried}
+    data = job.read_inputs(config, backend, progress, candidates=len(clusterings))
     path, train = config.valid or config.interactions, data.table
     where = parse(config.valid_where) if config.valid_where else None
     columns = Columns(config.user_column, config.item_column, None, where, config.session_column)
@@ -171,14 +173,11 @@ def _rows(codes: NDArray[np.int64], ids: Any, axis_ids: Any, size: int) -> NDArr
 # Ranking.
 
 
-def rank(
-    backend: Backend, data: job.Data, held_out: HeldOut, candidates: Sequence[Settings], seed: int, progress: Progress
-) -> Ranking:
+def rank(data: job.Data, held_out: HeldOut, candidates: Sequence[Settings], seed: int, progress: Progress) -> Ranking:
     """Rank held-out interactions by each candidate, for each modality and for all together.
 
     Parameters
     ----------
-    backend : Backend
     data : Data
         Inputs of the job.
     held_out : HeldOut
@@ -195,6 +194,7 @@ def rank(
     if len(users) > MOST_USERS:
         users = np.sort(np.random.default_rng(seed).choice(users, MOST_USERS, replace=False))
         held_out = HeldOut(*(part[np.isin(held_out.users, users)] for part in held_out))
+    backend = data.backend
     task = _Task(backend, data.table.interactions, users, held_out, tuple(data.sources))
     found: dict[Candidate, NDArray[np.float32]] = {}
     by_space: dict[tuple[int | None, bool], list[Settings]] = {}
@@ -310,7 +310,7 @@ class _Task:
         embed = (settings.cluster_rank, settings.seed)
         if embed not in self.embeddings:
             self.embeddings[embed] = method.embed(self.backend, self.train, settings)
-        key = (*embed, settings.clusters, settings.restarts)
+        key = (*embed, settings.clusters, settings.restarts, settings.tolerance, settings.kmeans)
         if key not in self.behaviours:
             self.behaviours[key] = method.behaviour(self.backend, self.train, self.embeddings[embed], settings)
         return self.behaviours[key]
@@ -326,8 +326,8 @@ class _Task:
         xp = self.backend.xp
         operator = method.weighting(self.backend, self.train, modality.present, settings.weighting)
         rows, nowhere = operator.local_rows[self.users], xp.zeros(modality.values.shape[1])
-        arguments = (self.part.csr, modality.values, rows, operator.local_items, nowhere, xp.float32)
-        return self.backend.kernels.aggregate(*arguments)
+        made = self.backend.kernels.aggregate(self.part.csr, modality.values, rows, operator.local_items, nowhere)
+        return made.astype(xp.float32)
 
     def _lambda(self, plan: Blend, settings: Settings) -> Any:
         """Lambda of the users with held-out items, (n, 1) float32; 0 for cold users."""

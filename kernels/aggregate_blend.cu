@@ -71,7 +71,7 @@ __device__ __forceinline__ void store(void* out, bool half, Index at, const floa
     }
 }
 
-constexpr int COLD = -2;
+constexpr int COLD = -2;  // the label of a cold user
 
 /// A warp for ROWS users, or half as many where items have labels; users with more than RUN interactions are left to
 /// add_parts, unless they are cold.
@@ -79,8 +79,8 @@ constexpr int COLD = -2;
 /// `cold` is scaled already. `out` (n, width) is float32, or float16 where `half` says so.
 template <typename T, int E, int V>
 __global__ void __launch_bounds__(WARPS * WARP, 6) aggregate_blend(
-    Index n, const void* indptr, int wide, const int* indices, const float* weights, const T* features, Index stride,
-    int width, const double* row_scale, const double* item_scale, const double* lam, const float* centroids,
+    Index n, const Index* indptr, const int* indices, const float* weights, const T* features, Index stride, int width,
+    const double* row_scale, const double* item_scale, const double* lam, const float* centroids,
     const int* user_labels, const int* item_labels, const double* mean_scale, const float* cold, double scale,
     int groups_log2, void* out, int half)
 {
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(WARPS * WARP, 6) aggregate_blend(
     if (first_user >= n)
         return;
     Lanes lanes(V > 1 ? 0 : groups_log2);
-    Interactions interactions{indptr, wide, indices, weights};
+    Interactions interactions{indptr, indices, weights};
     Entry<float>* entries = staged[threadIdx.x / WARP];
     Entry<float>* label_entries = entries + ROWS / 2 * ROOM;
 
@@ -156,45 +156,41 @@ __global__ void __launch_bounds__(WARPS * WARP, 6) aggregate_blend(
     }
 }
 
-/// Rows with more than RUN interactions, unless row_scale says that they are cold: found[0] counts them, from found[2]
-/// on are place and degree of each, in any order. Row `at` is user rows[at], or `at` without rows.
+/// Users with more than RUN interactions who are not cold: found[0] counts them, from found[2] on are number and degree
+/// of each, in any order.
 __global__ void __launch_bounds__(WARPS * WARP) busy_rows(
-    Index n, const Index* rows, const void* indptr, int wide, const double* row_scale, Index* found)
+    Index n, const Index* indptr, const double* row_scale, Index* found)
 {
-    Index at = (Index)blockIdx.x * blockDim.x + threadIdx.x;
-    if (at >= n)
+    Index user = (Index)blockIdx.x * blockDim.x + threadIdx.x;
+    if (user >= n)
         return;
-    Interactions interactions{indptr, wide, nullptr, nullptr};
-    Index user = rows ? rows[at] : at;
-    Index degree = interactions.start(user + 1) - interactions.start(user);
+    Index degree = indptr[user + 1] - indptr[user];
     if (degree <= RUN || (row_scale && row_scale[user] == 0.0))
         return;
     unsigned long long number = atomicAdd((unsigned long long*)found, 1ull) + 1;
-    found[2 * number] = at;
+    found[2 * number] = user;
     found[2 * number + 1] = degree;
 }
 
 /// Parts of busy users: a warp per part, which is interactions begin[p] to end[p], counted from the user's first, of
-/// row owner[p]; sums of RUN interactions in `Sum`, and those in float64, into partial (parts, width).
+/// user owner[p]; sums of RUN interactions in `Sum`, and those in float64, into partial (parts, width).
 ///
-/// Row `at` is user rows[at], or user `at` where rows is null; all per-user arrays go by `at` but the row pointers
-/// and row_scale, which go by user. Without lambda the sum is A F; with it, all of the blend that goes by item.
+/// Without lambda the sum is A F; with it, all of the blend that goes by item.
 template <typename T, int E, typename Sum>
 __global__ void __launch_bounds__(WARPS * WARP, sizeof(Sum) == 4 ? 4 : 3) add_parts(
-    Index parts, const Index* owner, const Index* begin, const Index* end, const Index* rows, const void* indptr,
-    int wide, const int* indices, const float* weights, const T* features, Index stride, int width,
-    const double* row_scale, const double* item_scale, const double* lam, const float* centroids,
-    const int* item_labels, const double* mean_scale, double scale, int groups_log2, double* partial)
+    Index parts, const Index* owner, const Index* begin, const Index* end, const Index* indptr, const int* indices,
+    const float* weights, const T* features, Index stride, int width, const double* row_scale,
+    const double* item_scale, const double* lam, const float* centroids, const int* item_labels,
+    const double* mean_scale, double scale, int groups_log2, double* partial)
 {
     Index part = warp_number();
     if (part >= parts)
         return;
-    Index at = owner[part];
-    Index user = rows ? rows[at] : at;
-    Interactions interactions{indptr, wide, indices, weights};
+    Index user = owner[part];
+    Interactions interactions{indptr, indices, weights};
     Index from = interactions.start(user);
-    double share = (lam ? scale * lam[at] : 1.0) * (row_scale ? row_scale[user] : 1.0);
-    double mean_share = item_labels ? scale * (1.0 - lam[at]) * mean_scale[at] : 0.0;
+    double share = (lam ? scale * lam[user] : 1.0) * (row_scale ? row_scale[user] : 1.0);
+    double mean_share = item_labels ? scale * (1.0 - lam[user]) * mean_scale[user] : 0.0;
 
     __shared__ Entry<Sum> staged[WARPS][2 * RUN];
     Entry<Sum>* entries = staged[threadIdx.x / WARP];
@@ -228,31 +224,25 @@ __global__ void __launch_bounds__(WARPS * WARP, sizeof(Sum) == 4 ? 4 : 3) add_pa
     }
 }
 
-constexpr int COMBINED_COLUMNS = 32, COMBINED_ROWS = 8;
+constexpr int COMBINED_COLUMNS = 32, COMBINED_ROWS = 8;  // threads of a block of combine_parts
 
-__device__ __forceinline__ void put(Half* out, double value)
+template <typename Out>
+__device__ __forceinline__ void put(Out* out, double value)
 {
-    out->bits = half_of_float((float)value);
-}
-
-__device__ __forceinline__ void put(float* out, double value)
-{
-    *out = (float)value;
-}
-
-__device__ __forceinline__ void put(double* out, double value)
-{
-    *out = value;
+    if constexpr (sizeof(Out) == 2)
+        out->bits = half_of_float((float)value);
+    else
+        *out = (Out)value;
 }
 
 /// Rows of busy users from their parts: parts starts[b] to starts[b + 1] make row at[b], or b, of out (n, width).
 ///
 /// A block of 32 x 8 threads per user and 32 columns; thread row y sums every eighth part, and these 8 are added in
-/// order. With labels, the share of the user's centroid is added; with a middle, that point is taken off.
+/// order. With labels, the share of the user's centroid is added; with an offset, that point is subtracted.
 template <typename Out>
 __global__ void __launch_bounds__(256) combine_parts(
     Index tiles, const Index* starts, const Index* at, const double* partial, int width, const double* lam,
-    const float* centroids, const int* user_labels, double scale, const double* middle, Out* out)
+    const float* centroids, const int* user_labels, double scale, const double* offset, Out* out)
 {
     __shared__ double sums[COMBINED_ROWS][COMBINED_COLUMNS];
     Index busy = blockIdx.x / tiles;
@@ -271,7 +261,7 @@ __global__ void __launch_bounds__(256) combine_parts(
     Index row = at ? at[busy] : busy;
     if (user_labels && user_labels[row] >= 0)
         sum += scale * (1.0 - lam[row]) * centroids[(Index)user_labels[row] * width + column];
-    if (middle)
-        sum -= middle[column];
+    if (offset)
+        sum -= offset[column];
     put(out + row * width + column, sum);
 }

@@ -1,147 +1,42 @@
 """R from batches of interactions, on the CPU: a counting sort that works in the memory of R itself.
 
 `gpu_init.interactions.build` is the plain reference. What is written does not depend on the number of threads:
-each row is sorted and summed by one of them.
+each row is sorted by one of them.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from gpu_init.errors import ResourceError
 
-from .compiled import compiled, compiled_serial, inner, inner_allocating, inner_large
+from .compiled import float32, int32, int64, kernel, read_only, reads, writes
 from .csr import Csr
-from .texts import NumbaTexts
+from .threads import in_order
 
-_PARTS = 256  # of the rows, to spread uneven rows over the threads
-_STEP = 1 << 16  # numbers coded at a time: the table has room for so many new ones
+_PARTS = 64  # of the rows, to spread uneven ones over the threads
 _HELD = 1 << 21  # interactions put into R at a time
 _GROUP_BITS = 9  # of the groups of neighbouring rows that they are sorted into first
-_SHORT = 16  # rows up to this length are sorted by insertion
-_DIGIT_BITS = 6
-_DIGIT = (1 << _DIGIT_BITS) - 1
-_MOST_CODES = 2**31 - 1
-_NO_WEIGHTS = np.empty(0, np.float32)
-_NO_SLOTS = np.empty(0, np.int32)
+_INSERTED = 32  # interactions of a row that is sorted by insertion; a longer one by heaps
+_NO_BITS, _NO_WEIGHTS = np.empty(0, np.int32), np.empty(0, np.float32)
+
+_INTERACTIONS = (reads(int64), reads(int32), reads(float32))
+_HELD_ARRAYS = (writes(int64), writes(int32), writes(float32))
 
 
-@compiled_serial
-def _count(rows, degrees):  # type: ignore[no-untyped-def]
-    for k in range(rows.size):
-        degrees[rows[k]] += 1
+@kernel(*_INTERACTIONS, int64, writes(int64), *_HELD_ARRAYS, writes(int64), writes(int32), writes(float32))
+def _fill(  # type: ignore[no-untyped-def]
+    rows, columns, values, shift, places, own_rows, own_columns, own_values, cursor, indices, weights
+):
+    """Write each interaction at its row's cursor.
 
-
-# A hash table of numbers: open addressing, at most half full; slots hold codes, -1 where empty.
-
-
-@inner
-def _slot(number, slots):  # type: ignore[no-untyped-def]
-    mixed = np.uint64(number) * np.uint64(0x9E3779B97F4A7C15)
-    mixed ^= mixed >> np.uint64(32)
-    return np.int64(mixed & np.uint64(slots.size - 1))
-
-
-@compiled_serial
-def _encode(numbers, known, counts, slots, used, codes):  # type: ignore[no-untyped-def]
-    for k in range(numbers.size):
-        number = numbers[k]
-        slot = _slot(number, slots)
-        while slots[slot] >= 0 and known[slots[slot]] != number:
-            slot = (slot + 1) & (slots.size - 1)
-        if slots[slot] < 0:
-            slots[slot] = used
-            known[used] = number
-            used += 1
-        codes[k] = slots[slot]
-        counts[slots[slot]] += 1
-    return used
-
-
-@compiled_serial
-def _enter(known, used, slots):  # type: ignore[no-untyped-def]
-    for code in range(used):
-        slot = _slot(known[code], slots)
-        while slots[slot] >= 0:
-            slot = (slot + 1) & (slots.size - 1)
-        slots[slot] = code
-
-
-@compiled
-def _find(numbers, known, slots, codes):  # type: ignore[no-untyped-def]
-    for k in prange(numbers.size):
-        slot = _slot(numbers[k], slots)
-        while slots[slot] >= 0 and known[slots[slot]] != numbers[k]:
-            slot = (slot + 1) & (slots.size - 1)
-        codes[k] = slots[slot]
-
-
-class NumbaNumbers:
-    """See `gpu_init.kernels.Numbers`."""
-
-    def __init__(self) -> None:
-        self._used = 0
-        self._known = np.empty(_STEP, np.int64)
-        self._counts = np.zeros(_STEP, np.int64)
-        self._slots = np.full(2 * _STEP, -1, np.int32)
-
-    def encode(self, numbers: Any) -> Any:
-        """See `Numbers.encode`."""
-        codes = np.empty(len(numbers), np.int32)
-        for first in range(0, len(numbers), _STEP):
-            part = slice(first, first + _STEP)
-            self._make_room()
-            self._used = _encode(numbers[part], self._known, self._counts, self._slots, self._used, codes[part])
-        return codes
-
-    def find(self, numbers: Any) -> Any:
-        """See `Numbers.find`."""
-        codes = np.empty(len(numbers), np.int32)
-        _find(numbers, self._known, self._slots, codes)
-        return codes
-
-    def known(self) -> tuple[Any, Any]:
-        """See `Numbers.known`."""
-        return self._known[: self._used], self._counts[: self._used]
-
-    def _make_room(self) -> None:
-        wanted = self._used + _STEP
-        if wanted > _MOST_CODES:
-            raise ResourceError(f"more than {_MOST_CODES - _STEP} distinct ids; only row numbers may be more.")
-        if wanted > len(self._known):
-            more = max(wanted, self._used + self._used // 2) - self._used
-            self._known = np.concatenate([self._known[: self._used], np.empty(more, np.int64)])
-            self._counts = np.concatenate([self._counts[: self._used], np.zeros(more, np.int64)])
-        if 2 * wanted > len(self._slots):
-            size = 2 * len(self._slots)
-            self._slots = _NO_SLOTS  # before the larger one is made
-            self._slots = np.full(size, -1, np.int32)
-            _enter(self._known, self._used, self._slots)
-
-
-# Rows.
-
-
-@compiled_serial
-def _fill(rows, columns, values, cursor, indices, weights):  # type: ignore[no-untyped-def]
-    """Write each interaction at its row's cursor: threads would wait for the same memory."""
-    for k in range(rows.size):
-        at = cursor[rows[k]]
-        if at < indices.size:
-            indices[at] = columns[k]
-            if weights.size > 0:
-                weights[at] = values[k]
-            cursor[rows[k]] = at + 1
-
-
-@compiled_serial
-def _gather(rows, columns, values, shift, places, rows_to, columns_to, values_to):  # type: ignore[no-untyped-def]
-    """Copy interactions so that those of neighbouring rows, equal but for the last ``shift`` bits, lie together."""
-    for group in range(places.size):
-        places[group] = 0
+    Before that they are sorted into groups of neighbouring rows, equal but for the last ``shift`` bits, since it is
+    slow to write to memory far apart.
+    """
+    places[:] = 0
     for k in range(rows.size):
         places[rows[k] >> shift] += 1
     place = 0
@@ -149,190 +44,119 @@ def _gather(rows, columns, values, shift, places, rows_to, columns_to, values_to
         place, places[group] = place + places[group], place
     for k in range(rows.size):
         place = places[rows[k] >> shift]
-        rows_to[place] = rows[k]
-        columns_to[place] = columns[k]
+        own_rows[place], own_columns[place] = rows[k], columns[k]
         if values.size > 0:
-            values_to[place] = values[k]
+            own_values[place] = values[k]
         places[rows[k] >> shift] = place + 1
+    for k in range(rows.size):
+        at = cursor[own_rows[k]]
+        if at < indices.size:  # else the file has changed since its rows were counted, which is seen later
+            indices[at] = own_columns[k]
+            if values.size > 0:
+                weights[at] = own_values[k]
+            cursor[own_rows[k]] = at + 1
 
 
-@inner_large
-def _sort_short(indices, weights, first, last):  # type: ignore[no-untyped-def]
-    """Sort interactions by item in place, by insertion."""
-    for k in range(first + 1, last):
-        item = indices[k]
-        weight = np.float32(1)
-        if weights is not None:
-            weight = weights[k]
-        at = k
-        while at > first and indices[at - 1] > item:
-            indices[at] = indices[at - 1]
-            if weights is not None:
-                weights[at] = weights[at - 1]
-            at -= 1
-        indices[at] = item
-        if weights is not None:
-            weights[at] = weight
+@kernel(reads(int64), writes(int32), writes(int32))
+def _sort_rows(indptr, indices, bits):  # type: ignore[no-untyped-def]
+    """Sort rows by item, then by weight; returns how many interactions repeat an item, or have no weight.
 
-
-@inner_large
-def _move_by_digit(  # type: ignore[no-untyped-def]
-    shift, items, weights, first, last, items_to, weights_to, first_to, places
-):
-    """Copy interactions in order of a digit of their item, those of one digit in the order they have."""
-    for digit in range(places.size):
-        places[digit] = 0
-    for k in range(first, last):
-        places[(items[k] >> shift) & _DIGIT] += 1
-    place = first_to
-    for digit in range(places.size):
-        place, places[digit] = place + places[digit], place
-    for k in range(first, last):
-        digit = (items[k] >> shift) & _DIGIT
-        items_to[places[digit]] = items[k]
-        if weights is not None:
-            weights_to[places[digit]] = weights[k]
-        places[digit] += 1
-
-
-@inner_allocating
-def _sort(indices, weights, first, last, spare_items, spare_weights):  # type: ignore[no-untyped-def]
-    """Sort one row by item, then by weight: by insertion, or by the items' digits, the least first."""
-    if last - first <= _SHORT:
-        _sort_short(indices, weights, first, last)
-    else:
-        bits = 0
-        for k in range(first, last):
-            bits |= indices[k]
-        places = np.empty(_DIGIT + 1, np.int64)
-        zero = shift = np.int64(0)  # a constant would be compiled for, too
-        while bits >> shift:  # there and back: two digits
-            _move_by_digit(shift, indices, weights, first, last, spare_items, spare_weights, zero, places)
-            shift += _DIGIT_BITS
-            _move_by_digit(shift, spare_items, spare_weights, zero, last - first, indices, weights, first, places)
-            shift += _DIGIT_BITS
-    if weights is not None:
-        start = first
-        for k in range(first + 1, last + 1):
-            if k == last or indices[k] != indices[start]:
-                if k - start > 1:
-                    weights[start:k].sort()
-                start = k
-
-
-@inner_large
-def _longest(indptr, first, last):  # type: ignore[no-untyped-def]
-    longest = 0
-    for row in range(first, last):
-        longest = max(longest, indptr[row + 1] - indptr[row])
-    return longest
-
-
-@inner_large
-def _is_sorted(indices, weights, first, last):  # type: ignore[no-untyped-def]
-    for k in range(first + 1, last):
-        if indices[k] <= indices[k - 1]:
-            if indices[k] < indices[k - 1]:
-                return False
-            if weights is not None and weights[k] < weights[k - 1]:
-                return False
-    return True
-
-
-@compiled
-def _sort_rows(bounds, indptr, indices):  # type: ignore[no-untyped-def]
-    """Sort the rows of interactions that weigh 1; returns how many repeat the one before."""
-    repeats = 0
-    for part in prange(bounds.size - 1):
-        spare = np.empty(_longest(indptr, bounds[part], bounds[part + 1]), np.int32)
-        for row in range(bounds[part], bounds[part + 1]):
-            first, last = indptr[row], indptr[row + 1]
-            if not _is_sorted(indices, None, first, last):
-                _sort(indices, None, first, last, spare, None)
-            for k in range(first + 1, last):
-                repeats += indices[k] == indices[k - 1]
-    return repeats
-
-
-@compiled
-def _sum_rows(bounds, indptr, indices, weights):  # type: ignore[no-untyped-def]
-    """Sort the rows and sum duplicates; what is left over at a row's end is marked -1.
-
-    Returns the number of those left over and the number of weights that are not 1.
+    ``bits``: the weights, not negative, as whole numbers, which are in the same order; empty where all are 1.
     """
-    left_over = 0
-    uneven = 0
-    for part in prange(bounds.size - 1):
-        longest = _longest(indptr, bounds[part], bounds[part + 1])
-        spare_items, spare_weights = np.empty(longest, np.int32), np.empty(longest, np.float32)
-        for row in range(bounds[part], bounds[part + 1]):
-            first, last = indptr[row], indptr[row + 1]
-            if not _is_sorted(indices, weights, first, last):
-                _sort(indices, weights, first, last, spare_items, spare_weights)
-            write = first
-            read = first
-            while read < last:
-                item = indices[read]
-                total = 0.0
-                while read < last and indices[read] == item:
-                    total += weights[read]
-                    read += 1
-                if total > 0.0:
-                    indices[write] = item
-                    weights[write] = total
-                    uneven += weights[write] != 1
-                    write += 1
-            left_over += last - write
-            for at in range(write, last):
-                indices[at] = -1
-    return left_over, uneven
-
-
-@compiled_serial
-def _drop_marked(indptr, indices, weights):  # type: ignore[no-untyped-def]
-    """Close the gaps at the rows' ends, in place."""
-    write = 0
-    first = indptr[0]
+    extra = 0
+    keys = np.empty(0, np.int64)
     for row in range(indptr.size - 1):
-        last = indptr[row + 1]
-        for read in range(first, last):
-            if indices[read] < 0:
-                break
-            indices[write] = indices[read]
-            weights[write] = weights[read]
-            write += 1
-        indptr[row + 1] = write
-        first = last
+        first, count = indptr[row], indptr[row + 1] - indptr[row]
+        if keys.size < count:
+            keys = np.empty(2 * count, np.int64)
+        is_sorted = True
+        for k in range(count):
+            keys[k] = np.int64(indices[first + k]) << 32
+            if bits.size > 0:
+                keys[k] |= np.int64(bits[first + k]) & 0x7FFFFFFF  # without the sign of -0.0
+            is_sorted &= k == 0 or keys[k - 1] <= keys[k]
+        if not is_sorted:
+            if count <= _INSERTED:
+                for k in range(1, count):
+                    key, at = keys[k], k
+                    while at > 0 and keys[at - 1] > key:
+                        keys[at] = keys[at - 1]
+                        at -= 1
+                    keys[at] = key
+            else:
+                # A heap, whose largest key goes to the end, again and again: no row takes long, whatever its order.
+                root, size = count // 2, count
+                while size > 1:
+                    if root > 0:
+                        root -= 1
+                        key = keys[root]
+                    else:
+                        size -= 1
+                        key, keys[size] = keys[size], keys[0]
+                    at, child = root, 2 * root + 1
+                    while child < size:
+                        if child + 1 < size and keys[child + 1] > keys[child]:
+                            child += 1
+                        if keys[child] <= key:
+                            break
+                        keys[at] = keys[child]
+                        at, child = child, 2 * child + 1
+                    keys[at] = key
+            for k in range(count):
+                indices[first + k] = np.int32(keys[k] >> 32)
+                if bits.size > 0:
+                    bits[first + k] = np.int32(keys[k] & 0x7FFFFFFF)
+        for k in range(count):
+            if (k > 0 and indices[first + k] == indices[first + k - 1]) or (bits.size > 0 and bits[first + k] == 0):
+                extra += 1
+    return extra
 
 
-@compiled_serial
-def _count_repeats(indptr, indices, weights):  # type: ignore[no-untyped-def]
-    """Leave one of each item in sorted rows, in place, and how many there were in ``weights``."""
-    write = 0
-    first = indptr[0]
+@kernel(writes(int64), writes(int32), reads(float32), writes(float32))
+def _merge_rows(indptr, indices, weights, merged):  # type: ignore[no-untyped-def]
+    """Leave one interaction of each item in sorted rows, in place, and its weight, summed in float64, in ``merged``.
+
+    Without ``weights`` each interaction weighs 1. Those whose sum is 0 are dropped.
+    """
+    write, first = 0, indptr[0]
     for row in range(indptr.size - 1):
-        last = indptr[row + 1]
-        read = first
+        read, last = first, indptr[row + 1]
         while read < last:
-            item = indices[read]
-            run = read
+            item, total = indices[read], 0.0
             while read < last and indices[read] == item:
+                total += weights[read] if weights.size > 0 else np.float32(1.0)
                 read += 1
-            indices[write] = item
-            weights[write] = read - run
-            write += 1
-        indptr[row + 1] = write
-        first = last
+            if total > 0.0:
+                indices[write], merged[write] = item, total
+                write += 1
+        indptr[row + 1], first = write, last
 
 
-class NumbaRows:
-    """See `gpu_init.kernels.Rows`."""
+READING = (_fill, _sort_rows)
+"""What most jobs use while they read, in this order."""
+
+
+class Rows:
+    """Interactions on their way into R, in little more memory than R takes.
+
+    Parameters
+    ----------
+    starts : array, shape (U + 1,), int64
+        Where each row starts and the last ends, counted before; it becomes `indptr`.
+    weighted : bool
+        Whether interactions have weights.
+
+    Raises
+    ------
+    ResourceError
+        R does not fit in memory.
+    """
 
     def __init__(self, starts: Any, weighted: bool) -> None:
         size = int(starts[-1])
         try:
             self._indices = np.empty(size, np.int32)
-            self._weights = np.empty(size, np.float32) if weighted else _NO_WEIGHTS
+            self._weights = np.empty(size if weighted else 0, np.float32)
         except MemoryError:
             need = (8 if weighted else 4) * size + starts.nbytes
             raise ResourceError(
@@ -346,7 +170,11 @@ class NumbaRows:
         self._count = 0
 
     def add(self, rows: Any, columns: Any, weights: Any) -> None:
-        """See `Rows.add`."""
+        """Put rows (n,) int64, columns (n,) and weights (n,) or None where they belong.
+
+        Over all calls each row must come as often as ``starts`` says; what does not fit is left out, and so is a call
+        with rows outside R.
+        """
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self._cursor) - 1):
             return
         done = 0
@@ -362,33 +190,39 @@ class NumbaRows:
                 self._fill()
 
     def _fill(self) -> None:
-        """Put what is held where it belongs: neighbouring rows together, since memory far apart is slow."""
-        held = [array[: self._count] for array in self._held]
+        """Put what is held where it belongs."""
+        held = [read_only(array[: self._count], array.dtype) for array in self._held]
         places = np.empty(((len(self._cursor) - 1) >> self._shift) + 1, np.int64)
-        _gather(*held, self._shift, places, *self._spare)
-        _fill(*(array[: self._count] for array in self._spare), self._cursor, self._indices, self._weights)
+        _fill(*held, self._shift, places, *self._spare, self._cursor, self._indices, self._weights)
         self._count = 0
 
     def finish(self) -> Csr:
-        """See `Rows.finish`."""
+        """Canonical rows: sorted by item; duplicates summed in float64, in order of weight; no zeros."""
         self._fill()
         del self._held, self._spare
         indptr, indices, weights = self._cursor, self._indices, self._weights
         indptr[1:] = indptr[:-1]  # each cursor stands where the next row starts
         indptr[0] = 0
-        bounds = _bounds(indptr, _PARTS)
-        if self._weighted:
-            left_over, uneven = _sum_rows(bounds, indptr, indices, weights)
-            if left_over:
-                _drop_marked(indptr, indices, weights)
-        else:
-            left_over = uneven = _sort_rows(bounds, indptr, indices)
-            if left_over:
-                weights = np.empty(len(indices) - left_over, np.float32)
-                _count_repeats(indptr, indices, weights)
+        bits = weights.view(np.int32) if self._weighted else _NO_BITS
+
+        def sort(part: slice) -> Any:
+            return _sort_rows(read_only(indptr[part.start : part.stop + 1], np.int64), indices, bits)
+
+        extra = sum(in_order(sort, _parts(indptr)))
+        if extra and self._weighted:
+            _merge_rows(indptr, indices, read_only(weights, np.float32), weights)
+        elif extra:
+            weights = np.empty(len(indices) - extra, np.float32)
+            _merge_rows(indptr, indices, _NO_WEIGHTS_READ, weights)
         indices.resize(int(indptr[-1]), refcheck=False)
-        weights.resize(len(indices) if uneven else 0, refcheck=False)
-        return Csr(indptr, indices, weights if uneven else None)
+        uneven = bool(extra) if not self._weighted else not bool((weights[: len(indices)] == 1).all())
+        if not uneven:
+            return Csr(indptr, indices, None)
+        weights.resize(len(indices), refcheck=False)
+        return Csr(indptr, indices, weights)
+
+
+_NO_WEIGHTS_READ = read_only(_NO_WEIGHTS, np.float32)
 
 
 def _room(size: int, weighted: bool) -> tuple[Any, Any, Any]:
@@ -396,28 +230,8 @@ def _room(size: int, weighted: bool) -> tuple[Any, Any, Any]:
     return np.empty(size, np.int64), np.empty(size, np.int32), np.empty(size if weighted else 0, np.float32)
 
 
-class NumbaBuilder:
-    """See `gpu_init.kernels.Builder`."""
-
-    def count(self, rows: Any, degrees: Any) -> None:
-        """See `Builder.count`."""
-        _count(rows, degrees)
-
-    def numbers(self) -> NumbaNumbers:
-        """See `Builder.numbers`."""
-        return NumbaNumbers()
-
-    def texts(self) -> NumbaTexts:
-        """See `Builder.texts`."""
-        return NumbaTexts()
-
-    def rows(self, starts: Any, weighted: bool) -> NumbaRows:
-        """See `Builder.rows`."""
-        return NumbaRows(starts, weighted)
-
-
-def _bounds(starts: Any, parts: int) -> Any:
+def _parts(starts: Any) -> Any:
     """Split the rows into ranges of about as many interactions."""
-    bounds = np.searchsorted(starts, np.linspace(0, int(starts[-1]), parts + 1).astype(np.int64))
+    bounds = np.searchsorted(starts, np.linspace(0, int(starts[-1]), _PARTS + 1).astype(np.int64))
     bounds[0], bounds[-1] = 0, len(starts) - 1
-    return bounds
+    return (slice(int(start), int(stop)) for start, stop in itertools.pairwise(bounds) if start < stop)

@@ -91,39 +91,39 @@ class ColumnKernels:
         """See `Kernels.lengths`."""
         return _sum(of_columns(rows, lambda _, values: self._kernels.lengths(values)))
 
-    def aggregate(self, csr: Any, features: Any, row_scale: Any, item_scale: Any, middle: Any, dtype: Any) -> Any:
+    def aggregate(self, csr: Any, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Any:
         """See `Kernels.aggregate`."""
         if isinstance(features, Columns) and features.few(int(csr.indptr[-1] - csr.indptr[0])):
-            return self._of_picked(csr, features, row_scale, item_scale, middle, dtype)
+            return self._of_picked(csr, features, row_scale, item_scale, offset)
 
         def rows(columns: slice, values: Any) -> Any:
-            return self._kernels.aggregate(csr, values, row_scale, item_scale, middle[columns], dtype)
+            return self._kernels.aggregate(csr, values, row_scale, item_scale, offset[columns])
 
         found = of_columns(features, rows)
         return found[0] if len(found) == 1 else self._xp.concatenate(found, axis=1)
 
-    def _of_picked(self, csr: Any, features: Columns, row_scale: Any, item_scale: Any, middle: Any, dtype: Any) -> Any:
+    def _of_picked(self, csr: Any, features: Columns, row_scale: Any, item_scale: Any, offset: Any) -> Any:
         """See `Kernels.aggregate`, from the rows of the items that come up alone."""
         entries = slice(int(csr.indptr[0]), int(csr.indptr[-1]))
         items, own = self._xp.unique(csr.indices[entries], return_inverse=True)
         weights = None if csr.weights is None else csr.weights[entries]
         chosen = Csr(csr.indptr - entries.start, own.astype(np.int32), weights)
-        return self._kernels.aggregate(chosen, features.pick(items), row_scale, item_scale[items], middle, dtype)
+        return self._kernels.aggregate(chosen, features.pick(items), row_scale, item_scale[items], offset)
 
-    def squared_norms(self, csr: Any, features: Any, row_scale: Any, item_scale: Any, middle: Any) -> Any:
+    def squared_norms(self, csr: Any, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Any:
         """See `Kernels.squared_norms`."""
 
         def norms(columns: slice, values: Any) -> Any:
-            return self._kernels.squared_norms(csr, values, row_scale, item_scale, middle[columns])
+            return self._kernels.squared_norms(csr, values, row_scale, item_scale, offset[columns])
 
         return _sum(of_columns(features, norms))
 
-    def products(self, features: Any, middle: Any, points: Any, dtype: Any) -> Any:
+    def products(self, features: Any, offset: Any, points: Any) -> Any:
         """See `Kernels.products`."""
 
         def products(columns: slice, values: Any) -> Any:
             own = self._xp.ascontiguousarray(points[:, columns])
-            return self._kernels.products(values, middle[columns], own, dtype)
+            return self._kernels.products(values, offset[columns], own)
 
         return _sum(of_columns(features, products))
 

@@ -1,30 +1,141 @@
-"""How the CPU's kernels are compiled, and where the machine code is kept."""
+"""How the CPU's kernels are compiled, and where their machine code is kept."""
 
 from __future__ import annotations
 
-import fcntl
-import functools
-import importlib
+import atexit
 import os
-import time
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numba
-from numba import njit
+from numba import types
+
+int32, int64, uint8, uint64 = types.int32, types.int64, types.uint8, types.uint64
+float32, float64 = types.float32, types.float64
+
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+# What kernels call. Without checks for a division by zero, and compiled into its callers by LLVM.
+inner: Any = numba.njit(**_OPTIONS)
 
 
-def _cache_folder() -> str | None:
-    """A folder of the user's own for compiled code, or None: then every process compiles anew.
+def reads(dtype: Any, dimensions: int = 1) -> Any:
+    """Type of an array that a kernel reads: in C order, and it may be mapped from a file."""
+    return types.Array(dtype, dimensions, "C", readonly=True)
 
-    numba's own choice fails on a read-only installation, and a shared folder would be a way in: its index
-    is unpickled.
+
+def writes(dtype: Any, dimensions: int = 1) -> Any:
+    """Type of an array that a kernel writes, in C order."""
+    return types.Array(dtype, dimensions, "C")
+
+
+class Kernel:
+    """A function compiled by numba for one signature, at its first call or by `prepare`; it runs without Python's lock.
+
+    Parameters
+    ----------
+    function : callable
+        In the part of Python that numba compiles.
+    signature : sequence of numba types
+        Of its arguments. Others are refused and never compiled for.
+    fused : bool
+        Whether a product and the sum that it goes into may be rounded once.
     """
+
+    def __init__(self, function: Callable[..., Any], signature: tuple[Any, ...], fused: bool) -> None:
+        self.name = function.__name__
+        self._function, self._signature, self._fused = function, signature, fused
+        self._lock = threading.Lock()
+        self._compiled: Any = None
+
+    def prepare(self) -> Any:
+        """Compile it, or load the machine code where that is kept, unless that is done."""
+        with self._lock:
+            if self._compiled is None:
+                made = _wrapped(self._function, {"contract"} if self._fused else False)
+                with suppress(OSError):  # such as a full disk: the machine code is there, but is not kept
+                    made.compile(self._signature)
+                made.disable_compile()
+                self._compiled = made
+        return self._compiled
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run it on arrays of the signature's types; arrays that it only reads must be marked so, see `read_only`."""
+        return (self._compiled or self.prepare())(*arguments)
+
+
+_wrapping = threading.Lock()
+
+
+def _wrapped(function: Callable[..., Any], fastmath: Any) -> Any:
+    """A function that numba compiles and keeps in our folder: it reads the setting, which is everybody's, just now."""
+    folder, config = _folder(), numba.config
+    with _wrapping:
+        before = config.CACHE_DIR
+        try:
+            config.CACHE_DIR = folder or ""
+            return numba.njit(**_OPTIONS, fastmath=fastmath, cache=folder is not None)(function)
+        finally:
+            config.CACHE_DIR = before
+
+
+def kernel(*signature: Any, fused: bool = False) -> Callable[[Callable[..., Any]], Kernel]:
+    """Make a `Kernel` of a function."""
+    return lambda function: Kernel(function, signature, fused)
+
+
+def read_only(array: Any, dtype: Any) -> Any:
+    """An array as kernels read it: in C order, of a type, and not to be written; a copy only where it is not so yet."""
+    import numpy as np
+
+    view = np.ascontiguousarray(array, dtype).view(np.ndarray)
+    view.flags.writeable = False
+    return view
+
+
+def prepare(kernels: Iterable[Kernel]) -> None:
+    """Compile kernels, one after another, in a thread of its own: what is used first should come first."""
+
+    def work() -> None:
+        for one in kernels:
+            one.prepare()
+
+    threading.Thread(target=work, name="compile kernels", daemon=True).start()
+
+
+@cache
+def _folder() -> str | None:
+    """Folder that machine code is kept in, or None: then every process compiles anew.
+
+    That is one of the user's own, since numba's list of contents is unpickled, and whoever writes to it may run code;
+    where none can be written, a folder of this process alone. Machine code that an image brings, in the folder
+    ``GPU_INIT_MACHINE_CODE``, is copied there, since numba reads only from folders that it can write to.
+    """
+    if "NUMBA_CACHE_DIR" in os.environ:
+        return os.environ["NUMBA_CACHE_DIR"]
+    folder = cache_folder("numba") or _own_folder()
+    brought = os.environ.get("GPU_INIT_MACHINE_CODE")
+    if folder is not None and brought is not None:
+        with suppress(OSError):
+            for path in Path(brought).rglob("*.nb?"):
+                copy = Path(folder, path.relative_to(brought))
+                if not copy.exists():
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    partial = f"{copy}.{os.getpid()}"
+                    shutil.copyfile(path, partial)
+                    os.replace(partial, copy)  # whole or not at all, as other processes may look
+    return folder
+
+
+def cache_folder(name: str) -> str | None:
+    """Folder ``gpu-init/NAME`` of the user's cache, or None where it cannot be written or is not the user's own."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(base) / "gpu-init" / "numba"
+    folder = Path(base) / "gpu-init" / name
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
@@ -32,136 +143,10 @@ def _cache_folder() -> str | None:
     return str(folder) if os.access(folder, os.W_OK | os.X_OK) and folder.stat().st_uid == os.getuid() else None
 
 
-_PATIENCE = 120  # seconds for another process to compile; it takes half a minute at most
-_REORDERING = {"reassoc", "nsz", "contract"}  # sums in vectors, products fused with them
-
-# What kernels call: compiled apart, which takes much less time than numba's own inlining; LLVM inlines them anyway.
-# Nobody else calls them, so they go without the code that would take them there. Their arrays live as long as the
-# kernel runs, so nobody counts who refers to them (nrt): that would be done atomically, row after row, in all threads
-# at one place, and a processor waits for all its reads before it.
-_INNER: dict[str, Any] = {
-    "_nrt": False,
-    "nogil": True,
-    "error_model": "numpy",
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-}
-inner: Any = njit(**_INNER, forceinline=True)
-inner_large: Any = njit(**_INNER)
-inner_allocating: Any = njit(**{**_INNER, "_nrt": True})
-inner_reordering: Any = njit(**_INNER, forceinline=True, fastmath=_REORDERING)
-
-
-def _load_threads() -> None:
-    """Load numba's OpenMP threads so that they sleep when they have nothing to do.
-
-    By default they spin on the cores that the threads of BLAS and of `gpu_init.backend` need meanwhile. OpenMP
-    reads the variable once, when it is loaded; it is left as it was found.
-    """
-    with _environment("OMP_WAIT_POLICY", "passive"), suppress(ImportError):
-        importlib.import_module("numba.np.ufunc.omppool")
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable for a while, where it is not set."""
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        del os.environ[name]
-
-
-def _compile(function: Any, parallel: bool, fastmath: Any = False) -> Any:
-    config: Any = numba.config
-    before = config.CACHE_DIR
-    folder = before or _cache_folder()
-    try:
-        config.CACHE_DIR = folder or ""  # read when the decorator runs, so it need not stay set for others
-        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-        found = njit(parallel=parallel, fastmath=fastmath, cache=folder is not None, **options)(function)
-    finally:
-        config.CACHE_DIR = before
-    if folder is not None:
-        _take_turns(found._cache, f"{function.__module__}.{function.__qualname__}", _lock_in(folder))
-    return found
-
-
-class _Lock:
-    """A lock file of all processes that keep machine code in a folder, with a place for each thing that is made."""
-
-    def __init__(self, folder: str) -> None:
-        self._path = os.path.join(folder, "lock")
-
-    @functools.cached_property
-    def _file(self) -> int:
-        return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)  # closing it would let go of all
-
-    def take(self, place: int) -> None:
-        """Wait for a place, not for ever: whoever has it may be stuck."""
-        deadline = time.monotonic() + _PATIENCE
-        with suppress(OSError):  # no file can be made there, or locked
-            file = self._file
-            while time.monotonic() < deadline:
-                with suppress(BlockingIOError, PermissionError):
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-                    return
-                time.sleep(0.05)
-
-    def leave(self, place: int) -> None:
-        """Let the next one have a place."""
+def _own_folder() -> str | None:
+    for base in ("/dev/shm", tempfile.gettempdir()):
         with suppress(OSError):
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
-
-
-_lock_in = functools.cache(_Lock)
-
-
-def _take_turns(cache: Any, name: str, lock: _Lock) -> None:
-    """Of processes that need the same machine code, let one make it and the others load it.
-
-    It is kept as numba does, but nothing fails for it, such as a full disk.
-    """
-    load, save = cache.load_overload, cache.save_overload
-
-    def place(signature: Any) -> int:
-        return 1 + zlib.crc32(f"{name}{signature}".encode())
-
-    def load_or_begin(signature: Any, context: Any) -> Any:
-        found = load(signature, context)
-        if found is None:
-            lock.take(place(signature))
-            found = load(signature, context)
-            if found is not None:
-                lock.leave(place(signature))
-        return found
-
-    def keep(signature: Any, made: Any) -> None:
-        lock.take(0)  # of its list, which is read and written anew
-        with suppress(OSError):
-            save(signature, made)
-        lock.leave(0)
-        lock.leave(place(signature))
-
-    cache.load_overload, cache.save_overload = load_or_begin, keep
-
-
-def compiled(function: Any) -> Any:
-    """Compile in parallel, keeping the machine code where `_cache_folder` says, or where NUMBA_CACHE_DIR does."""
-    return _compile(function, parallel=True)
-
-
-def compiled_reordering(function: Any) -> Any:
-    """As `compiled`; sums may be taken in vectors and fused with products, one way on one kind of processor."""
-    return _compile(function, parallel=True, fastmath=_REORDERING)
-
-
-def compiled_serial(function: Any) -> Any:
-    """Compile for one thread, keeping the machine code likewise."""
-    return _compile(function, parallel=False)
-
-
-_load_threads()
+            folder = tempfile.mkdtemp(prefix="gpu-init-", dir=base)
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            return folder
+    return None

@@ -1,19 +1,19 @@
-"""The kernels for CUDA: `aggregate_blend.cu` and `clustering.cu`, compiled at first use for the device at hand.
+"""The kernels for CUDA: `aggregate_blend.cu` and `clustering.cu`, and what launches them.
 
-A warp takes some rows; those with more than `LONGEST` interactions are split into parts, a warp each, which a second
+A warp takes some rows; rows with more than `LONGEST` interactions are split into parts, a warp each, which a second
 kernel adds up in their order. The split depends on the degrees alone and nothing is added by float atomics, so the
-bytes are the same in every run on a device. Nothing here imports CuPy: it is handed in, so that the tests run all of
-this on numpy arrays and kernels built for the host.
+bytes are the same in every run on a device. Machine code comes from `gpu_init.kernels.ahead`, or is compiled for the
+device at first use. Nothing here imports CuPy: it is handed in, so that the tests run all of this on numpy arrays and
+kernels built for the host.
 """
 
 from __future__ import annotations
 
-import atexit
+import hashlib
+import json
 import math
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -27,51 +27,34 @@ from gpu_init.errors import InputError, ResourceError
 from .csr import Csr
 from .reference import ReferenceKernels
 
-LONGEST = 64  # interactions of a row that is not split: as many as one sum in float32 takes (gather.cuh: RUN)
-PART = 256  # interactions per part of a row, or a multiple where that would be more than `MOST_PARTS`
-MOST_PARTS = 2048
-WORKSPACE_BYTES = 128 << 20  # of parts at a time; a single row's may be more
-MOVED_BYTES = 64 << 20  # of rows made at a time by `CudaKernels.move_rows`
-PRODUCT_BYTES = 64 << 20  # of items' rows less the middle at a time in `CudaKernels.products`
-WARP = 32
-ROWS = 8  # that a warp takes, half as many where it blends by item (gather.cuh: ROWS)
-TILE = 256  # interactions per warp in label_sums (clustering.cu: TILE)
-ITEMS = 4  # per warp in products (clustering.cu: ITEMS)
-SUMMED = 128  # rows per warp in table_sums, more where their sums would take more than `WORKSPACE_BYTES`
-COUNTED_PER_THREAD = 16  # labels in count (clustering.cu: PER_THREAD)
-MOST_POINTS = 32  # in products and table_sums; with more, which use features more often, the library is faster
-THREADS = 128  # per block: a block waits for its slowest warp, so there are few in it
-OLDEST = 70  # compute capability, times ten, that has the loads of device.cuh
+# Sizes that the sources share (the tests compare them).
+WARP = 32  # threads of a warp
+THREADS = 128  # threads of a block: it waits for its slowest warp, so a block is small
+ROWS = 8  # rows that a warp takes, half as many where it blends by item (gather.cuh: ROWS)
+LONGEST = 64  # interactions of the longest row that is not split (gather.cuh: RUN)
+TILE = 256  # interactions that a warp takes in label_sums (clustering.cu: TILE)
+ITEMS = 4  # rows of features that a warp takes in products (clustering.cu: ITEMS)
+_COMBINED = (32, 8)  # columns and rows of a block of combine_parts
 
-_SOURCES = {
-    "aggregate_blend.cu": ("aggregate_blend", "busy_rows", "add_parts", "combine_parts"),
-    "clustering.cu": (
-        "aggregate",
-        "squared_norms",
-        "lengths",
-        "assign",
-        "nearest_two",
-        "products",
-        "table_sums",
-        "note",
-        "in_doubt",
-        "count_labels",
-        "label_sums",
-        "add_fixed",
-    ),
-}
-_OPTIONS = ("--std=c++17",)  # CuPy adds the architecture, from the device's compute capability
+# How work is cut.
+PART = 256  # interactions of a part of a split row; a multiple of it where a row would have more than MOST_PARTS parts
+MOST_PARTS = 2048
+WORKSPACE_BYTES = 128 << 20  # memory for the sums of parts at a time; the parts of one row may take more
+SUMMED = 128  # rows that a warp of table_sums takes; more where its results would take more than WORKSPACE_BYTES
+MOST_POINTS = 32  # with more points, which use each feature more often, CUDA's library is faster than these kernels
+
+OLDEST = 70  # the oldest compute capability, times ten, that has the loads of device.cuh
+OPTIONS = ("--std=c++17",)  # NVRTC's options; CuPy adds CUPY_OPTIONS and the architecture of the device
+CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
+
 _TYPES = {"float16": "Half", "bfloat16": "Bfloat16", "void16": "Bfloat16", "float32": "float", "float64": "double"}
 _LOADS = {"Half": (8, 2, 1), "Bfloat16": (8, 2, 1), "float": (4, 1), "double": (2, 1)}  # values a lane may load at once
-_WIDEST = 16  # bytes that a lane loads at once
-_MOST_VECTORS = 4  # loads per lane and row in aggregate_blend
-_MOST_VALUES = 16  # and values: registers set the bound
-_COMBINED = (32, 8)  # columns and rows of a block of combine_parts
-_ADDING = 256  # threads per block of add_fixed
-_MOST_PRODUCT_VALUES = {"float": 8, "double": 4}  # that a lane loads in products: registers set the bound
-_NULL = np.uint64(0)  # CuPy hands on None as no argument at all
-_NOBODY = np.empty(0, np.int64)
-_BITS = 62  # of sums in whole numbers, sign and rounding left out
+_WIDEST = 16  # bytes that a lane loads at once, at most
+_MOST_VECTORS = 4  # loads per lane and row in aggregate_blend, at most
+_MOST_VALUES = 16  # values per lane and row in aggregate_blend, at most, so that they fit in registers
+_MOST_PRODUCT_VALUES = 4  # values per lane and row in products, at most, so that they fit in registers
+_NULL = np.uint64(0)  # stands for None, which CuPy would hand on as no argument at all
+_BITS = 62  # bits of sums in whole numbers: a 64-bit number without its sign and a bit for rounding
 
 Launch = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], None]
 
@@ -79,8 +62,8 @@ Launch = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], None]
 class Part(NamedTuple):
     """Some busy rows, cut into parts; all (.,) int64.
 
-    ``at``: place of each row in the result; ``starts``: its first part, and one more for the end. ``owner``: place of
-    each part's row; ``begin`` and ``end``: the part's interactions, counted from the row's first.
+    ``at``: the rows; ``starts``: the first part of each, and one more number for the end. ``owner``: the row of each
+    part; ``begin`` and ``end``: the part's interactions, counted from the row's first.
     """
 
     at: NDArray[np.int64]
@@ -96,7 +79,7 @@ def split(at: NDArray[np.int64], degrees: NDArray[np.int64], most: int) -> Itera
     Parameters
     ----------
     at, degrees : arrays, shape (m,)
-        Places of the rows, and their interactions, each at least 1.
+        The rows, and their interactions, each at least 1.
     most : int
         Parts per batch; a row that has more is a batch of its own.
     """
@@ -147,61 +130,47 @@ def vectors_per_lane(width: int, values: int, itemsize: int) -> int:
     return -(-loads // (WARP * passes))
 
 
-def groups_log2(width: int, values: int) -> int:
+def groups_log2(width: int, values: int) -> np.int32:
     """Logarithm of the number of groups of lanes in a warp, each wide enough for a row: 0 for one of all 32."""
     lanes = -(-width // values)
-    return max(0, WARP.bit_length() - 1 - (lanes - 1).bit_length())
+    return np.int32(max(0, WARP.bit_length() - 1 - (lanes - 1).bit_length()))
 
 
 def blocks(warps: int) -> int:
-    """Blocks of `THREADS` that so many warps take."""
+    """Blocks of `THREADS` threads that so many warps take."""
     return -(-warps * WARP // THREADS)
 
 
 def instances() -> dict[str, list[str]]:
     """Every kernel that `CudaKernels` may ask for, by source file."""
     loads = [(kind, values) for kind, choices in _LOADS.items() for values in choices]
-    floats = [(kind, values) for kind, values in loads if kind != "double"]
-    blends = [
-        f"aggregate_blend<{kind}, {values}, {vectors}>"
+    floats = [load for load in loads if load[0] != "double"]
+    blends = {
+        (kind, values, vectors_per_lane(some * values, values, _WIDEST // _LOADS[kind][0]))
         for kind, values in floats
-        for vectors in (
-            range(1, min(_MOST_VECTORS, _MOST_VALUES // values) + 1)
-            if values == _LOADS[kind][0]
-            else (1, _MOST_VECTORS)
-        )
-    ]
+        for some in range(1, _MOST_VECTORS * WARP + 1)
+    }
+    by_row = [(name, *load) for name in ("aggregate", "squared_norms", "table_sums") for load in loads]
     return {
         "aggregate_blend.cu": [
-            *blends,
-            "busy_rows",
-            *(f"add_parts<{kind}, {values}, {total}>" for kind, values in loads for total in ("float", "double")),
+            *(f"aggregate_blend<{kind}, {values}, {vectors}>" for kind, values, vectors in sorted(blends)),
+            *(f"add_parts<{kind}, {values}, float>" for kind, values in floats),
+            *(f"add_parts<{kind}, {values}, double>" for kind, values in loads),
             *(f"combine_parts<{kind}>" for kind in ("Half", "float", "double")),
+            "busy_rows",
         ],
         "clustering.cu": [
-            *(f"aggregate<{kind}, {values}, {total}>" for kind, values in loads for total in ("float", "double")),
-            *(f"squared_norms<{kind}, {values}>" for kind, values in loads),
+            *(f"{name}<{kind}, {values}>" for name, kind, values in by_row),
+            *(f"products<{kind}, {values}>" for kind, values in floats if values <= _MOST_PRODUCT_VALUES),
+            *(f"assign<double, {values}>" for values in _LOADS["double"]),
             *(f"lengths<{kind}>" for kind in _LOADS),
-            *(f"assign<{kind}, {values}>" for kind, values in loads if kind in ("float", "double")),
-            *(f"nearest_two<{kind}>" for kind in ("float", "double")),
-            *(
-                f"products<{kind}, {values}, {total}>"
-                for kind, values in floats
-                for total in ("float", "double")
-                if values <= _MOST_PRODUCT_VALUES[total]
-            ),
-            *(f"table_sums<{kind}, {values}>" for kind, values in loads),
-            "note",
-            "in_doubt",
-            "count_labels",
             "label_sums",
-            "add_fixed",
         ],
     }
 
 
 class CudaKernels(ReferenceKernels):
-    """The kernels on CuPy's arrays; what has no kernel here is the reference's, whose arrays are short.
+    """The kernels on CuPy's arrays; what has no kernel here is the reference's, as array expressions.
 
     Parameters
     ----------
@@ -218,18 +187,22 @@ class CudaKernels(ReferenceKernels):
 
     def lengths(self, rows: Any) -> Any:
         """See `Kernels.lengths`."""
-        out = self._xp.empty(len(rows), self._xp.float64)
-        self._lengths(rows, None, out)
+        table, out = self._table(rows), self._xp.empty(len(rows), np.float64)
+        self._launch(f"lengths<{table.kind}>", blocks(len(rows)), (np.int64(len(rows)), *table.arguments, out))
         return out
 
     def row_sums(self, csr: Csr, item_values: Any) -> Any:
-        """See `Kernels.row_sums`."""
-        values = self._as(item_values, np.float64)[:, None]
-        return self._rows(csr, None, values, None, None, None, np.float64)[:, 0]
+        """See `Kernels.row_sums`: a matrix of one column; None stands for scales of 1 and no offset."""
+        return self.aggregate(csr, self._as(item_values, np.float64).reshape(-1, 1), None, None, None)[:, 0]
 
-    def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any, dtype: Any) -> Any:
+    def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Any:
         """See `Kernels.aggregate`."""
-        return self._rows(csr, None, features, row_scale, item_scale, middle, dtype)
+        of, offset = self._gather(csr, features, row_scale, item_scale), self._as(offset, np.float64)
+        out = self._xp.empty((of.users, of.table.width), np.float64)
+        self._each_row("aggregate", of, offset, out)
+        for part, partial in self._part_sums(of, "double"):
+            self._combine(part, partial, out, part.at, offset=offset)
+        return out
 
     def aggregate_blend(
         self,
@@ -250,337 +223,162 @@ class CudaKernels(ReferenceKernels):
 
         Features are float16, bfloat16 or float32; others are converted first.
         """
-        n, width = len(csr.indptr) - 1, features.shape[1]
-        if n == 0 or width == 0:
-            return
-        if not out.flags.c_contiguous or out.dtype.name not in ("float16", "float32"):
-            made = self._xp.empty((n, width), self._xp.float32)
-            rest = (lam, centroids, user_labels, item_labels, mean_scale, cold, scale, made)
-            self.aggregate_blend(csr, features, row_scale, item_scale, *rest)
-            out[...] = made
-            return
-        table = self._table(features.astype(np.float32) if features.dtype.name == "float64" else features)
-        scales = (self._as(row_scale, np.float64), self._as(item_scale, np.float64))
+        if features.dtype.name == "float64":
+            features = features.astype(np.float32)
+        of = self._gather(csr, features, row_scale, item_scale)
         blend = _Blend(
             self._as(lam, np.float64),
-            self._aligned(centroids),
+            self._aligned(centroids, np.float32),
             self._as(user_labels, np.int32),
             self._as(item_labels, np.int32),
             self._as(mean_scale, np.float64),
             np.float64(scale),
         )
+        width = of.table.width
         result = (_address(out), width * out.itemsize, out.itemsize)
-        values = load_width(table.kind, width, table.place, result, (0, 4 * width, 4))
-        vectors = vectors_per_lane(width, values, table.array.itemsize)
-        levels = (*blend[:-1], self._aligned(scale * cold), blend.scale)
-        common = (np.int64(n), *_interactions(self._xp, csr), *table.arguments)
-        half = out.itemsize == 2
-        busy = self._busy(csr, _NULL, scales[0])
+        values = load_width(of.table.kind, width, of.table.place, result, (0, 4 * width, 4))
+        vectors = vectors_per_lane(width, values, of.table.array.itemsize)
+        levels = (*blend[:-1], self._aligned(scale * cold, np.float32), blend.scale)
         self._launch(
-            f"aggregate_blend<{table.kind}, {values}, {vectors}>",
-            blocks(-(-n // (ROWS // 2 if item_labels is not None else ROWS))),
-            (*common, *scales, *levels, _groups(width, values), out, np.int32(half)),
+            f"aggregate_blend<{of.table.kind}, {values}, {vectors}>",
+            blocks(-(-of.users // (ROWS // 2 if item_labels is not None else ROWS))),
+            (np.int64(of.users), *of.arguments, *levels, groups_log2(width, values), out, np.int32(out.itemsize == 2)),
         )
-        for part, partial in self._parts(busy, csr, _NULL, table, scales, "float", blend):
-            self._combine("Half" if half else "float", part, part.at, partial, blend, _NULL, out)
+        for part, partial in self._part_sums(of, "float", blend):
+            self._combine(part, partial, out, part.at, blend)
 
-    def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, middle: Any) -> Any:
+    def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Any:
         """See `Kernels.squared_norms`."""
-        n = len(csr.indptr) - 1
-        if features.shape[1] == 0:
-            return self._xp.zeros(n, np.float64)
-        out = self._xp.empty(n, np.float64)
-        table, middle = self._table(features), self._as(middle, np.float64)
-        scales = (self._as(row_scale, np.float64), self._as(item_scale, np.float64))
-        values = load_width(table.kind, table.width, table.place)
-        common = (np.int64(n), *_interactions(self._xp, csr), *table.arguments)
-        busy = self._busy(csr, _NULL, scales[0])
-        self._launch(
-            f"squared_norms<{table.kind}, {values}>",
-            blocks(-(-n // ROWS)),
-            (*common, *scales, middle, _groups(table.width, values), out),
-        )
-        for part, made in self._busy_rows(busy, csr, _NULL, table, scales, middle):
-            self._lengths(made, self._xp.asarray(part.at), out)
+        of, offset = self._gather(csr, features, row_scale, item_scale), self._as(offset, np.float64)
+        out = self._xp.empty(of.users, np.float64)
+        self._each_row("squared_norms", of, offset, out)
+        for at, rows in self._busy_rows(of, offset):
+            out[at] = self.lengths(rows)
         return out
 
-    def products(self, features: Any, middle: Any, points: Any, dtype: Any) -> Any:
-        """See `Kernels.products`: for many points the library's product, so many items at a time."""
-        xp, width = self._xp, features.shape[1]
-        if features.dtype.name != "float64" and 0 < len(points) <= MOST_POINTS:
-            return self._few_products(features, middle, points, np.dtype(dtype))
-        middle, transposed = middle.astype(dtype), points.astype(dtype).T
-        out = xp.empty((len(features), len(points)), dtype)
-        step = max(1, PRODUCT_BYTES // max(1, width * out.itemsize))
-        for start in range(0, len(features), step):
-            block = _widened(xp, features[start : start + step]).astype(dtype)
-            out[start : start + step] = (block - middle) @ transposed
-        return out
-
-    def _few_products(self, features: Any, middle: Any, points: Any, dtype: np.dtype[Any]) -> Any:
-        table, middle, points = self._table(features), self._aligned(middle, dtype), self._aligned(points, dtype)
-        out = self._xp.empty((len(features), len(points)), dtype)
-        total = _TYPES[dtype.name]
-        values = load_width(table.kind, table.width, table.place, (0, dtype.itemsize * table.width, dtype.itemsize))
-        if values > _MOST_PRODUCT_VALUES[total]:
+    def products(self, features: Any, offset: Any, points: Any) -> Any:
+        """See `Kernels.products`; for many points, or features in float64, by the library, block by block."""
+        if features.dtype.name == "float64" or len(points) > MOST_POINTS:
+            return super().products(self._widened(features), offset, points)
+        table, out = self._table(features), self._xp.empty((len(features), len(points)), np.float64)
+        offset, points = self._aligned(offset, np.float64), self._aligned(points, np.float64)
+        values = load_width(table.kind, table.width, table.place, (0, 8 * table.width, 8))
+        if values > _MOST_PRODUCT_VALUES:
             values = _LOADS[table.kind][1]
         self._launch(
-            f"products<{table.kind}, {values}, {total}>",
+            f"products<{table.kind}, {values}>",
             blocks(-(-len(features) // ITEMS)),
-            (np.int64(len(features)), *table.arguments, middle, points, np.int32(len(points)), out),
+            (np.int64(len(features)), *table.arguments, offset, points, np.int32(len(points)), out),
         )
         return out
 
     def table_sums(self, table: Any, features: Any) -> Any:
-        """See `Kernels.table_sums`."""
+        """See `Kernels.table_sums`; for many clusters by the library, block by block."""
         n, clusters = table.shape
-        if n == 0 or features.shape[1] == 0 or clusters > MOST_POINTS:
-            return super().table_sums(table, features)
+        if clusters > MOST_POINTS:
+            return super().table_sums(table, self._widened(features))
         rows = self._table(features)
-        values = load_width(rows.kind, rows.width, rows.place)
         length = max(SUMMED, -(-8 * n * clusters * rows.width // WORKSPACE_BYTES))
-        chunks, tiles = -(-n // length), -(-rows.width // (WARP * values))
+        chunks, tiles = -(-n // length), -(-rows.width // (WARP * rows.values))
         partial = self._xp.empty((chunks, clusters, rows.width), np.float64)
+        cut = (np.int64(length), np.int64(tiles))
         self._launch(
-            f"table_sums<{rows.kind}, {values}>",
+            f"table_sums<{rows.kind}, {rows.values}>",
             blocks(chunks * tiles),
-            (
-                np.int64(n),
-                self._as(table, np.float64),
-                np.int32(clusters),
-                *rows.arguments,
-                np.int64(length),
-                np.int64(tiles),
-                partial,
-            ),
+            (np.int64(n), self._as(table, np.float64), np.int32(clusters), *rows.arguments, *cut, partial),
         )
         return partial.sum(axis=0)
 
-    def assign(
-        self, csr: Csr, rows: Any, table: Any, row_scale: Any, item_scale: Any, lengths: Any
-    ) -> tuple[Any, Any, Any]:
+    def assign(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any, lengths: Any) -> tuple[Any, Any]:
         """See `Kernels.assign`."""
-        n, products, found = len(rows), self._table(table), self._nearest(len(rows))
-        rows, lengths = self._as(rows, np.int64), self._as(lengths, np.float64)
-        scales = (self._as(row_scale, np.float64), self._as(item_scale, np.float64))
-        values = load_width(products.kind, products.width, products.place)
-        common = (np.int64(n), rows, *_interactions(self._xp, csr), *products.arguments)
-        busy = self._busy(csr, rows, scales[0])
-        self._launch(
-            f"assign<{products.kind}, {values}>",
-            blocks(-(-n // ROWS)),
-            (*common, *scales, lengths, _groups(products.width, values), *found),
-        )
-        for part, made in self._busy_rows(busy, csr, rows, products, scales, _NULL):
-            self._nearest_two(made, lengths, self._xp.asarray(part.at), found)
-        return found
+        of, lengths = self._gather(csr, table, row_scale, item_scale), self._as(lengths, np.float64)
+        labels, least = self._xp.empty(of.users, np.int32), self._xp.empty(of.users, np.float64)
+        self._each_row("assign", of, lengths, labels, least)
+        for at, products in self._busy_rows(of, _NULL):
+            labels[at], least[at] = self.nearest(products, lengths)
+        return labels, least
 
-    def nearest_two(self, products: Any, lengths: Any) -> tuple[Any, Any, Any]:
-        """See `Kernels.nearest_two`."""
-        found = self._nearest(len(products))
-        self._nearest_two(products, self._as(lengths, np.float64), _NULL, found)
-        return found
-
-    def note(
-        self,
-        rows: Any,
-        found: Any,
-        least: Any,
-        second: Any,
-        norms: Any,
-        reach: Any,
-        fall: float,
-        labels: Any,
-        upper: Any,
-        lower: Any,
-    ) -> Any:
-        """See `Kernels.note`."""
-        before = self._xp.empty(len(rows), np.int32)
-        arrays = (self._as(array, np.float64) for array in (least, second, norms, reach))
-        found = (self._as(rows, np.int64), self._as(found, np.int32), *arrays)
-        self._launch(
-            "note",
-            -(-len(rows) // THREADS),
-            (np.int64(len(rows)), *found, np.float64(fall), labels, upper, lower, before),
-        )
-        return before
-
-    def in_doubt(self, labels: Any, upper: Any, lower: Any, reach: Any, fall: float) -> Any:
-        """See `Kernels.in_doubt`."""
-        doubtful = self._xp.empty(len(labels), np.uint8)
-        arrays = (labels, upper, lower, self._as(reach, np.float64), np.float64(fall), doubtful)
-        self._launch("in_doubt", -(-len(labels) // THREADS), (np.int64(len(labels)), *arrays))
-        return self._xp.flatnonzero(doubtful)
-
-    def count(self, labels: Any, sign: int, counts: Any) -> None:
-        """See `Kernels.count`."""
-        n = len(labels)
-        self._launch(
-            "count_labels",
-            -(-n // (THREADS * COUNTED_PER_THREAD)),
-            (np.int64(n), self._as(labels, np.int32), np.int32(len(counts)), np.int64(sign), counts),
-        )
-
-    def move_rows(
-        self,
-        csr: Csr,
-        rows: Any,
-        features: Any,
-        row_scale: Any,
-        item_scale: Any,
-        middle: Any,
-        before: Any,
-        after: Any,
-        sums: Any,
-    ) -> None:
-        """See `Kernels.move_rows`: so many rows at a time, each in the order given."""
-        xp = self._xp
-        labels = xp.arange(len(sums))
-        step = max(1, MOVED_BYTES // (8 * max(1, features.shape[1])))
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
-            made = self._rows(csr, rows[part], features, row_scale, item_scale, middle, np.float64)
-            signs = (after[part, None] == labels).astype(np.float64) - (before[part, None] == labels)
-            moved = self.table_sums(signs, made)
-            sums += signs.T @ made if moved is None else moved
-
-    def label_sums(self, csr: Csr, rows: Any, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
+    def label_sums(self, csr: Csr, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
         """See `Kernels.label_sums`: sums in whole numbers, whose order does not matter.
 
         The unit is so small that the sum of all that is added takes 62 bits: each interaction is rounded to 2^-62 of
         that sum, which for 100 million users is some 3e-11 of a user.
         """
-        xp, f64 = self._xp, np.float64
-        rows, row_scale, item_scale = self._as(rows, np.int64), self._as(row_scale, f64), self._as(item_scale, f64)
-        bound = float((row_scale * self.row_sums(csr, item_scale))[rows].sum()) if len(rows) else 0.0
+        xp = self._xp
+        bound = float((row_scale * self.row_sums(csr, item_scale)).sum())
         if bound == 0.0:
             return
         exponent = min(1000, _BITS - math.frexp(bound)[1])
-        degrees = (csr.indptr[rows + 1] - csr.indptr[rows]).astype(np.int64)
-        starts = xp.concatenate([xp.zeros(1, xp.int64), xp.cumsum(degrees)])
-        firsts = xp.arange(0, int(starts[-1]), TILE)
-        tiles = self._as(xp.searchsorted(starts, firsts, side="right") - 1, np.int64)
+        firsts = xp.arange(int(csr.indptr[0]), int(csr.indptr[-1]), TILE)
+        tiles = self._as(xp.searchsorted(csr.indptr, firsts, side="right") - 1, np.int64)
         fixed = xp.zeros(sums.shape, xp.int64)
-        common = (np.int64(len(tiles)), tiles, np.int64(len(rows)), self._as(starts, np.int64), rows)
-        chosen = (*common, self._as(labels, np.int32), *_interactions(xp, csr), row_scale, item_scale)
-        per_unit = np.float64(math.ldexp(1.0, exponent))
-        self._launch("label_sums", blocks(len(tiles)), (*chosen, np.int32(sums.shape[1]), per_unit, fixed))
-        total = sums if sums.flags.c_contiguous else xp.ascontiguousarray(sums)
-        unit = np.float64(math.ldexp(1.0, -exponent))
-        self._launch("add_fixed", -(-total.size // _ADDING), (np.int64(total.size), fixed, unit, total), (_ADDING,))
-        if total is not sums:
-            sums[...] = total
-
-    # What they share.
-
-    def _rows(
-        self, csr: Csr, rows: Any, features: Any, row_scale: Any, item_scale: Any, middle: Any, dtype: Any
-    ) -> Any:
-        """Rows of ``A F - middle``, of all users or of those given (m,); None stands for factors of 1 and no middle."""
-        n = len(csr.indptr) - 1 if rows is None else len(rows)
-        out = self._xp.empty((n, features.shape[1]), dtype)
-        if out.size == 0:
-            return out
-        table, rows, middle = self._table(features), self._as(rows, np.int64), self._as(middle, np.float64)
+        users = (np.int64(len(row_scale)), self._as(labels, np.int32), *self._csr(csr))
         scales = (self._as(row_scale, np.float64), self._as(item_scale, np.float64))
-        values = load_width(table.kind, table.width, table.place)
-        kind = _TYPES[out.dtype.name]
-        common = (np.int64(n), rows, *_interactions(self._xp, csr), *table.arguments)
-        busy = self._busy(csr, rows, scales[0])
+        unit = (np.int32(sums.shape[1]), np.float64(math.ldexp(1.0, exponent)))
+        self._launch("label_sums", blocks(len(tiles)), (np.int64(len(tiles)), tiles, *users, *scales, *unit, fixed))
+        sums += xp.multiply(fixed, math.ldexp(1.0, -exponent), out=fixed.view(np.float64))
+
+    # Steps that several kernels share.
+
+    def _gather(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any) -> _Gather:
+        """``A F`` as the kernels take it, and its busy rows, which are looked for before anything waits for results."""
+        xp, users = self._xp, len(csr.indptr) - 1
+        scales = (self._as(row_scale, np.float64), self._as(item_scale, np.float64))
+        indptr, indices, weights = self._csr(csr)
+        found = xp.empty((min(users, len(indices) // LONGEST) + 1, 2), np.int64)
+        found[0] = 0
+        self._launch("busy_rows", -(-users // THREADS), (np.int64(users), indptr, scales[0], found))
+        found = found[1 : int(found[0, 0]) + 1]
+        listed: NDArray[np.int64] = found.get() if hasattr(found, "get") else found
+        at, degrees = np.ascontiguousarray(listed[np.argsort(listed[:, 0])].T)
+        table = self._table(features)
+        return _Gather(users, table, (indptr, indices, weights, *table.arguments, *scales), at, degrees)
+
+    def _each_row(self, name: str, of: _Gather, point: Any, *out: Any) -> None:
+        """Launch a kernel that takes ``A F`` row by row."""
+        table = of.table
         self._launch(
-            f"aggregate<{table.kind}, {values}, {kind}>",
-            blocks(-(-n // ROWS)),
-            (*common, *scales, middle, _groups(table.width, values), out),
+            f"{name}<{table.kind}, {table.values}>",
+            blocks(-(-of.users // ROWS)),
+            (np.int64(of.users), *of.arguments, point, groups_log2(table.width, table.values), *out),
         )
-        for part, partial in self._parts(busy, csr, rows, table, scales, kind):
-            self._combine(kind, part, part.at, partial, _Blend(), middle, out)
-        return out
 
-    def _busy_rows(
-        self, busy: _Busy, csr: Csr, rows: Any, table: _Table, scales: tuple[Any, Any], middle: Any
-    ) -> Iterator[tuple[Part, Any]]:
-        """Rows of ``A F - middle`` of busy users, in float64, a batch at a time."""
-        for part, partial in self._parts(busy, csr, rows, table, scales, "double"):
-            made = self._xp.empty((len(part.at), table.width), np.float64)
-            self._combine("double", part, None, partial, _Blend(), middle, made)
-            yield part, made
+    def _busy_rows(self, of: _Gather, offset: Any) -> Iterator[tuple[Any, Any]]:
+        """Busy users, and their rows of ``A F - offset`` in float64, a batch at a time."""
+        for part, partial in self._part_sums(of, "double"):
+            rows = self._xp.empty((len(part.at), of.table.width), np.float64)
+            self._combine(part, partial, rows, None, offset=offset)
+            yield self._xp.asarray(part.at), rows
 
-    def _parts(
-        self,
-        busy: _Busy,
-        csr: Csr,
-        rows: Any,
-        table: _Table,
-        scales: tuple[Any, Any],
-        total: str,
-        blend: _Blend | None = None,
-    ) -> Iterator[tuple[Part, Any]]:
+    def _part_sums(self, of: _Gather, total: str, blend: _Blend | None = None) -> Iterator[tuple[Part, Any]]:
         """Sums over parts of the busy rows, (parts, D) float64 (in ``total``, run by run), a batch at a time."""
-        xp = self._xp
-        if len(busy.at) == 0:
-            return
-        values = load_width(table.kind, table.width, table.place)
-        common = (rows, *_interactions(xp, csr), *table.arguments, *scales)
+        table = of.table
         lam, centroids, _, item_labels, mean_scale, scale = blend or _Blend()
-        levels = (lam, centroids, item_labels, mean_scale, scale, _groups(table.width, values))
-        for part in split(*busy, WORKSPACE_BYTES // (8 * table.width)):
+        levels = (lam, centroids, item_labels, mean_scale, scale, groups_log2(table.width, table.values))
+        for part in split(of.busy, of.degrees, WORKSPACE_BYTES // (8 * table.width)):
             count = len(part.owner)
-            partial = xp.empty((count, table.width), np.float64)
-            places = map(xp.asarray, (part.owner, part.begin, part.end))
+            partial = self._xp.empty((count, table.width), np.float64)
+            places = map(self._xp.asarray, (part.owner, part.begin, part.end))
             self._launch(
-                f"add_parts<{table.kind}, {values}, {total}>",
+                f"add_parts<{table.kind}, {table.values}, {total}>",
                 blocks(count),
-                (np.int64(count), *places, *common, *levels, partial),
+                (np.int64(count), *places, *of.arguments, *levels, partial),
             )
             yield part, partial
 
-    def _busy(self, csr: Csr, rows: Any, row_scale: Any) -> _Busy:
-        """Rows with more than `LONGEST` interactions, some of them usable."""
-        xp = self._xp
-        n = len(csr.indptr) - 1 if rows is _NULL else len(rows)
-        most = min(n, len(csr.indices) // LONGEST) if rows is _NULL else n  # rows that are given may come twice
-        found = xp.empty((most + 1, 2), np.int64)
-        found[0] = 0
-        indptr, wide, *_ = _interactions(xp, csr)
-        self._launch("busy_rows", -(-n // THREADS), (np.int64(n), rows, indptr, wide, row_scale, found))
-        count = int(found[0, 0])
-        if count == 0:
-            return _Busy(_NOBODY, _NOBODY)
-        listed = _host(found[1 : count + 1])
-        return _Busy(*np.ascontiguousarray(listed[np.argsort(listed[:, 0])].T))
-
-    def _combine(self, kind: str, part: Part, at: Any, partial: Any, blend: _Blend, middle: Any, out: Any) -> None:
-        """Rows from their parts, into places ``at`` of ``out``, or side by side."""
+    def _combine(
+        self, part: Part, partial: Any, out: Any, at: Any, blend: _Blend | None = None, offset: Any = _NULL
+    ) -> None:
+        """Rows from their parts, into rows ``at`` of ``out``, or side by side where that is None."""
         width = partial.shape[1]
         tiles = -(-width // _COMBINED[0])
         places = (self._xp.asarray(part.starts), _NULL if at is None else self._xp.asarray(at))
-        level = (blend.lam, blend.centroids, blend.user_labels, blend.scale)
+        lam, centroids, user_labels, _, _, scale = blend or _Blend()
         self._launch(
-            f"combine_parts<{kind}>",
+            f"combine_parts<{_TYPES[out.dtype.name]}>",
             tiles * len(part.at),
-            (np.int64(tiles), *places, partial, np.int32(width), *level, middle, out),
+            (np.int64(tiles), *places, partial, np.int32(width), lam, centroids, user_labels, scale, offset, out),
             _COMBINED,
-        )
-
-    def _lengths(self, matrix: Any, at: Any, out: Any) -> None:
-        table = self._table(matrix)
-        self._launch(
-            f"lengths<{table.kind}>",
-            blocks(len(matrix)),
-            (np.int64(len(matrix)), *table.arguments, _NULL if at is None else at, out),
-        )
-
-    def _nearest(self, n: int) -> tuple[Any, Any, Any]:
-        xp = self._xp
-        return xp.empty(n, xp.int32), xp.empty(n, xp.float64), xp.empty(n, xp.float64)
-
-    def _nearest_two(self, products: Any, lengths: Any, at: Any, found: tuple[Any, Any, Any]) -> None:
-        table = self._table(self._xp.ascontiguousarray(products))
-        logarithm = groups_log2(table.width, 1)
-        self._launch(
-            f"nearest_two<{table.kind}>",
-            blocks(-(-len(products) >> logarithm)),
-            (np.int64(len(products)), table.array, np.int32(table.width), lengths, np.int32(logarithm), at, *found),
         )
 
     def _launch(self, name: str, grid: int, arguments: tuple[Any, ...], block: tuple[int, ...] = (THREADS,)) -> None:
@@ -591,42 +389,57 @@ class CudaKernels(ReferenceKernels):
         """The array in C order and of a type, no copy where it is so already; None is no array."""
         return _NULL if array is None else self._xp.ascontiguousarray(array, dtype)
 
-    def _aligned(self, array: Any, dtype: Any = np.float32) -> Any:
+    def _aligned(self, array: Any, dtype: Any) -> Any:
         """The array in C order and of a type, on a multiple of 16 bytes."""
         array = self._as(array, dtype)
         return array if _address(array) % _WIDEST == 0 else array.copy()
 
+    def _csr(self, csr: Csr) -> tuple[Any, Any, Any]:
+        return self._as(csr.indptr, np.int64), self._as(csr.indices, np.int32), self._as(csr.weights, np.float32)
+
     def _table(self, array: Any) -> _Table:
         """A matrix as kernels read it: rows with any distance between them, values side by side."""
-        if array.dtype.name not in _TYPES:
-            array = array.astype(np.float32)
         if array.strides[1] != array.itemsize or array.strides[0] % array.itemsize:
             array = self._xp.ascontiguousarray(array)
-        return _Table(array, _TYPES[array.dtype.name], array.shape[1], np.int64(array.strides[0] // array.itemsize))
+        return _Table(array, _TYPES[array.dtype.name], array.shape[1])
 
-
-class _Busy(NamedTuple):
-    """Places and degrees of busy rows, in order."""
-
-    at: NDArray[np.int64]
-    degrees: NDArray[np.int64]
+    def _widened(self, features: Any) -> Any:
+        """Bfloat16 as float32, whose upper half it is; others as they are."""
+        if _TYPES.get(features.dtype.name) != "Bfloat16":
+            return features
+        bits = self._xp.ascontiguousarray(features).view(np.uint16)
+        return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 class _Table(NamedTuple):
     array: Any
     kind: str
     width: int
-    stride: np.int64
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """What kernels take."""
-        return self.array, self.stride, np.int32(self.width)
+        """The address, the values from one row to the next, and the width, as the kernels take them."""
+        return self.array, np.int64(self.array.strides[0] // self.array.itemsize), np.int32(self.width)
 
     @property
     def place(self) -> tuple[int, int, int]:
         """What `load_width` asks for."""
         return _address(self.array), self.array.strides[0], self.array.itemsize
+
+    @property
+    def values(self) -> int:
+        """Values that a lane loads at once."""
+        return load_width(self.kind, self.width, self.place)
+
+
+class _Gather(NamedTuple):
+    """``A F`` of some users: ``arguments`` as the kernels take them; ``busy`` users, ascending, and their degrees."""
+
+    users: int
+    table: _Table
+    arguments: tuple[Any, ...]
+    busy: NDArray[np.int64]
+    degrees: NDArray[np.int64]
 
 
 class _Blend(NamedTuple):
@@ -640,40 +453,18 @@ class _Blend(NamedTuple):
     scale: Any = np.float64(1.0)
 
 
-def _groups(width: int, values: int) -> np.int32:
-    """How lanes share a row of a table, as the kernels take it."""
-    return np.int32(groups_log2(width, values))
-
-
 def _address(array: Any) -> int:
     return int(array.data.ptr if hasattr(array.data, "ptr") else array.ctypes.data)
 
 
-def _host(array: Any) -> NDArray[Any]:
-    copied: NDArray[Any] = array.get() if hasattr(array, "get") else np.asarray(array)
-    return copied
-
-
-def _interactions(xp: Any, csr: Csr) -> tuple[Any, ...]:
-    """Row pointers and whether they are wide, items, weights."""
-    indptr = csr.indptr if csr.indptr.dtype.name in ("int32", "int64") else csr.indptr.astype(np.int64)
-    weights = _NULL if csr.weights is None else xp.ascontiguousarray(csr.weights, np.float32)
-    indices = xp.ascontiguousarray(csr.indices, np.int32)
-    return xp.ascontiguousarray(indptr), np.int32(indptr.itemsize == 8), indices, weights
-
-
-def _widened(xp: Any, block: Any) -> Any:
-    """Bfloat16 as float32, whose upper half it is; others as they are."""
-    if _TYPES.get(block.dtype.name) != "Bfloat16":
-        return block
-    return (xp.ascontiguousarray(block).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-
-
-# Compiling.
+# Machine code.
 
 
 class Programs:
-    """Kernels by their names, compiled by NVRTC at first use and kept, in memory and where CuPy keeps machine code.
+    """Kernels by their names, kept once they were asked for.
+
+    Machine code from `ahead_folder` is taken where it was made from these sources and for this device; anything else
+    is compiled by NVRTC, and CuPy keeps that on disk.
 
     Parameters
     ----------
@@ -696,31 +487,40 @@ class Programs:
             It does not compile; the message names file and line.
         """
         if name not in self._kernels:
-            self._kernels[name] = self._compile(name)
+            capability = int(self._xp.cuda.Device().compute_capability)
+            if capability < OLDEST:
+                raise InputError(
+                    f"the CUDA device has compute capability {capability / 10}, but kernels need {OLDEST / 10} (Volta)"
+                    " or newer; use --backend cpu."
+                )
+            file = next(file for file, names in instances().items() if name in names)
+            ready = self._load(file, name, capability)
+            self._kernels[name] = self._compile(file, name, capability) if ready is None else ready
         return self._kernels[name]
 
-    def _compile(self, name: str) -> Launch:
-        cuda = self._xp.cuda
-        capability = int(cuda.Device().compute_capability)
-        if capability < OLDEST:
-            raise InputError(
-                f"the CUDA device has compute capability {capability / 10}, but kernels need {OLDEST / 10} (Volta)"
-                " or newer; use --backend cpu."
-            )
-        file = next(file for file, kernels in _SOURCES.items() if name.partition("<")[0] in kernels)
-        module = self._xp.RawModule(code=source(file), options=_OPTIONS, name_expressions=(name,))
+    def _load(self, file: str, name: str, capability: int) -> Launch | None:
+        """The kernel compiled ahead of time; None where there is none, or what is there cannot be used."""
+        code, facts = machine_code(ahead_folder(), file, capability)
+        try:
+            known = json.loads(facts.read_bytes())
+            if known["source"] != fingerprint(file) or known["code"] != hashlib.sha256(code.read_bytes()).hexdigest():
+                return None
+            kernel: Launch = self._xp.RawModule(path=str(code)).get_function(known["names"][name])  # CuPy loads it once
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError):  # the last is what CUDA's driver raises
+            return None
+        return kernel
+
+    def _compile(self, file: str, name: str, capability: int) -> Launch:
+        module = self._xp.RawModule(code=source(file), options=OPTIONS, name_expressions=(name,))
         try:
             kernel: Launch = module.get_function(name)
-        except cuda.compiler.CompileException as error:
+        except self._xp.cuda.compiler.CompileException as error:
             message = f"{compile_error(str(error))}\n(kernel {name}, compute capability {capability})"
             raise ResourceError(message) from None
         except RuntimeError as error:
             if "nvrtc" not in str(error):
                 raise
-            raise InputError(
-                f"CuPy finds no compiler: {compile_error(str(error))}.\n"
-                "Install CUDA's with: pip install 'cupy-cuda12x[ctk]', or 'cupy-cuda13x[ctk]', whichever is there."
-            ) from None
+            raise no_compiler(error) from None
         return kernel
 
 
@@ -729,23 +529,28 @@ def source(file: str) -> str:
 
     NVRTC is given one text: CuPy keeps machine code by it, and would not see that an included file has changed.
     """
-    included: set[str] = set()
+    lines = [f'#line 1 "{file}"']
+    text = resources.files(__package__).joinpath(file).read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(), 2):
+        other = re.fullmatch(r'#include "([\w.]+)"', line)
+        lines += [line] if other is None else [source(other[1]), f'#line {number} "{file}"']
+    return "\n".join([*lines, ""])
 
-    def expand(name: str) -> Iterator[str]:
-        text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-        yield f'#line 1 "{name}"'
-        for number, line in enumerate(text.splitlines(), 1):
-            other = re.fullmatch(r'#include "([\w.]+)"', line)
-            if other is None:
-                yield line
-            elif other[1] not in included:
-                included.add(other[1])
-                yield from expand(other[1])
-                yield f'#line {number + 1} "{name}"'
-            else:
-                yield ""
 
-    return "\n".join([*expand(file), ""])
+def fingerprint(file: str) -> str:
+    """SHA-256 of a source file's text and of the options it is compiled with."""
+    return hashlib.sha256("\n".join([*OPTIONS, *CUPY_OPTIONS, source(file)]).encode()).hexdigest()
+
+
+def ahead_folder() -> Path:
+    """Folder of the kernels compiled ahead of time: ``GPU_INIT_CUDA_KERNELS``, else one in the user's cache."""
+    return Path(os.environ.get("GPU_INIT_CUDA_KERNELS") or _cache() / "cuda")
+
+
+def machine_code(folder: Path, file: str, capability: int) -> tuple[Path, Path]:
+    """Where machine code of a source file lies in a folder, and the JSON file that describes it."""
+    place = folder / f"sm_{capability}" / file
+    return place.with_suffix(".cubin"), place.with_suffix(".json")
 
 
 def compile_error(log: str) -> str:
@@ -755,27 +560,31 @@ def compile_error(log: str) -> str:
     return next(iter([*errors, *lines]), "NVRTC failed and did not say why")
 
 
+def no_compiler(error: Exception) -> InputError:
+    """The error to raise where CuPy finds no NVRTC."""
+    return InputError(
+        f"CuPy finds no compiler: {compile_error(str(error))}.\n"
+        "Install CUDA's with: pip install 'cupy-cuda12x[ctk]', or 'cupy-cuda13x[ctk]', whichever is there."
+    )
+
+
 def choose_cache_folder() -> None:
-    """See to it that CuPy can keep machine code, or that it does not try.
+    """See to it that CuPy can keep machine code on disk, or that it does not try.
 
     To be called before CuPy is imported: it makes its folder then, and cannot be imported where it cannot. What
-    ``CUPY_CACHE_DIR`` says is taken, then CuPy's own default, then gpu-init's folder, then one of this process alone.
+    ``CUPY_CACHE_DIR`` says is taken, then CuPy's own default, then gpu-init's folder; else CuPy keeps it in memory.
     """
-    home = os.path.expanduser("~")
-    own = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache"), "gpu-init", "cupy")
-    default = os.path.join(home, ".cupy", "kernel_cache")
-    wanted = os.environ.get("CUPY_CACHE_DIR")
-    for folder in filter(None, (wanted, default, own)):
+    default = os.path.join(os.path.expanduser("~"), ".cupy", "kernel_cache")
+    for folder in filter(None, (os.environ.get("CUPY_CACHE_DIR"), default, str(_cache() / "cupy"))):
         if _writable(folder):
             os.environ["CUPY_CACHE_DIR"] = folder
             return
-    try:
-        folder = tempfile.mkdtemp(prefix="gpu-init-cupy-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    except OSError:
-        folder = os.sep  # is there, and is not written to
-        os.environ["CUPY_CACHE_IN_MEMORY"] = "1"
-    os.environ["CUPY_CACHE_DIR"] = folder
+    os.environ.update(CUPY_CACHE_DIR=os.sep, CUPY_CACHE_IN_MEMORY="1")  # a folder that exists; nothing is written there
+
+
+def _cache() -> Path:
+    """gpu-init's folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")) / "gpu-init"
 
 
 def _writable(folder: str) -> bool:

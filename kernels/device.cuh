@@ -1,4 +1,4 @@
-// What CUDA C++ has no built-in for unless NVRTC finds CUDA's headers: a few instructions of PTX.
+// Loads and conversions in PTX: CUDA C++ has built-ins for them only where NVRTC finds CUDA's headers.
 #ifndef GPU_INIT_DEVICE_CUH
 #define GPU_INIT_DEVICE_CUH
 

@@ -1,19 +1,20 @@
-// Rows of a table, gathered and summed by a warp: what all kernels over the interactions share.
+// Rows of a table, gathered and summed by a warp: the code that all kernels over the interactions share.
 #ifndef GPU_INIT_GATHER_CUH
 #define GPU_INIT_GATHER_CUH
 
 #include "device.cuh"
 
-typedef long long Index;  // of rows, interactions and values: each may pass 2^31
+typedef long long Index;  // numbers rows, interactions and values: each of them may pass 2^31
 
-constexpr int WARP = 32;
-constexpr unsigned ALL = 0xffffffffu;
-constexpr int WARPS = 4;  // of a block (cuda.py: THREADS)
-constexpr int ROWS = 8;   // that a warp takes one after another (cuda.py: ROWS)
-constexpr int RUN = 64;   // interactions that one sum in float32 takes; longer rows are split (cuda.py: LONGEST)
-constexpr int ROOM = RUN + 4;  // for the entries of a row in shared memory: rows side by side start at other banks
-constexpr int AT_ONCE = 4;     // interactions that a lane reads ahead at a time
-constexpr int WIDE_LOADS = 8, NARROW_LOADS = 12;  // in flight per lane, of 16 bytes or less: registers set the bound
+constexpr int WARP = 32;               // threads of a warp, called lanes
+constexpr unsigned ALL = 0xffffffffu;  // mask of all lanes of a warp
+constexpr int WARPS = 4;               // warps of a block (cuda.py: THREADS)
+constexpr int ROWS = 8;                // rows that a warp takes, one after another (cuda.py: ROWS)
+constexpr int RUN = 64;                // interactions of one sum in float32; longer rows are split (cuda.py: LONGEST)
+constexpr int ROOM = RUN + 4;          // entries of a row in shared memory; the 4 let rows start at different banks
+constexpr int AT_ONCE = 4;             // interactions that a lane reads ahead at a time
+constexpr int WIDE_LOADS = 8;          // loads of 16 bytes that a lane has in flight: more would need more registers
+constexpr int NARROW_LOADS = 12;       // the same for smaller loads
 
 struct Half {
     unsigned short bits;
@@ -109,17 +110,13 @@ struct Columns {
     }
 };
 
-/// Interactions by user: row pointers of 32 or 64 bits, starting at any offset into the other two.
+/// Interactions by user: row pointers, starting at any offset into the other two.
 struct Interactions {
-    const void* indptr;
-    int wide;
+    const Index* indptr;
     const int* indices;
     const float* weights;  // null: each interaction weighs 1
 
-    __device__ Index start(Index row) const
-    {
-        return wide ? __ldg((const long long*)indptr + row) : (Index)__ldg((const int*)indptr + row);
-    }
+    __device__ Index start(Index row) const { return __ldg(indptr + row); }
     __device__ double weight(Index entry) const { return weights ? (double)__ldg(weights + entry) : 1.0; }
 };
 
@@ -130,8 +127,8 @@ struct Entry {
     Sum factor;
 };
 
-/// Entries of `count` interactions from `first` on, to shared memory: make(item, weight) gives each, and lane `own` of
-/// `sharing` lanes reads every so many.
+/// Writes the entries of `count` interactions from `first` on to shared memory: make(item, weight) gives each of them,
+/// and lane `own` of `sharing` lanes takes interactions own, own + sharing, own + 2 * sharing, ...
 template <typename Sum, typename Make>
 __device__ __forceinline__ void read_ahead(
     Entry<Sum>* entries, Interactions interactions, Index first, int count, int own, int sharing, Make make)
@@ -156,7 +153,7 @@ __device__ __forceinline__ void read_ahead(
     }
 }
 
-/// What interactions of a user add to a row of A F.
+/// Makes the entries of a user's interactions for a row of A F.
 template <typename Sum>
 struct OfFeatures {
     double share;
@@ -168,7 +165,7 @@ struct OfFeatures {
     }
 };
 
-/// What they add to the mean of the items' centroids; items with a negative label nothing.
+/// Makes the entries for the mean of the items' centroids; an item with a negative label adds nothing.
 template <typename Sum>
 struct OfCentroids {
     double share;
@@ -180,37 +177,6 @@ struct OfCentroids {
         return {label, label < 0 ? (Sum)0 : (Sum)(share * weight)};
     }
 };
-
-/// Reads ahead the rows of A F that a warp takes, from `first_row` on: row `at` is user rows[at], or `at` without rows.
-///
-/// Row r's entries are from r * ROOM on. Gives the number of them to each lane r * WARP / ROWS of the warp; -1 where
-/// there is no such row, or it has more than RUN and is left to add_parts.
-template <typename Sum>
-__device__ __forceinline__ int read_rows_ahead(
-    Entry<Sum>* entries, Interactions interactions, Index first_row, Index n, const Index* rows,
-    const double* row_scale, const double* item_scale)
-{
-    constexpr int SHARING = WARP / ROWS;
-    int lane = (int)(threadIdx.x % WARP), count = -1;
-    Index at = first_row + lane / SHARING;
-    if (at < n) {
-        Index user = rows ? rows[at] : at;
-        Index first = interactions.start(user), last = interactions.start(user + 1);
-        double share = row_scale ? row_scale[user] : 1.0;
-        count = share == 0.0 ? 0 : last - first <= RUN ? (int)(last - first) : -1;
-        read_ahead<Sum>(
-            entries + lane / SHARING * ROOM, interactions, first, count, lane % SHARING, SHARING,
-            OfFeatures<Sum>{share, item_scale});
-    }
-    __syncwarp();
-    return count;
-}
-
-/// The count that `read_rows_ahead` gave for a row.
-__device__ __forceinline__ int count_of(int count, int row)
-{
-    return __shfl_sync(ALL, count, row * (WARP / ROWS));
-}
 
 /// total += sum of factor * table[row] over the first `count` entries.
 ///

@@ -167,25 +167,24 @@ def check_overflow(where):
     np.testing.assert_array_equal(found, np.array([65504, 65504, np.inf, -np.inf], np.float16))
 
 
-def check_aggregate(where, p, dtype):
+def check_aggregate(where, p):
     width = p["plain"].shape[1]
     on = where.put_all(p)
-    middle = np.linspace(-1, 1, width)
-    arrays = (on["csr"], on["features"], on["row_scale"], on["item_scale"], where.put(middle))
-    found = where.get(where.kernels.aggregate(*arrays, dtype))
+    offset = np.linspace(-1, 1, width)
+    arrays = (on["csr"], on["features"], on["row_scale"], on["item_scale"], where.put(offset))
+    found = where.get(where.kernels.aggregate(*arrays))
     expected, added = operator_times(p["csr"], p["row_scale"], p["item_scale"], p["plain"])
-    assert found.dtype == dtype
-    error = ERROR if dtype == np.float32 else 1e-13
-    assert (np.abs(found - (expected - middle)) <= error * (added + np.abs(middle))).all()
+    assert found.dtype == np.float64
+    assert (np.abs(found - (expected - offset)) <= 1e-13 * (added + np.abs(offset))).all()
 
 
 def check_squared_norms(where, p):
     on = where.put_all(p)
-    middle = np.linspace(-1, 1, p["plain"].shape[1])
-    arrays = (on["csr"], on["features"], on["row_scale"], on["item_scale"], where.put(middle))
+    offset = np.linspace(-1, 1, p["plain"].shape[1])
+    arrays = (on["csr"], on["features"], on["row_scale"], on["item_scale"], where.put(offset))
     expected, _ = operator_times(p["csr"], p["row_scale"], p["item_scale"], p["plain"])
     found = where.get(where.kernels.squared_norms(*arrays))
-    np.testing.assert_allclose(found, ((expected - middle) ** 2).sum(axis=1), rtol=1e-11)
+    np.testing.assert_allclose(found, ((expected - offset) ** 2).sum(axis=1), rtol=1e-11)
 
 
 def check_row_sums(where, p):
@@ -202,102 +201,63 @@ def check_lengths(where, dtype, width):
     np.testing.assert_allclose(found, (rows.astype(np.float64) ** 2).sum(axis=1), rtol=1e-12)
 
 
-def check_assign(where, p, clusters, dtype):
+def check_assign(where, p, clusters):
     rng = np.random.default_rng(3)
     on = where.put_all(p)
-    items, users = len(p["item_scale"]), len(p["lam"])
-    table, norms = rng.standard_normal((items, clusters)).astype(dtype), rng.random(clusters)
-    rows = rng.permutation(users)[: max(1, 2 * users // 3)]
-    arrays = (on["csr"], where.put(rows), where.put(table), on["row_scale"], on["item_scale"], where.put(norms))
-    labels, least, second = map(where.get, where.kernels.assign(*arrays))
-    scores = norms - 2 * operator_times(p["csr"], p["row_scale"], p["item_scale"], table)[0][rows]
-    ordered = np.sort(np.column_stack([scores, np.full(len(rows), np.inf)]), axis=1)
+    table, norms = rng.standard_normal((len(p["item_scale"]), clusters)), rng.random(clusters)
+    arrays = (on["csr"], where.put(table), on["row_scale"], on["item_scale"], where.put(norms))
+    labels, least = map(where.get, where.kernels.assign(*arrays))
+    scores = norms - 2 * operator_times(p["csr"], p["row_scale"], p["item_scale"], table)[0]
+    cold = p["row_scale"] == 0
     assert labels.dtype == np.int32
-    np.testing.assert_array_equal(labels, scores.argmin(axis=1))
-    np.testing.assert_allclose(least, ordered[:, 0], rtol=1e-11, atol=1e-12)
-    np.testing.assert_allclose(second, ordered[:, 1], rtol=1e-11, atol=1e-12)
+    np.testing.assert_array_equal(labels, np.where(cold, -1, scores.argmin(axis=1)))
+    np.testing.assert_allclose(least, np.where(cold, 0.0, scores.min(axis=1)), rtol=1e-11, atol=1e-12)
 
 
-def check_nearest_two(where, dtype, clusters):
-    products = np.random.default_rng(4).integers(0, 4, (501, clusters)).astype(dtype)  # ties: the first wins
-    norms = np.zeros(clusters)
-    labels, least, second = map(where.get, where.kernels.nearest_two(where.put(products), where.put(norms)))
-    scores = -2.0 * products
-    np.testing.assert_array_equal(labels, scores.argmin(axis=1))
-    ordered = np.sort(np.column_stack([scores, np.full(len(products), np.inf)]), axis=1)
-    np.testing.assert_array_equal(np.column_stack([least, second]), ordered[:, :2])
-
-
-def check_note(where):
-    rng = np.random.default_rng(8)
-    rows, found = np.array([4, 1, 7]), np.array([2, 0, 1], np.int32)
-    least, second, norms, reach = rng.random(3), 1 + rng.random(3), rng.random(9), rng.random(3)
-    labels, upper, lower = rng.integers(0, 3, 9).astype(np.int32), rng.random(9), rng.random(9)
-    on = [where.put(array.copy()) for array in (labels, upper, lower)]
-    looked = map(where.put, (rows, found, least, second, norms, reach))
-    before = where.get(where.kernels.note(*looked, 0.5, *on))
-    np.testing.assert_array_equal(before, labels[rows])
-    labels[rows] = found
-    upper[rows] = np.sqrt(least + norms[rows]) - reach[found]
-    lower[rows] = np.sqrt(second + norms[rows]) + 0.5
-    for array, expected in zip(on, (labels, upper, lower), strict=True):
-        np.testing.assert_allclose(where.get(array), expected, rtol=1e-14)
-    doubtful = where.get(where.kernels.in_doubt(*on, where.put(reach), 0.25))
-    np.testing.assert_array_equal(doubtful, np.flatnonzero(upper + reach[labels] > lower - 0.25))
-
-
-def check_move_rows(where, p):
-    rng = np.random.default_rng(5)
-    on = where.put_all(p)
-    width = p["plain"].shape[1]
-    middle = np.linspace(-1, 1, width)
-    rows = np.flatnonzero(p["row_scale"] > 0)
-    before, after = (rng.integers(-1, 4, len(rows)).astype(np.int32) for _ in range(2))
-    sums = rng.standard_normal((4, width))
-    expected = sums.copy()
-    made = operator_times(p["csr"], p["row_scale"], p["item_scale"], p["plain"])[0] - middle
-    np.subtract.at(expected, before[before >= 0], made[rows[before >= 0]])
-    np.add.at(expected, after[after >= 0], made[rows[after >= 0]])
-    on_device = where.put(sums)
-    scales = (on["row_scale"], on["item_scale"], where.put(middle))
-    arrays = (on["csr"], where.put(rows), on["features"], *scales, where.put(before), where.put(after), on_device)
-    where.kernels.move_rows(*arrays)
-    np.testing.assert_allclose(where.get(on_device), expected, atol=1e-6 * len(rows))
+def check_equal_scores(where, clusters):
+    """Users of one item each, whose products are whole numbers: of equal scores the first centroid's wins."""
+    table = np.random.default_rng(4).integers(0, 4, (501, clusters)).astype(np.float64)
+    csr = Csr(*map(where.put, (np.arange(502), np.arange(501, dtype=np.int32))), None)
+    ones, norms = where.put(np.ones(501)), where.put(np.zeros(clusters))
+    for found in (
+        where.kernels.assign(csr, where.put(table), ones, ones, norms),
+        where.kernels.nearest(where.put(table), norms),
+    ):
+        labels, least = map(where.get, found)
+        assert labels.dtype == np.int32
+        np.testing.assert_array_equal(labels, table.argmax(axis=1))
+        np.testing.assert_array_equal(least, -2.0 * table.max(axis=1))
 
 
 def check_label_sums(where, p, clusters):
     rng = np.random.default_rng(6)
     on = where.put_all(p)
     users, items = len(p["lam"]), len(p["item_scale"])
-    rows = np.sort(rng.permutation(users)[: max(1, 2 * users // 3)])
-    labels = rng.integers(0, clusters, len(rows)).astype(np.int32)
+    labels = rng.integers(-1, clusters, users).astype(np.int32)
+    labels[p["row_scale"] == 0] = -1
     expected = np.ones((items, clusters))
     own_rows, entries = own(p["csr"])
-    label_of = np.full(users, -1)
-    label_of[rows] = labels
-    kept = label_of[own_rows] >= 0
+    kept = labels[own_rows] >= 0
     own_rows, entries = own_rows[kept], entries[kept]
     items_of = p["csr"].indices[entries]
     weights = np.ones(len(entries)) if p["csr"].weights is None else p["csr"].weights[entries].astype(np.float64)
     parts = p["row_scale"][own_rows] * weights * p["item_scale"][items_of]
-    np.add.at(expected, (items_of, label_of[own_rows]), parts)
+    np.add.at(expected, (items_of, labels[own_rows]), parts)
     sums = where.put(np.ones((items, clusters)))
-    arrays = (on["csr"], where.put(rows), where.put(labels), on["row_scale"], on["item_scale"], sums)
-    where.kernels.label_sums(*arrays)
+    where.kernels.label_sums(on["csr"], where.put(labels), on["row_scale"], on["item_scale"], sums)
     np.testing.assert_allclose(where.get(sums), expected, rtol=1e-12)
 
 
-def check_products(where, dtype, width=37, points=7, features="float32"):
+def check_products(where, width=37, points=7, features="float32"):
     rng = np.random.default_rng(7)
     plain = rng.standard_normal((129, width)).astype(np.float32) + 5
     plain[60] = np.nan
     typed, plain = as_type(plain, features)
-    table, middle = rng.standard_normal((points, width)), np.full(width, 5.0)
-    found = where.get(where.kernels.products(*map(where.put, (typed, middle, table)), dtype))
-    expected = (plain.astype(np.float64) - middle) @ table.T
-    tolerance = 1e-6 * width if dtype == np.float32 else 1e-12
-    assert found.dtype == dtype
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+    table, offset = rng.standard_normal((points, width)), np.full(width, 5.0)
+    found = where.get(where.kernels.products(*map(where.put, (typed, offset, table))))
+    expected = (plain.astype(np.float64) - offset) @ table.T
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def check_table_sums(where, rows, width, points, features):
@@ -310,35 +270,36 @@ def check_table_sums(where, rows, width, points, features):
     np.testing.assert_allclose(found, table.T @ np.nan_to_num(plain.astype(np.float64)), rtol=1e-12, atol=1e-12)
 
 
-def check_count(where, clusters):
-    labels = np.random.default_rng(9).integers(-1, clusters, 9001).astype(np.int32)
-    counts = where.put(np.arange(clusters))
-    where.kernels.count(where.put(labels), 1, counts)
-    expected = np.arange(clusters) + np.bincount(labels[labels >= 0], minlength=clusters)
-    np.testing.assert_array_equal(where.get(counts), expected)
-    where.kernels.count(where.put(labels[:77]), -1, counts)
-    where.kernels.count(where.put(labels[:0]), 1, counts)
-    expected -= np.bincount(labels[:77][labels[:77] >= 0], minlength=clusters)
-    np.testing.assert_array_equal(where.get(counts), expected)
+def check_gram(where, p):
+    rng = np.random.default_rng(11)
+    on = where.put_all(p)
+    table, factors = rng.standard_normal((len(p["item_scale"]), 3)), rng.random(len(p["lam"]))
+    rows, entries = own(p["csr"])
+    weights = np.ones(len(entries)) if p["csr"].weights is None else p["csr"].weights[entries].astype(np.float64)
+    matrix = np.zeros((len(factors), len(table)))
+    np.add.at(matrix, (rows, p["csr"].indices[entries]), weights)
+    sums = where.put(np.ones(table.shape))
+    where.kernels.gram(on["csr"], where.put(table), where.put(factors), sums)
+    expected = 1.0 + matrix.T @ (factors[:, None] * (matrix @ table))
+    np.testing.assert_allclose(where.get(sums), expected, rtol=1e-10, atol=1e-10)
 
 
 def check_no_users(where):
     csr = Csr(*map(where.put, (np.zeros(1, np.int64), np.empty(0, np.int32))), None)
     ones, none = where.put(np.ones(3)), where.put(np.empty(0))
-    features, middle = where.put(np.ones((3, 2), np.float32)), where.put(np.zeros(2))
+    features, offset = where.put(np.ones((3, 2), np.float32)), where.put(np.zeros(2))
     kernels = where.kernels
-    assert kernels.aggregate(csr, features, none, ones, middle, np.float32).shape == (0, 2)
-    assert kernels.squared_norms(csr, features, none, ones, middle).shape == (0,)
-    rows, table = where.put(np.empty(0, np.int64)), where.put(np.ones((3, 2)))
-    assert [len(found) for found in kernels.assign(csr, rows, table, none, ones, middle)] == [0, 0, 0]
-    labels = where.put(np.empty(0, np.int32))
-    sums = where.put(np.zeros((3, 2)))
-    kernels.label_sums(csr, rows, labels, none, ones, sums)
+    assert kernels.aggregate(csr, features, none, ones, offset).shape == (0, 2)
+    assert kernels.squared_norms(csr, features, none, ones, offset).shape == (0,)
+    assert kernels.row_sums(csr, ones).shape == (0,)
+    table, labels, sums = where.put(np.ones((3, 2))), where.put(np.empty(0, np.int32)), where.put(np.zeros((3, 2)))
+    assert [len(found) for found in kernels.assign(csr, table, none, ones, offset)] == [0, 0]
+    kernels.label_sums(csr, labels, none, ones, sums)
     assert not where.get(sums).any()
-    kernels.move_rows(csr, rows, features, none, ones, middle, labels, labels, sums)
+    assert not where.get(kernels.table_sums(table[:0], features[:0])).any()
     out = where.put(np.empty((0, 2), np.float32))
     centroids = where.put(np.zeros((1, 2), np.float32))
-    kernels.aggregate_blend(csr, features, none, ones, none, centroids, labels, None, None, middle, 1.0, out)
+    kernels.aggregate_blend(csr, features, none, ones, none, centroids, labels, None, None, offset, 1.0, out)
 
 
 def check_busy_user(where, count, width):
@@ -347,12 +308,12 @@ def check_busy_user(where, count, width):
     features = np.random.default_rng(0).standard_normal((1000, width)).astype(np.float32) + 100
     row_scale = np.array([1.0, 1 / count, 0.5])
     arrays = [*map(where.put, csr[:2]), None]
-    on = (Csr(*arrays), *map(where.put, (features, row_scale, np.ones(1000), np.zeros(width))), np.float32)
+    on = (Csr(*arrays), *map(where.put, (features, row_scale, np.ones(1000), np.zeros(width))))
     found = where.get(where.kernels.aggregate(*on))
-    counts = np.bincount(csr.indices[1 : 1 + count], minlength=1000)
-    np.testing.assert_allclose(found[1], counts @ features.astype(np.float64) / count, rtol=2e-7)
+    expected = np.bincount(csr.indices[1 : 1 + count], minlength=1000) @ features.astype(np.float64) / count
+    np.testing.assert_allclose(found[1], expected, rtol=1e-13)
     out = where.put(np.full((3, width), np.nan, np.float32))
     labels, one = where.put(np.zeros(3, np.int32)), where.put(np.zeros((1, width), np.float32))
     lam = where.put(np.ones(3))
     where.kernels.aggregate_blend(*on[:4], lam, one, labels, None, None, on[4], 1.0, out)
-    np.testing.assert_allclose(where.get(out)[1], counts @ features.astype(np.float64) / count, rtol=2e-7)
+    np.testing.assert_allclose(where.get(out)[1], expected, rtol=2e-7)

@@ -1,4 +1,4 @@
-"""NVRTC, the compiler that CuPy calls, through ctypes: it needs no device and no driver."""
+"""NVRTC, the compiler that CuPy calls, through ctypes: it needs no device, no driver and no CuPy."""
 
 from __future__ import annotations
 
@@ -24,41 +24,56 @@ def libraries():
 
 
 class Nvrtc:
-    """One libnvrtc."""
+    """One libnvrtc, with as much of the interface of ``cupy.cuda.nvrtc`` as `gpu_init.kernels.ahead` uses."""
+
+    class NVRTCError(RuntimeError):
+        pass
 
     def __init__(self, library):
         self._library = ctypes.CDLL(library)
 
-    def version(self):
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        self._library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-        return major.value, minor.value
+    def getSupportedArchs(self):
+        count = ctypes.c_int()
+        self._call("GetNumSupportedArchs", ctypes.byref(count))
+        found = (ctypes.c_int * count.value)()
+        self._call("GetSupportedArchs", found)
+        return tuple(found)
 
-    def compile(self, source, names, *options):
-        """Machine code of some kernels, or the compiler's log as a ValueError."""
+    def createProgram(self, source, name, headers, include_names):
+        assert len(headers) == len(include_names) == 0
         program = ctypes.c_void_p()
-        self._call("CreateProgram", ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
-        try:
-            for name in names:
-                self._call("AddNameExpression", program, name.encode())
-            given = (ctypes.c_char_p * len(options))(*map(str.encode, options))
-            if self._library.nvrtcCompileProgram(program, len(options), given) != 0:
-                raise ValueError(self._bytes(program, "ProgramLog").decode())
-            for name in names:
-                lowered = ctypes.c_char_p()
-                self._call("GetLoweredName", program, name.encode(), ctypes.byref(lowered))
-            return self._bytes(program, "CUBIN")
-        finally:
-            self._call("DestroyProgram", ctypes.byref(program))
+        self._call("CreateProgram", ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
+        return program
 
-    def _bytes(self, program, what):
+    def destroyProgram(self, program):
+        self._call("DestroyProgram", ctypes.byref(program))
+
+    def addNameExpression(self, program, name):
+        self._call("AddNameExpression", program, name.encode())
+
+    def compileProgram(self, program, options):
+        given = (ctypes.c_char_p * len(options))(*map(str.encode, options))
+        self._call("CompileProgram", program, len(options), given)
+
+    def getLoweredName(self, program, name):
+        lowered = ctypes.c_char_p()
+        self._call("GetLoweredName", program, name.encode(), ctypes.byref(lowered))
+        return lowered.value.decode()
+
+    def getCUBIN(self, program):
+        return self._bytes("CUBIN", program)
+
+    def getProgramLog(self, program):
+        return self._bytes("ProgramLog", program).rstrip(b"\0").decode()
+
+    def _bytes(self, what, program):
         size = ctypes.c_size_t()
         self._call(f"Get{what}Size", program, ctypes.byref(size))
         held = ctypes.create_string_buffer(size.value)
         self._call(f"Get{what}", program, held)
-        return held.raw.rstrip(b"\0") if what == "ProgramLog" else held.raw
+        return held.raw
 
     def _call(self, name, *arguments):
         code = getattr(self._library, f"nvrtc{name}")(*arguments)
         if code != 0:
-            raise OSError(f"nvrtc{name} failed with {code}")
+            raise self.NVRTCError(f"nvrtc{name} failed with {code}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shutil
@@ -20,7 +21,8 @@ from hypothesis import strategies as st
 import gpu_init.backend
 from gpu_init import kmeans
 from gpu_init.errors import InputError, ResourceError
-from gpu_init.kernels import Csr, cuda
+from gpu_init.kernels import Csr, ahead, cuda
+from gpu_init.kernels.reference import ReferenceKernels
 
 from . import cuda_checks as checks
 from . import shim
@@ -40,7 +42,9 @@ def programs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def where(programs):
-    return checks.Where(cuda.CudaKernels(shim.Poisoned(), None, programs), lambda array: array, lambda array: array)
+    return checks.Where(
+        cuda.CudaKernels(shim.Poisoned(), scipy.sparse, programs), lambda array: array, lambda array: array
+    )
 
 
 @given(
@@ -86,7 +90,7 @@ def test_features_may_lie_anywhere(where, width, features, shift):
         placed = held[shift:].reshape(30, width + apart)[:, :width]
         placed[...] = p["features"]
         checks.check_blend(where, {**p, "features": placed}, True)
-        checks.check_aggregate(where, {**p, "features": placed}, np.float64)
+        checks.check_aggregate(where, {**p, "features": placed})
     transposed = np.asfortranarray(p["features"])
     checks.check_blend(where, {**p, "features": transposed}, False)
 
@@ -96,15 +100,13 @@ def test_features_in_other_types_are_converted(where):
     checks.check_blend(where, {**p, "features": p["plain"].astype(np.float64)}, False)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_the_result_may_lie_anywhere(where, dtype):
     p = checks.problem(4, [3, 0, 5, 200], 8, 12)
-    expected = checks.blend(where, p, False, np.float16 if dtype == np.float16 else np.float32)
-    for held in (np.empty(4 * 12 + 1, dtype)[1:].reshape(4, 12), np.empty((4, 12), dtype, order="F")):
-        held[...] = np.nan
-        one = {**{name: value for name, value in p.items() if name != "plain"}, "item_labels": None, "mean_scale": None}
-        where.kernels.aggregate_blend(**one, out=held)
-        np.testing.assert_allclose(held, expected, rtol=1e-3 if dtype == np.float16 else 1e-6)
+    held = np.full(4 * 12 + 1, np.nan, dtype)[1:].reshape(4, 12)
+    one = {**{name: value for name, value in p.items() if name != "plain"}, "item_labels": None, "mean_scale": None}
+    where.kernels.aggregate_blend(**one, out=held)
+    np.testing.assert_allclose(held, checks.blend(where, p, False, dtype), rtol=1e-3 if dtype == np.float16 else 1e-6)
 
 
 @pytest.mark.parametrize("by_item", [False, True])
@@ -123,10 +125,8 @@ def test_nobody_there(where):
     checks.check_blend(where, p, False)
     checks.check_blend(where, p, True)
     checks.check_squared_norms(where, p)
-    nothing = where.kernels.aggregate(
-        p["csr"], np.empty((4, 0), np.float32), p["row_scale"], p["item_scale"], np.empty(0), np.float32
-    )
-    assert nothing.shape == (3, 0)
+    checks.check_assign(where, p, 3)
+    checks.check_label_sums(where, p, 3)
 
 
 @pytest.mark.parametrize("width", [1, 4, 40])
@@ -152,10 +152,9 @@ def some(request):
 
 
 @pytest.mark.parametrize("width", [1, 12, 21, 130])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("features", checks.FEATURE_TYPES)
-def test_aggregate(where, some, width, dtype, features):
-    checks.check_aggregate(where, some(width, features), dtype)
+@pytest.mark.parametrize("features", [*checks.FEATURE_TYPES, "float64"])
+def test_aggregate(where, some, width, features):
+    checks.check_aggregate(where, some(width, features))
 
 
 @pytest.mark.parametrize("width", [1, 12, 21, 260])
@@ -175,32 +174,21 @@ def test_lengths(where, dtype, width):
 
 
 @pytest.mark.parametrize("clusters", [1, 2, 8, 33, 75, 256])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_assign(where, some, clusters, dtype):
-    checks.check_assign(where, some(2), clusters, dtype)
+def test_assign(where, some, clusters):
+    checks.check_assign(where, some(2), clusters)
 
 
 @pytest.mark.parametrize("clusters", [1, 6, 40])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_nearest_two(where, clusters, dtype):
-    checks.check_nearest_two(where, dtype, clusters)
+def test_the_first_of_equal_scores_wins(where, clusters):
+    checks.check_equal_scores(where, clusters)
 
 
-def test_nearest_where_nothing_is_near(where):
-    products = np.array([[np.nan, np.nan, np.nan], [-np.inf, -np.inf, -np.inf], [np.nan, 1.0, np.nan]])
-    labels, least, second = where.kernels.nearest_two(products, np.zeros(3))
+def test_a_label_names_a_centroid_even_where_no_score_is_a_number(where):
+    csr, one = Csr(np.arange(4), np.arange(3, dtype=np.int32), None), np.ones(3)
+    table = np.array([[np.nan, np.nan, np.nan], [-np.inf, -np.inf, -np.inf], [np.nan, 1.0, np.nan]])
+    labels, least = where.kernels.assign(csr, table, one, one, np.zeros(3))
     np.testing.assert_array_equal(labels, [0, 0, 1])
     np.testing.assert_array_equal(least, [np.inf, np.inf, -2.0])
-    np.testing.assert_array_equal(second, [np.inf, np.inf, np.inf])
-
-
-def test_what_is_noted_of_rows(where):
-    checks.check_note(where)
-
-
-def test_move_rows(where, some, monkeypatch):
-    monkeypatch.setattr(cuda, "MOVED_BYTES", 8 * 21 * 5)
-    checks.check_move_rows(where, some(21))
 
 
 @pytest.mark.parametrize("clusters", [1, 4, 9])
@@ -213,39 +201,24 @@ def test_label_sums_whatever_the_tiles(where):
     checks.check_label_sums(where, p, 5)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_products(where, dtype, monkeypatch):
-    checks.check_products(where, dtype)
-    checks.check_products(where, dtype, points=cuda.MOST_POINTS + 1)
-    monkeypatch.setattr(cuda, "PRODUCT_BYTES", 2000)
-    checks.check_products(where, dtype)
+def test_gram(where, some):
+    checks.check_gram(where, some(1))
+
+
+@pytest.mark.parametrize("features", [*checks.FEATURE_TYPES, "float64"])
+@pytest.mark.parametrize(("width", "points"), [(1, 1), (128, 8), (130, 9), (1024, 20), (37, cuda.MOST_POINTS + 1)])
+def test_products(where, features, width, points):
+    checks.check_products(where, width, points, features)
 
 
 @pytest.mark.parametrize("features", checks.FEATURE_TYPES)
-@pytest.mark.parametrize(("width", "points"), [(1, 1), (128, 8), (130, 9), (1024, 20)])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_products_with_few_points(where, features, width, points, dtype):
-    checks.check_products(where, dtype, width, points, features)
-
-
-@pytest.mark.parametrize("features", checks.FEATURE_TYPES)
-@pytest.mark.parametrize(("rows", "width", "points"), [(7, 1, 1), (513, 128, 8), (1030, 130, 9), (600, 300, 20)])
+@pytest.mark.parametrize(
+    ("rows", "width", "points"), [(7, 1, 1), (513, 128, 8), (1030, 130, 9), (600, 300, 20), (40, 6, 33)]
+)
 def test_table_sums(where, features, rows, width, points, monkeypatch):
     checks.check_table_sums(where, rows, width, points, features)
     monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 8 * rows * width)
     checks.check_table_sums(where, rows, width, points, features)
-    assert where.kernels.table_sums(np.zeros((3, cuda.MOST_POINTS + 1)), np.zeros((3, 2), np.float32)) is None
-
-
-@pytest.mark.parametrize("clusters", [1, 8, 1500])
-def test_count(where, clusters):
-    checks.check_count(where, clusters)
-
-
-def test_products_of_bfloat16(where):
-    typed, plain = checks.as_type(np.linspace(-3, 3, 12, dtype=np.float32).reshape(4, 3), "bfloat16")
-    points = np.eye(3)
-    np.testing.assert_array_equal(where.kernels.products(typed, np.zeros(3), points, np.float64), plain)
 
 
 def test_batches_of_busy_users_change_nothing(where, monkeypatch):
@@ -253,6 +226,9 @@ def test_batches_of_busy_users_change_nothing(where, monkeypatch):
     whole = checks.blend(where, p, False)
     monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 8 * 20 * 4)
     np.testing.assert_array_equal(checks.blend(where, p, False), whole)
+    checks.check_aggregate(where, p)
+    checks.check_squared_norms(where, p)
+    checks.check_assign(where, p, 20)
 
 
 def test_pointers_past_32_bits(where):
@@ -284,11 +260,31 @@ def test_the_whole_method_runs_on_them(where, monkeypatch, cluster_on):
     features[::7] = np.nan
     settings = {"clusters": 3, "cluster_on": cluster_on, "scale": "items", "weighting": "sym", "backend": "cpu"}
     expected = gpu_init.initialize(matrix, {"text": features}, **settings)["text"]
-    monkeypatch.setattr(gpu_init.backend, "cpu_kernels", lambda: where.kernels)
+    monkeypatch.setattr(gpu_init.backend, "cpu_kernels", lambda *_: where.kernels)
     found = gpu_init.initialize(matrix, {"text": features}, **settings)["text"]
     np.testing.assert_array_equal(found.labels, expected.labels)
     np.testing.assert_allclose(found.centroids, expected.centroids, rtol=1e-6)
     np.testing.assert_allclose(found.users, expected.users, rtol=1e-5, atol=1e-6)
+
+
+def test_iterations_of_lloyd_agree_with_the_reference(where):
+    p = checks.problem(18, checks.random_degrees(np.random.default_rng(18), 400, longest=(90, 300)), 60, 12)
+    arrays = (p["csr"], p["row_scale"], p["item_scale"])
+    found = {}
+    for kernels in (where.kernels, ReferenceKernels(np, scipy.sparse)):
+        centroids = p["centroids"].astype(np.float64)
+        for _ in range(3):
+            table = kernels.products(p["features"], np.zeros(12), centroids)
+            lengths = kernels.lengths(centroids)
+            labels, least = kernels.assign(arrays[0], table, *arrays[1:], lengths)
+            sums = np.zeros(table.shape)
+            kernels.label_sums(arrays[0], labels, *arrays[1:], sums)
+            sizes = np.bincount(labels[labels >= 0], minlength=len(centroids))
+            centroids = kernels.table_sums(sums, p["features"]) / np.maximum(sizes, 1)[:, None]
+        found[kernels.name] = labels, least, centroids
+    np.testing.assert_array_equal(found["cuda"][0], found["numpy"][0])
+    np.testing.assert_allclose(found["cuda"][1], found["numpy"][1], rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(found["cuda"][2], found["numpy"][2], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("form", ["Tiled", "Factored"])
@@ -409,15 +405,14 @@ def test_constants_are_those_of_the_sources():
     assert f"RUN = {cuda.LONGEST};" in text
     assert f"ROWS = {cuda.ROWS};" in text
     assert f"TILE = {cuda.TILE};" in text
-    assert f"ITEMS = {cuda.ITEMS}," in text
-    assert f"PER_THREAD = {cuda.COUNTED_PER_THREAD};" in text
+    assert f"ITEMS = {cuda.ITEMS};" in text
     assert f"WARP = {cuda.WARP};" in text
     assert f"WARPS = {cuda.THREADS // cuda.WARP};" in text
-    assert text.count("__launch_bounds__(WARPS * WARP") == text.count("__global__") - 2
+    assert text.count("__launch_bounds__(WARPS * WARP") == text.count("__global__") - 1
     columns, rows = cuda._COMBINED
     assert f"COMBINED_COLUMNS = {columns}, COMBINED_ROWS = {rows};" in text
-    assert text.count("__launch_bounds__(256)") == 2
-    assert cuda._ADDING == columns * rows == 256
+    assert text.count("__launch_bounds__(256)") == 1
+    assert columns * rows == 256
 
 
 def test_every_kernel_is_among_those_that_are_compiled():
@@ -425,7 +420,7 @@ def test_every_kernel_is_among_those_that_are_compiled():
     for file, names in cuda.instances().items():
         own = (shim.KERNELS / file).read_text(encoding="utf-8")
         kernels = set(re.findall(r"__global__ void __launch_bounds__\(.*\) (\w+)\(", own))
-        assert kernels == {name.partition("<")[0] for name in names} == set(cuda._SOURCES[file])
+        assert kernels == {name.partition("<")[0] for name in names}
 
 
 def test_sources_are_one_text_with_their_lines_marked():
@@ -444,14 +439,20 @@ def test_sources_are_one_text_with_their_lines_marked():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("file", cuda.instances())
-def test_nvrtc_compiles_every_kernel(file, architecture):
+def test_nvrtc_compiles_every_kernel(tmp_path, architecture):
     if not libraries():
         pytest.skip("no NVRTC: pip install nvidia-cuda-nvrtc-cu12")
-    options = (f"--gpu-architecture=sm_{architecture}", "--device-as-default-execution-space", "-ftz=true")
     for library in libraries():
-        code = Nvrtc(library).compile(cuda.source(file), cuda.instances()[file], "--std=c++17", *options)
-        assert code.startswith(b"\x7fELF")
+        written = ahead.compile_cuda(tmp_path, [architecture], Nvrtc(library))
+        assert [path.relative_to(tmp_path) for path in written] == [
+            Path(f"sm_{architecture}", file).with_suffix(".cubin") for file in cuda.instances()
+        ]
+        for path, (file, names) in zip(written, cuda.instances().items(), strict=True):
+            code, facts = path.read_bytes(), json.loads(path.with_suffix(".json").read_text())
+            assert code.startswith(b"\x7fELF")
+            assert facts["source"] == cuda.fingerprint(file)
+            assert [*facts["names"]] == names
+            assert all(f"\0.text.{lowered}\0".encode() in code for lowered in facts["names"].values())
 
 
 @pytest.mark.parametrize("architecture", [pytest.param(ARCHITECTURES[0], marks=pytest.mark.slow), *ARCHITECTURES[1:]])
@@ -477,18 +478,22 @@ def test_nvrtc_names_the_file_and_the_line_of_an_error():
     own = (shim.KERNELS / "gather.cuh").read_text(encoding="utf-8").splitlines()
     line = next(number for number, text in enumerate(own, 1) if "constexpr int RUN" in text)
     broken = re.sub(r"constexpr int RUN = \d+", "constexpr int RUN = nothing", cuda.source("clustering.cu"))
-    with pytest.raises(ValueError, match="nothing") as caught:
-        Nvrtc(libraries()[0]).compile(broken, [], "--std=c++17")
-    assert cuda.compile_error(str(caught.value)).startswith(f"gather.cuh({line}): error")
+    with pytest.raises(ResourceError, match=rf"^gather.cuh\({line}\): error.*nothing"):
+        ahead.compile_text(Nvrtc(libraries()[0]), broken, [], ARCHITECTURES[0])
 
 
 def test_cupy_has_what_the_launcher_uses():
     cupy = pytest.importorskip("cupy", reason="cupy is not installed: pip install cupy-cuda12x")
     text = (shim.KERNELS / "cuda.py").read_text(encoding="utf-8")
-    used = set(re.findall(r"\b_?xp\.([\w.]+)", text))
-    assert {"empty", "flatnonzero", "searchsorted", "RawModule"} <= used
+    used = set(re.findall(r"\b_?xp\.(\w+)", text))
+    assert {"empty", "multiply", "searchsorted", "RawModule"} <= used
     assert not [name for name in used if not hasattr(cupy, name)]
-    for parameter in ("code", "options", "name_expressions"):
+    text = (shim.KERNELS / "ahead.py").read_text(encoding="utf-8")
+    used = set(re.findall(r"\bnvrtc\.(\w+)\(", text)) | {"NVRTCError"}
+    assert {"getSupportedArchs", "compileProgram", "getCUBIN"} <= used
+    assert not [name for name in used if not hasattr(cupy.cuda.nvrtc, name)]
+    assert issubclass(cupy.cuda.driver.CUDADriverError, RuntimeError)
+    for parameter in ("code", "path", "options", "name_expressions"):
         assert parameter in cupy.RawModule.__init__.__doc__ or parameter in cupy.RawModule.__doc__
     assert "side" in inspect.signature(cupy.searchsorted).parameters
     assert [*inspect.signature(cupy.ascontiguousarray).parameters][:2] == ["a", "dtype"]
@@ -509,55 +514,190 @@ class FakeCupy:
     class CompileException(Exception):
         pass
 
-    def __init__(self, error=None, capability="90"):
+    def __init__(self, error=None, capability="90", refused=None):
         self.error = error
+        self.refused = refused
         self.made = []
         self.cuda = types.SimpleNamespace(
             Device=lambda: types.SimpleNamespace(compute_capability=capability),
             compiler=types.SimpleNamespace(CompileException=self.CompileException),
         )
 
-    def RawModule(self, *, code, options, name_expressions):
-        self.made.append((code, options, name_expressions))
+    def RawModule(self, *, code=None, path=None, options=(), name_expressions=None):
+        self.made.append(path or (code, options, name_expressions))
+        error = self.error if path is None else self.refused
 
         def get_function(name):
-            if self.error is not None:
-                raise self.error
+            if error is not None:
+                raise error
             return name
 
         return types.SimpleNamespace(get_function=get_function)
 
 
+class FakeNvrtc:
+    """As much of ``cupy.cuda.nvrtc`` as `compile_cuda` uses; what it compiles is the options and the names."""
+
+    class NVRTCError(RuntimeError):
+        pass
+
+    def __init__(self, known=(80, 90), broken=False):
+        self.known = known
+        self.broken = broken
+        self.programs = []
+
+    def getSupportedArchs(self):
+        return self.known
+
+    def createProgram(self, source, name, headers, include_names):
+        assert "__global__" in source
+        self.programs.append({"names": []})
+        return self.programs[-1]
+
+    def addNameExpression(self, program, name):
+        program["names"].append(name)
+
+    def compileProgram(self, program, options):
+        program["options"] = options
+        if self.broken:
+            raise self.NVRTCError
+
+    def getCUBIN(self, program):
+        return repr(program).encode()
+
+    def getLoweredName(self, program, name):
+        return f"lowered {name}"
+
+    def getProgramLog(self, program):
+        return "gather.cuh(12): error: x"
+
+    def destroyProgram(self, program):
+        self.programs.remove(program)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Where kernels compiled ahead of time are looked for; there are none."""
+    monkeypatch.setenv("GPU_INIT_CUDA_KERNELS", str(tmp_path / "ahead"))
+    return tmp_path / "ahead"
+
+
 def test_a_kernel_is_compiled_once():
     cupy = FakeCupy()
     programs = cuda.Programs(cupy)
-    assert programs("assign<float, 4>") == programs("assign<float, 4>") == "assign<float, 4>"
+    assert programs("assign<double, 2>") == programs("assign<double, 2>") == "assign<double, 2>"
     [(code, options, names)] = cupy.made
     assert "assign(" in code
-    assert names == ("assign<float, 4>",)
+    assert names == ("assign<double, 2>",)
     assert options == ("--std=c++17",)
+
+
+def test_kernels_are_compiled_ahead_of_time(folder):
+    nvrtc = FakeNvrtc()
+    written = ahead.compile_cuda(folder, nvrtc=nvrtc)
+    assert written == [
+        folder / f"sm_{one}" / f"{file}.cubin" for one in (80, 90) for file in ("aggregate_blend", "clustering")
+    ]
+    assert sorted(folder.rglob("*.*")) == sorted([*written, *(path.with_suffix(".json") for path in written)])
+    assert "-arch=sm_90" in written[-1].read_text()
+    assert nvrtc.programs == []
+    ahead.compile_cuda(folder, nvrtc=nvrtc)
+    for capability in (80, 90):
+        cupy = FakeCupy(capability=str(capability))
+        assert cuda.Programs(cupy)("assign<double, 2>") == "lowered assign<double, 2>"
+        assert cuda.Programs(cupy)("busy_rows") == "lowered busy_rows"
+        assert cupy.made == [
+            str(folder / f"sm_{capability}" / f"{file}.cubin") for file in ("clustering", "aggregate_blend")
+        ]
+
+
+def _without_a_name(facts):
+    facts = json.loads(facts)
+    del facts["names"]["assign<double, 2>"]
+    return json.dumps(facts).encode()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sm_90/clustering.json": lambda facts: facts[:-9]},
+        {"sm_90/clustering.json": lambda _: b"[]"},
+        {"sm_90/clustering.json": lambda _: b"{}"},
+        {"sm_90/clustering.json": lambda _: b"\xff"},
+        {"sm_90/clustering.json": _without_a_name},
+        {"sm_90/clustering.json": lambda facts: facts.replace(cuda.fingerprint("clustering.cu").encode(), b"another")},
+        {"sm_90/clustering.cubin": lambda code: code[:-1]},
+        {"sm_90/clustering.cubin": None},
+        {"sm_90/clustering.json": None},
+    ],
+)
+def test_machine_code_that_cannot_be_used_is_compiled_anew(folder, change):
+    ahead.compile_cuda(folder, nvrtc=FakeNvrtc())
+    [(path, make)] = change.items()
+    if make is None:
+        (folder / path).unlink()
+    else:
+        (folder / path).write_bytes(make((folder / path).read_bytes()))
+    assert cuda.Programs(FakeCupy())("assign<double, 2>") == "assign<double, 2>"
+    assert cuda.Programs(FakeCupy())("busy_rows") == "lowered busy_rows"
+
+
+def test_machine_code_is_used_where_it_fits_alone(folder, monkeypatch):
+    ahead.compile_cuda(folder, nvrtc=FakeNvrtc())
+    assert cuda.Programs(FakeCupy(capability="86"))("busy_rows") == "busy_rows"
+    assert cuda.Programs(FakeCupy(refused=RuntimeError("CUDA_ERROR_INVALID_IMAGE")))("busy_rows") == "busy_rows"
+    monkeypatch.setattr(cuda, "OPTIONS", ("--std=c++20",))
+    assert cuda.Programs(FakeCupy())("busy_rows") == "busy_rows"
+
+
+def test_what_keeps_kernels_from_being_compiled_ahead_of_time(folder):
+    with pytest.raises(InputError, match=r"none of the architectures.*\[50, 52\]"):
+        ahead.compile_cuda(folder, nvrtc=FakeNvrtc(known=(52, 50)))
+    with pytest.raises(ResourceError, match=r"^gather.cuh\(12\): error: x\n.*sm_80"):
+        ahead.compile_cuda(folder, [80], FakeNvrtc(broken=True))
+    nvrtc = FakeNvrtc()
+    nvrtc.getSupportedArchs = lambda: _raise(RuntimeError("CuPy failed to load libnvrtc.so.12"))
+    with pytest.raises(InputError, match=r"libnvrtc.so.12.*\n.*pip install"):
+        ahead.compile_cuda(folder, nvrtc=nvrtc)
+    folder.write_text("not a folder")
+    with pytest.raises(ResourceError, match=re.escape(str(folder))):
+        ahead.compile_cuda(folder, nvrtc=FakeNvrtc())
+
+
+def test_the_folder_of_machine_code(folder, monkeypatch):
+    assert cuda.ahead_folder() == folder
+    monkeypatch.setenv("GPU_INIT_CUDA_KERNELS", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert cuda.ahead_folder() == Path("/cache/gpu-init/cuda")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cuda.ahead_folder() == Path("/home/someone/.cache/gpu-init/cuda")
 
 
 def test_an_error_of_the_compiler_names_file_and_line():
     log = 'warning: x\ngather.cuh(12): error: identifier "x" is undefined\n    x;\n1 error detected.\n'
     with pytest.raises(
-        ResourceError, match=r'^gather.cuh\(12\): error: identifier "x" is undefined\n.*assign<float, 4>'
+        ResourceError, match=r'^gather.cuh\(12\): error: identifier "x" is undefined\n.*assign<double, 2>'
     ):
-        cuda.Programs(FakeCupy(FakeCupy.CompileException(log)))("assign<float, 4>")
+        cuda.Programs(FakeCupy(FakeCupy.CompileException(log)))("assign<double, 2>")
     assert cuda.compile_error("") == "NVRTC failed and did not say why"
 
 
 def test_a_missing_compiler_is_named_with_what_installs_it():
     cupy = FakeCupy(RuntimeError('Failure finding "libnvrtc.so.13"'))
     with pytest.raises(InputError, match=r"libnvrtc.so.13.*\n.*pip install 'cupy-cuda12x\[ctk\]'"):
-        cuda.Programs(cupy)("assign<float, 4>")
+        cuda.Programs(cupy)("assign<double, 2>")
     with pytest.raises(RuntimeError, match="another"):
-        cuda.Programs(FakeCupy(RuntimeError("another")))("assign<float, 4>")
+        cuda.Programs(FakeCupy(RuntimeError("another")))("assign<double, 2>")
+
+
+def _raise(error):
+    raise error
 
 
 def test_an_old_device_is_refused():
     with pytest.raises(InputError, match=r"6\.1.*7\.0"):
-        cuda.Programs(FakeCupy(capability="61"))("assign<float, 4>")
+        cuda.Programs(FakeCupy(capability="61"))("assign<double, 2>")
 
 
 def test_the_cache_is_where_it_can_be_written(tmp_path, monkeypatch):
@@ -581,17 +721,8 @@ def test_the_cache_is_where_it_can_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("CUPY_CACHE_DIR", str(blocked))
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     cuda.choose_cache_folder()
-    assert Path(environment["CUPY_CACHE_DIR"]).is_dir()
-    assert "CUPY_CACHE_IN_MEMORY" not in environment
-    monkeypatch.setenv("CUPY_CACHE_DIR", str(blocked))
-    monkeypatch.setattr(cuda.tempfile, "mkdtemp", _nowhere)
-    cuda.choose_cache_folder()
     assert environment["CUPY_CACHE_IN_MEMORY"] == "1"
     assert Path(environment["CUPY_CACHE_DIR"]).is_dir()
-
-
-def _nowhere(**_):
-    raise OSError("read-only")
 
 
 def test_the_launcher_needs_no_library_but_numpy():

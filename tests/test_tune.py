@@ -66,7 +66,7 @@ def test_scores_are_those_of_the_vectors(place):
     asked = loaded(place, weight_column="w")
     backend, progress = select("cpu"), Progress(None)
     data, held_out = tune.read(asked, backend, progress)
-    found = tune.rank(backend, data, held_out, CANDIDATES, 0, progress)
+    found = tune.rank(data, held_out, CANDIDATES, 0, progress)
     train, valid = pd.read_parquet(place / "log.parquet"), pd.read_parquet(place / "valid.parquet")
     R = scipy.sparse.csr_array((train["w"], (train["user_id"], train["item_id"])), shape=(USERS, ITEMS))
     F = {name: np.load(place / f"{name}.npy") for name in ("image", "text")}
@@ -227,7 +227,7 @@ def test_many_users_are_sampled(place, monkeypatch):
     backend, progress = select("cpu"), Progress(None)
     data, held_out = tune.read(loaded(place), backend, progress)
     assert isinstance(data, job.Data)
-    found = tune.rank(backend, data, held_out, CANDIDATES[:1], 0, progress)
+    found = tune.rank(data, held_out, CANDIDATES[:1], 0, progress)
     assert len(found.users) == found.scores["recall@20"].shape[1] == 20
 
 

@@ -289,8 +289,6 @@ inline void __syncthreads() { shim::meet(shim::State::at_block, "__syncthreads")
 inline void __syncwarp() { shim::exchange("__syncwarp", 0xffffffffu, 0); }
 
 using std::fma;
-using std::fmax;
-using std::sqrt;
 
 inline float __uint_as_float(unsigned bits) { return shim::bits_as<float>(bits); }
 inline double __longlong_as_double(long long bits) { return shim::bits_as<double>(bits); }

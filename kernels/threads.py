@@ -1,0 +1,65 @@
+"""Threads that take ranges of rows side by side, and BLAS kept to one thread in each."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+
+
+def cores() -> int:
+    """Number of threads to use: ``NUMBA_NUM_THREADS``, or the number of cores that this process may run on."""
+    given = os.environ.get("NUMBA_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) > 0 else len(os.sched_getaffinity(0))
+
+
+def one_blas_thread() -> contextlib.AbstractContextManager[Any]:
+    """Inside, BLAS, LAPACK and OpenMP use one thread: they split sums by thread, so bytes would hang on how many."""
+    return _libraries().limit(limits=1)  # type: ignore[no-any-return]
+
+
+def in_order(function: Callable[[slice], _T], parts: Iterable[slice]) -> Iterator[_T]:
+    """``function`` of each part, in order; a thread per core runs them, a few results ahead of their use."""
+    ahead: deque[Future[_T]] = deque()
+    for part in parts:
+        ahead.append(_pool().submit(function, part))
+        if len(ahead) > 2 * cores():
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
+
+
+def run(function: Callable[[slice], object], parts: Iterable[slice]) -> None:
+    """``function`` of each part, in any order, in the caller's thread and as many more as there are other cores."""
+    left = iter(list(parts))  # of a list: threads may take from it at the same time
+
+    def work() -> None:
+        for part in left:
+            function(part)
+
+    others = [_pool().submit(work) for _ in range(cores() - 1)]
+    try:
+        work()
+    finally:
+        for other in others:
+            other.result()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(cores(), thread_name_prefix="gpu-init")
+
+
+@functools.cache
+def _libraries() -> Any:
+    """The libraries that are loaded by now, numpy's BLAS and scipy's among them."""
+    import scipy.linalg  # noqa: F401  # which brings a BLAS of its own
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
