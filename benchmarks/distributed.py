@@ -182,17 +182,18 @@ def difference(one: Path, other: Path) -> dict[str, float]:
 
 
 def traffic(folder: Path, size: Size, workers: int) -> dict[str, float]:
-    """Median bytes of a step of K-means: as the job counts them, on the loopback device, and what has to travel."""
+    """Median bytes of a pass of K-means: as the job counts them, on the loopback device, and what has to travel."""
     counted: list[int] = []
     wire: list[int] = []
-    plain = distributed.PartitionedWalk.step
+    plain = distributed.Partitioned.step
 
-    def step(self: Any, *given: Any) -> Any:
+    def step(self: Any, centroids: Any) -> Any:
         before, sent = self.workers.traffic(), loopback()
-        found = plain(self, *given)
+        found = plain(self, centroids)
+        sums = found.sums()
         wire.append(loopback() - sent)
         counted.append(self.workers.traffic() - before)
-        return found
+        return found._replace(sums=lambda: sums)
 
     config = {
         "interactions": str(folder / "interactions.parquet"),
@@ -203,12 +204,12 @@ def traffic(folder: Path, size: Size, workers: int) -> dict[str, float]:
         "out": str(folder / "traffic"),
         "overwrite": True,
     }
-    distributed.PartitionedWalk.step = step  # type: ignore[method-assign, assignment]
+    distributed.Partitioned.step = step  # type: ignore[method-assign]
     try:
         with cluster(workers) as (address, _), Progress(None) as progress:
             distributed.run(load(None, {}, {}, {**config, "scheduler": address}), progress)
     finally:
-        distributed.PartitionedWalk.step = plain  # type: ignore[method-assign]
+        distributed.Partitioned.step = plain  # type: ignore[method-assign]
     return {
         "step_bytes": statistics.median(counted),
         "step_wire_bytes": statistics.median(wire),

@@ -1,4 +1,4 @@
-"""On a CUDA device: the fused pass against the copy of its bytes and the libraries; K-means; the job, from files too.
+"""On a CUDA device: the fused pass against a copy and the libraries; K-means; the job; a small job, step by step.
 
 The bytes are those that have to move: each interaction's row of the features and its item, and the result. A copy of
 half as many reads and writes as much. Features are four times the second-level cache and 200 MB at least.
@@ -11,7 +11,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -89,6 +92,7 @@ def main() -> None:
         return
     whole_jobs(cupy, given.results, size, device)
     from_files(given.results, size, device, ("cuda", "cpu"))
+    small_job(given.results, device)
 
 
 def of_width(size: Size, width: int) -> int:
@@ -334,7 +338,7 @@ def clusterings(cupy: Any, p: Problem) -> Iterator[tuple[str, dict[str, float]]]
     points = kmeans.Dense(p.backend, dense)
     for name, function in functions.items():
         with leaving_out(name):
-            inertia = points.step(cupy.asarray(function()), points.unlabelled())[0]
+            inertia = points.step(cupy.asnumpy(function())).inertia
             facts = cost(cupy, function)
             if name.startswith("flash"):
                 del facts["gb_beside"]
@@ -419,6 +423,51 @@ def from_files(results: Path, size: Size, device: dict[str, str], backends: tupl
                 row(results / "gpu.csv", **device, **counts, **facts)
                 lines.append(list(facts.values()))
     show(f"from files, {users:,} users, D {width}, K {CLUSTERS}", ["", "ms"], lines)
+
+
+# A small job in a new process.
+
+_SMALL = """
+import json, sys, time
+start, taken = time.perf_counter(), {}
+
+def step(name):
+    global start
+    now = time.perf_counter()
+    taken[name], start = now - start, time.perf_counter()
+
+import numpy as np, scipy.sparse
+step("import numpy and scipy")
+import gpu_init
+from gpu_init.backend import select
+step("import gpu_init")
+device = select("cuda")
+step("import CuPy and cuDF, and make the pool")
+device.xp.zeros(1).sum().get()
+step("make the context, and launch a first kernel of CuPy's")
+rng = np.random.default_rng(0)
+ones = scipy.sparse.random(9308, 6710, 0.001, format="csr", dtype=np.float32, rng=rng)
+ones.data[:] = 1
+features = rng.standard_normal((6710, 128), dtype=np.float32)
+for name in ("first job", "second job"):
+    result = gpu_init.initialize(ones, {"f": features}, backend="cuda", kmeans=sys.argv[1])
+    result["f"].users.get()
+    step(name)
+print(json.dumps(taken))
+"""
+
+
+def small_job(results: Path, device: dict[str, str]) -> None:
+    """Steps of a job as large as TikTok, each K-means in a process of its own; what was compiled before is kept."""
+    lines = []
+    for kmeans_of in ("own", "cuml"):
+        command = [sys.executable, "-c", _SMALL, kmeans_of]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        for name, spent in json.loads(done.stdout.splitlines()[-1]).items():
+            facts = {"kernel": f"small job, K-means {kmeans_of}: {name}", "ms": 1e3 * spent}
+            row(results / "gpu.csv", **device, **facts)
+            lines.append(list(facts.values()))
+    show("a small job in a new process", ["", "ms"], lines)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def main() -> None:
 
 def competitors(interactions: Any, values: Any) -> dict[str, Callable[[], Any]]:
     """Every way to the same result (U, D) float32, each held to the reference first."""
-    kernels = select("cpu").kernels
+    kernels = select("cpu").with_kernels("numba").kernels
     ours = from_matrix(select("cpu"), interactions, "benchmark")
     users, width = ours.users, values.shape[1]
     rng = np.random.default_rng(1)

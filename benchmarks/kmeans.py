@@ -18,6 +18,7 @@ from gpu_init import kmeans
 from gpu_init.backend import select
 from gpu_init.interactions import from_matrix
 from gpu_init.method import kmeans_form
+from gpu_init.method import matrix as matrix_of
 
 MAKING, SKLEARN = "making the matrix", "scikit-learn"
 OURS = ("dense", "tiled", "factored")
@@ -98,15 +99,13 @@ def measure(interactions: Any, values: Any, clusters: int) -> tuple[dict[str, fl
 
 def forms(interactions: Any, values: Any, clusters: int) -> dict[str, Callable[[], Any]]:
     """Our K-means in each of its forms, from the interactions to the centroids."""
-    backend = select("cpu")
+    backend = select("cpu").with_kernels("numba")
     ours = from_matrix(backend, interactions, "benchmark")
     arguments = (backend, ours.csr, values, 1.0 / np.diff(ours.csr.indptr), np.ones(ours.items))
 
     def dense() -> kmeans.Points:
         tiled = kmeans.Tiled(*arguments)
-        matrix = tiled.rows(np.arange(len(tiled)), np.float64)
-        matrix += tiled.middle
-        return kmeans.Dense(backend, matrix)
+        return kmeans.Dense(backend, matrix_of(backend, tiled), tiled.offset)
 
     made: dict[str, Callable[[], kmeans.Points]] = {
         "dense": dense,

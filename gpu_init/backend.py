@@ -31,8 +31,9 @@ import numpy as np
 
 from . import memory
 from .errors import InputError, ResourceError
-from .kernels import Kernels, arrays, cpu_kernels, kernels_for, prepare
-from .kernels.cuda import OLDEST, CudaKernels, choose_cache_folder
+from .kernels import Kernels, arrays, compile_all, cpu_kernels, kernels_for, prepare
+from .kernels.ahead import compile_cuda
+from .kernels.cuda import OLDEST, CudaKernels, ahead_folder, choose_cache_folder
 from .kernels.threads import cores, in_order, one_blas_thread
 from .lines import trouble
 from .storage import source, stream
@@ -782,6 +783,19 @@ def facts() -> list[Fact]:
         Fact("torch", torch or "not installed", "" if torch else "for .pt features: pip install 'gpu-init[torch]'")
     )
     return lines + _cuda_facts()
+
+
+def compiled_facts() -> list[Fact]:
+    """Compile all kernels ahead of time, for this processor and, where CuPy is, for devices; and say where they are."""
+    count, folder = compile_all()
+    lines = [Fact("CPU kernels", f"{count} compiled, in {folder}" if folder else f"{count} compiled, and not kept")]
+    if _distributions("cupy"):
+        try:
+            made = compile_cuda(ahead_folder())
+            lines.append(Fact("CUDA kernels", f"{len(made)} files compiled, in {ahead_folder()}"))
+        except InputError as error:
+            lines.append(Fact("CUDA kernels", "not compiled", str(error)))
+    return lines
 
 
 def _cuda_facts() -> list[Fact]:

@@ -207,11 +207,16 @@ def tau_sums(
 ) -> tuple[float, float]:
     """``sum_u n_u s_u`` and ``sum_u n_u |M_u - m|^2`` over some users."""
     xp, rows, present, kernels = backend.xp, weighting.mean_rows, weighting.present, backend.kernels
-    apart = xp.empty(interactions.users)
-    for part in ranges(interactions.users, NORM_ROWS):
-        csr = interactions.csr.rows(part.start, part.stop)
-        means = kernels.aggregate(csr, modality.values, rows[part], present, centre.middle)
-        apart[part] = kernels.lengths(means)
+
+    def of_slice(columns: slice, features: Any) -> Any:
+        """What some columns add to each user's distance (U,): in float64, since small differences of it count."""
+        found = xp.empty(interactions.users)
+        for part in ranges(interactions.users, NORM_ROWS):
+            csr = interactions.csr.rows(part.start, part.stop)
+            found[part] = kernels.lengths(kernels.aggregate(csr, features, rows[part], present, centre.middle[columns]))
+        return found
+
+    apart = sum(of_columns(modality.values, of_slice))
     apart = xp.where(weighting.warm, apart, 0.0)
     inside = xp.where(weighting.warm, rows * interactions.user_degrees(backend, centre.lengths * present) - apart, 0.0)
     return float((counts * inside).sum()), float((counts * apart).sum())

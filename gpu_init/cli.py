@@ -218,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="show device, libraries and versions; what is missing, and the fix")
     doctor.add_argument("--json", action="store_true", help="print as JSON")
+    doctor.add_argument("--compile", action="store_true", help="compile all kernels now, so that no job has to")
     doctor.set_defaults(command=_doctor)
     return parser
 
@@ -364,9 +365,9 @@ def _demo(given: argparse.Namespace) -> int:
 
 
 def _doctor(given: argparse.Namespace) -> int:
-    from .backend import facts
+    from .backend import compiled_facts, facts
 
-    lines = facts()
+    lines = facts() + (compiled_facts() if given.compile else [])
     if given.json:
         print(json.dumps([vars(line) for line in lines], indent=2))
         return 0

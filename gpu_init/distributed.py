@@ -947,7 +947,7 @@ class Partitioned:
         self.backend = backend
         self.form = rows.form
         self.counts: Any = None  # rows of each label in the last step
-        self._workers, self._work, self._rows, self._warm = workers, work, rows, warm
+        self.workers, self._work, self._rows, self._warm = workers, work, rows, warm
 
     def __len__(self) -> int:
         return sum(self._warm)
@@ -957,41 +957,37 @@ class Partitioned:
         """See `Points.offset`."""
         return self._rows.offset
 
-    def by_library(self, clusters: int, seed: int, restarts: int) -> Any:  # noqa: ARG002
-        """See `Points.by_library`."""
-        raise TypeError("no library takes rows of other processes")
-
     def rows(self, index: Any) -> Any:
         """See `Points.rows`."""
         order = np.argsort(index, kind="stable")
         calls = {part: (numbers,) for part, numbers in _by_part(self._warm, np.asarray(index)[order])}
         out = np.empty((len(index), len(self.offset)))
         if calls:
-            futures = self._workers.submit(partitions.some_rows, self._work, (self._rows,), calls)
+            futures = self.workers.submit(partitions.some_rows, self._work, (self._rows,), calls)
             start = 0
             for future in futures.values():
-                (found,) = self._workers.results([future])
+                (found,) = self.workers.results([future])
                 out[order[start : start + len(found)]] = found
                 start += len(found)
         return out
 
     def step(self, centroids: Any) -> kmeans.Step:
         """See `Points.step`: labels stay with the rows."""
-        inertia, self.counts = self._workers.total(partitions.step, self._work, self._rows, centroids)
+        inertia, self.counts = self.workers.total(partitions.step, self._work, self._rows, centroids)
 
         def sums() -> Any:
-            return self._workers.total_sums(partitions.sums, 0, self._work, self._rows, centroids)[0]
+            return self.workers.total_sums(partitions.sums, 0, self._work, self._rows, centroids)[0]
 
         return kmeans.Step(inertia, self.counts, None, sums)
 
-    def farthest(self, centroids: Any, count: int) -> Any:
-        """See `Points.farthest`."""
-        found = self._workers.map(partitions.far, self._work, self._rows, centroids, count)
+    def far(self, centroids: Any, count: int) -> tuple[Any, Any]:
+        """See `Points.far`."""
+        found = self.workers.map(partitions.far, self._work, self._rows, centroids, count)
         firsts = np.concatenate([[0], np.cumsum(self._warm)])
         rows = np.concatenate([rows + first for (rows, _), first in zip(found, firsts[:-1], strict=True)])
         reached = np.concatenate([reached for _, reached in found])
         order = np.argsort(-reached, kind="stable")[:count]
-        return rows[order][reached[order] > 0]
+        return rows[order], reached[order]
 
 
 class _PartitionedGraph:

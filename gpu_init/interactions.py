@@ -91,6 +91,8 @@ class Interactions:
 
     def user_degrees(self, backend: Backend, item_values: Any) -> Any:
         """``R v`` for ``v`` (I,) float64: with 1 for the items of a modality, the users' degrees in it (U,)."""
+        if self.csr.weights is None and bool((item_values == 1).all()):
+            return backend.xp.diff(self.csr.indptr).astype(backend.xp.float64)
         return backend.kernels.row_sums(self.csr, item_values)
 
     def some(self, backend: Backend, users: Any) -> Interactions:

@@ -39,7 +39,7 @@ from .interactions import (
     read_user_ids,
     stated_rows,
 )
-from .kernels import NUMPY_SECONDS, forced_kernels
+from .kernels import forced_kernels, kernels_for
 from .kernels.costs import fitting_seconds, reading_seconds
 from .kmeans import Clusters, needed_bytes, sample_sizes
 from .memory import require as require_memory
@@ -273,9 +273,9 @@ def _read_interactions(
     progress.say(f"kernels: {table.kernels} to read, {backend.kernels.name} to fit")
     sources, operators = {}, {}
     for name, found in tables.items():
-        rows = None if found.ids is None else feature_rows(found, axis, table.item_ids)
-        mask = features.align_mask(present[name], rows, table.interactions.items)
-        sources[name] = Source(found, mask, rows)
+        places = None if found.ids is None else feature_rows(found, axis, table.item_ids)
+        mask = features.align_mask(present[name], places, table.interactions.items)
+        sources[name] = Source(found, mask, places)
         factors = None
         if source is not None and source[name].item_factors is not None:
             factors = backend.asarray(_on_axis(source, table, source[name].item_factors, 0.0))
@@ -294,9 +294,9 @@ def prepare_kernels(
     pairs = max(rows, size // _LINE_BYTES)
     items = max(len(table.values) for table in tables.values())
     fitting = fitting_seconds(0, items, pairs, _widths(config, tables), config.settings.clusters)
-    needed = [seconds > NUMPY_SECONDS for seconds in (reading_seconds(rows, size), fitting)]
-    if any(needed):
-        backend.prepare(*needed, on_interactions=config.settings.cluster_on == "interactions")
+    reads, fits = (kernels_for(seconds) == "numba" for seconds in (reading_seconds(rows, size), fitting))
+    if reads or fits:
+        backend.prepare(reads, fits, config.settings.cluster_on == "interactions")
 
 
 def _text_bytes(config: JobConfig) -> int:

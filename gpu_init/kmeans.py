@@ -51,7 +51,7 @@ class Clusters:
     form : {"dense", "tiled", "factored"}
         How the rows were gone through.
     library : bool
-        Whether the backend's library found the centroids that the passes started from.
+        Whether a library found the centroids that the passes started from.
     """
 
     centroids: Any
@@ -69,9 +69,9 @@ def fit(
     seed: int,
     restarts: int = 1,
     tolerance: float = TOLERANCE,
-    library: bool = False,
+    start: Any = None,
 ) -> Clusters:
-    """K-means on some points: on a sample first, or by the backend's library, then passes over all rows.
+    """K-means on some points: on a sample first, then passes over all rows.
 
     Parameters
     ----------
@@ -87,20 +87,20 @@ def fit(
         Starts on the first sample, of which the best goes on.
     tolerance : float, default=1e-3
         Share of the inertia; see `lloyd`.
-    library : bool, default=False
-        Whether the backend's library finds the centroids that the passes over all rows start from.
+    start : array, shape (K, D), optional
+        Centroids that the passes over all rows start from, found by a library; None: those of the sample.
 
     Returns
     -------
     Clusters
     """
     with backend.deterministic():
-        if library:
-            centroids = backend.to_host(points.by_library(clusters, seed, restarts))
-        else:
+        if start is None:
             centroids = _from_sample(backend, points, clusters, seed, restarts, tolerance)
+        else:
+            centroids = backend.to_host(start)
         centroids, labels, inertia, stopped = lloyd(backend, points, centroids, tolerance)
-    return Clusters(backend.asarray(centroids), labels, inertia, stopped, points.form, library)
+    return Clusters(backend.asarray(centroids), labels, inertia, stopped, points.form, start is not None)
 
 
 def _from_sample(
@@ -215,14 +215,11 @@ class Clusterable(Protocol):
     def rows(self, index: Any) -> Any:
         """See `Points.rows`."""
 
-    def by_library(self, clusters: int, seed: int, restarts: int) -> Any:
-        """See `Points.by_library`."""
-
     def step(self, centroids: Any) -> Step:
         """See `Points.step`."""
 
-    def farthest(self, centroids: Any, count: int) -> Any:
-        """See `Points.farthest`."""
+    def far(self, centroids: Any, count: int) -> tuple[Any, Any]:
+        """See `Points.far`."""
 
 
 def _means(offset: Any, centroids: Any, sums: Any, counts: Any) -> Any:
@@ -234,7 +231,8 @@ def _means(offset: Any, centroids: Any, sums: Any, counts: Any) -> Any:
 def _refill(backend: Backend, points: Clusterable, means: Any, centroids: Any, counts: Any) -> None:
     """Let clusters left empty take the rows farthest from the centroids, as scikit-learn has it."""
     empty = np.flatnonzero(counts == 0)
-    farthest = points.farthest(centroids, len(empty))  # fewer where distinct rows are fewer than clusters
+    farthest, reached = points.far(centroids, len(empty))
+    farthest = farthest[reached > 0]  # fewer than are empty, where distinct rows are fewer than clusters
     rows = backend.to_host(points.rows(farthest))
     means[empty[: len(farthest)]] = rows + backend.to_host(points.offset)
 
@@ -304,10 +302,6 @@ class Points(ABC):
     def sums(self, labels: Any, clusters: int) -> Any:
         """Sums of the rows less the offset of each label, (K, D) float64."""
 
-    def by_library(self, clusters: int, seed: int, restarts: int) -> Any:  # noqa: ARG002
-        """Centroids (K, D) that the backend's library finds, for rows that are a matrix."""
-        raise TypeError(f"the {self.form} form has no matrix for a library")
-
     def centred(self, centroids: Any) -> tuple[Any, Any]:
         """Centroids less the offset, (K, D) float64, where the rows are, and their squared lengths (K,)."""
         table = self.backend.asarray(centroids).astype(self.backend.xp.float64) - self.offset
@@ -330,12 +324,10 @@ class Points(ABC):
 
     def nearest(self, centroids: Any) -> Any:
         """Labels (n,) int32 of the nearest centroids, the first of equals."""
-        return self.step(centroids).labels
-
-    def farthest(self, centroids: Any, count: int) -> Any:
-        """Rows (m,) int64 farthest from their nearest centroids, the farthest first, that are not on them."""
-        rows, reached = self.far(centroids, count)
-        return rows[reached > 0]
+        labels = self.backend.xp.empty(self._labelled, "int32")
+        for part, found, *_ in self.assigned(centroids):
+            labels[part] = found
+        return labels
 
     def far(self, centroids: Any, count: int) -> tuple[Any, Any]:
         """Rows (m,) int64 farthest from their nearest centroids, the farthest first, and how far (m,) they are."""
@@ -398,10 +390,6 @@ class Dense(Points):
             return (block * block).sum(axis=1, dtype="float64")
 
         return self.backend.xp.concatenate(list(self.backend.in_order(work, ranges(len(self), BLOCK_ROWS))))
-
-    def by_library(self, clusters: int, seed: int, restarts: int) -> Any:
-        """See `Points.by_library`."""
-        return self.backend.kmeans(self._matrix, clusters, seed, restarts)
 
     def rows(self, index: Any) -> Any:
         """See `Points.rows`."""

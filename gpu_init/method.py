@@ -143,8 +143,7 @@ def behaviour(
         settings = replace(settings, clusters=choice.clusters)
     assert isinstance(settings.clusters, int)
     check_placed(len(points), settings.clusters)
-    factored = lambda: spectral.points(*arrays, kmeans.Factored)  # noqa: E731
-    found = _kmeans(backend, interactions, points, factored, settings, memory)
+    found = _kmeans(backend, interactions, points, lambda: spectral.points(*arrays, kmeans.Factored), settings, memory)
     labels = behaviour_labels(backend, interactions, points, found.centroids)
     return Behaviour(embedding, found.centroids, labels, found, choice)
 
@@ -213,13 +212,15 @@ def cluster_items(
     """Section 2.4: K-means on the items' rows; their labels (I,) int32 too, -1 for items without the modality."""
     xp = backend.xp
     kept = xp.flatnonzero(modality.present)
-    points = kmeans.Dense(backend, modality.values if len(kept) == len(modality.values) else modality.values[kept])
+    rows = modality.values if len(kept) == len(modality.values) else modality.values[kept]
+    points = kmeans.Dense(backend, rows)
     choice = None
     if settings.clusters == AUTO:
         choice = choose(backend, points, settings.seed)
         settings = replace(settings, clusters=choice.clusters)
     assert isinstance(settings.clusters, int)
-    found = _fit(backend, points, settings, _takes_library(backend, points, settings))
+    start = _library_start(backend, rows, settings) if _takes_library(backend, points, settings) else None
+    found = _fit(backend, points, settings, start)
     item_labels = xp.full(len(modality.values), -1, xp.int32)
     item_labels[kept] = found.labels
     return found, choice, item_labels
@@ -314,7 +315,7 @@ def _kmeans(
     backend: Backend,
     interactions: Interactions,
     tiled: kmeans.Tiled,
-    factored: Callable[[], kmeans.Factored],
+    factored: Callable[[], kmeans.Tiled],
     settings: Settings,
     memory: int | None,
 ) -> kmeans.Clusters:
@@ -328,11 +329,14 @@ def _kmeans(
     library = _takes_library(backend, tiled, settings)
     form = "dense" if library else kmeans_form(*sizes, memory)
     points: kmeans.Points = tiled
+    start = None
     if form == "factored":
         points = factored()
     elif form == "dense":
-        points = kmeans.Dense(backend, matrix(backend, tiled), tiled.offset)
-    return _fit(backend, points, settings, library)
+        rows = matrix(backend, tiled)
+        points = kmeans.Dense(backend, rows, tiled.offset)
+        start = _library_start(backend, rows, settings) if library else None
+    return _fit(backend, points, settings, start)
 
 
 def _takes_library(backend: Backend, points: kmeans.Points, settings: Settings) -> bool:
@@ -340,9 +344,15 @@ def _takes_library(backend: Backend, points: kmeans.Points, settings: Settings) 
     return backend.takes_matrix(len(points), len(points.offset), settings.clusters, settings.kmeans)
 
 
-def _fit(backend: Backend, points: kmeans.Points, settings: Settings, library: bool) -> kmeans.Clusters:
+def _library_start(backend: Backend, rows: Any, settings: Settings) -> Any:
+    """Centroids (K, D) that the backend's library finds."""
     assert isinstance(settings.clusters, int)
-    return kmeans.fit(backend, points, settings.clusters, settings.seed, settings.restarts, settings.tolerance, library)
+    return backend.kmeans(rows, settings.clusters, settings.seed, settings.restarts)
+
+
+def _fit(backend: Backend, points: kmeans.Points, settings: Settings, start: Any) -> kmeans.Clusters:
+    assert isinstance(settings.clusters, int)
+    return kmeans.fit(backend, points, settings.clusters, settings.seed, settings.restarts, settings.tolerance, start)
 
 
 def matrix(backend: Backend, points: kmeans.Points) -> Any:

@@ -622,14 +622,12 @@ def _step(work: Work, number: int, of: Rows, centroids: Any) -> kmeans.Step:
     """See `Points.step`; what these centroids gave is kept, and made again where it is not here."""
     backend, key = _backend(work), ("step", of.name, of.form, number)
     points = _points(work, number, of)
-    before, found = _kept.get(key, (None, None))
-    if not np.array_equal(before, centroids):
-        _kept.pop(key, None)
+    before: tuple[Any, kmeans.Step] | None = _kept.pop(key, None)
+    if before is None or not np.array_equal(before[0], centroids):
         with backend.deterministic():
-            found = points.step(centroids)
-        _kept[key] = (centroids, found)
-    assert found is not None
-    return found
+            before = (centroids, points.step(centroids))
+    _kept[key] = before
+    return before[1]
 
 
 @_task

@@ -452,7 +452,7 @@ def tune(config: JobConfig, by: str, folder: str, progress: Progress) -> tuple[p
         widths = {name: source.table.values.shape[1] for name, source in data.sources.items()}
         least = min(min(int(data.operators[name].warm.sum()), int(data.sources[name].mask.sum())) for name in widths)
         candidates = grid(config.settings, widths, least)
-        ranking = rank(backend, data, held_out, candidates, config.settings.seed, progress)
+        ranking = rank(data, held_out, candidates, config.settings.seed, progress)
     with progress.step("bootstrap") as step:
         frame = table(ranking, by, config.settings.seed)
         step.note(candidates=len(frame), users=len(ranking.users))

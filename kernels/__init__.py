@@ -18,6 +18,7 @@ __all__ = [
     "PARTS_BYTES",
     "Csr",
     "Kernels",
+    "compile_all",
     "cpu_kernels",
     "forced_kernels",
     "kernels_for",
@@ -133,8 +134,6 @@ def cpu_kernels(name: str) -> Kernels:
 
 def prepare(reading: bool, fitting: bool, on_interactions: bool) -> None:
     """Begin to compile numba's kernels for a CPU, in a thread of their own: for reading, fitting, or both."""
-    if forced_kernels() == "numpy":
-        return
     from . import build, cpu
     from .compiled import prepare
 
@@ -145,6 +144,17 @@ def prepare(reading: bool, fitting: bool, on_interactions: bool) -> None:
             *(cpu.FITTING if fitting else ()),
         ]
     )
+
+
+def compile_all() -> tuple[int, str | None]:
+    """Compile all of numba's kernels; gives how many they are, and the folder where their machine code is kept."""
+    from . import build, cpu
+    from .compiled import folder
+
+    every = (*build.READING, build.MERGING, *cpu.INTERACTIONS_ONLY, *cpu.FITTING)
+    for one in every:
+        one.prepare()
+    return len(every), folder()
 
 
 def kernels_for(seconds: float) -> str:

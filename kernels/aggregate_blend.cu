@@ -80,8 +80,8 @@ constexpr int COLD = -2;  // the label of a cold user
 template <typename T, int E, int V>
 __global__ void __launch_bounds__(WARPS * WARP, 6) aggregate_blend(
     Index n, const Index* indptr, const int* indices, const float* weights, const T* features, Index stride, int width,
-    const double* row_scale, const double* item_scale, const double* lam, const float* centroids,
-    const int* user_labels, const int* item_labels, const double* mean_scale, const float* cold, double scale,
+    const double* row_scale, const double* item_scale, const int* user_labels, const double* lam,
+    const float* centroids, double scale, const int* item_labels, const double* mean_scale, const float* cold,
     int groups_log2, void* out, int half)
 {
     __shared__ Entry<float> staged[WARPS][ROWS * ROOM];
@@ -172,23 +172,26 @@ __global__ void __launch_bounds__(WARPS * WARP) busy_rows(
     found[2 * number + 1] = degree;
 }
 
-/// Parts of busy users: a warp per part, which is interactions begin[p] to end[p], counted from the user's first, of
-/// user owner[p]; sums of RUN interactions in `Sum`, and those in float64, into partial (parts, width).
+constexpr int PART = 256;  // interactions of a part of a busy user; its last part may have fewer (cuda.py: PART)
+
+/// Parts of busy users: a warp per part; those of user at[b] begin with part starts[b], and part p is one of user
+/// at[owner[p]]. Sums of RUN interactions are in `Sum`, and those of the part in float64, into partial (parts, width).
 ///
 /// Without lambda the sum is A F; with it, all of the blend that goes by item.
 template <typename T, int E, typename Sum>
 __global__ void __launch_bounds__(WARPS * WARP, sizeof(Sum) == 4 ? 4 : 3) add_parts(
-    Index parts, const Index* owner, const Index* begin, const Index* end, const Index* indptr, const int* indices,
+    Index parts, const Index* at, const Index* starts, const Index* owner, const Index* indptr, const int* indices,
     const float* weights, const T* features, Index stride, int width, const double* row_scale,
-    const double* item_scale, const double* lam, const float* centroids, const int* item_labels,
-    const double* mean_scale, double scale, int groups_log2, double* partial)
+    const double* item_scale, const double* lam, const float* centroids, double scale, const int* item_labels,
+    const double* mean_scale, int groups_log2, double* partial)
 {
     Index part = warp_number();
     if (part >= parts)
         return;
-    Index user = owner[part];
+    Index busy = owner[part], user = at[busy];
     Interactions interactions{indptr, indices, weights};
-    Index from = interactions.start(user);
+    Index from = interactions.start(user) + (part - starts[busy]) * PART, to = interactions.start(user + 1);
+    int length = to - from < PART ? (int)(to - from) : PART;
     double share = (lam ? scale * lam[user] : 1.0) * (row_scale ? row_scale[user] : 1.0);
     double mean_share = item_labels ? scale * (1.0 - lam[user]) * mean_scale[user] : 0.0;
 
@@ -198,8 +201,8 @@ __global__ void __launch_bounds__(WARPS * WARP, sizeof(Sum) == 4 ? 4 : 3) add_pa
     for (int start = 0; start < width; start += E * lanes.width) {
         Columns mine(width, start, E, lanes);
         double whole[E] = {};
-        for (Index run = begin[part]; run < end[part]; run += RUN) {
-            int count = end[part] - run < RUN ? (int)(end[part] - run) : RUN;
+        for (int run = 0; run < length; run += RUN) {
+            int count = length - run < RUN ? length - run : RUN;
             __syncwarp();
             read_ahead<Sum>(
                 entries, interactions, from + run, count, lanes.lane, WARP, OfFeatures<Sum>{share, item_scale});
@@ -235,14 +238,14 @@ __device__ __forceinline__ void put(Out* out, double value)
         *out = (Out)value;
 }
 
-/// Rows of busy users from their parts: parts starts[b] to starts[b + 1] make row at[b], or b, of out (n, width).
+/// Rows of busy users from their parts: parts starts[b] to starts[b + 1] make row b of out, the row of user at[b].
 ///
 /// A block of 32 x 8 threads per user and 32 columns; thread row y sums every eighth part, and these 8 are added in
 /// order. With labels, the share of the user's centroid is added; with an offset, that point is subtracted.
 template <typename Out>
 __global__ void __launch_bounds__(256) combine_parts(
-    Index tiles, const Index* starts, const Index* at, const double* partial, int width, const double* lam,
-    const float* centroids, const int* user_labels, double scale, const double* offset, Out* out)
+    Index tiles, const Index* at, const Index* starts, const double* partial, int width, const int* user_labels,
+    const double* lam, const float* centroids, double scale, const double* offset, Out* out)
 {
     __shared__ double sums[COMBINED_ROWS][COMBINED_COLUMNS];
     Index busy = blockIdx.x / tiles;
@@ -258,10 +261,10 @@ __global__ void __launch_bounds__(256) combine_parts(
 #pragma unroll
     for (int other = 1; other < COMBINED_ROWS; ++other)
         sum += sums[other][threadIdx.x];
-    Index row = at ? at[busy] : busy;
-    if (user_labels && user_labels[row] >= 0)
-        sum += scale * (1.0 - lam[row]) * centroids[(Index)user_labels[row] * width + column];
+    Index user = at[busy];
+    if (user_labels && user_labels[user] >= 0)
+        sum += scale * (1.0 - lam[user]) * centroids[(Index)user_labels[user] * width + column];
     if (offset)
         sum -= offset[column];
-    put(out + row * width + column, sum);
+    put(out + busy * width + column, sum);
 }

@@ -20,7 +20,6 @@ from .threads import in_order
 _PARTS = 64  # of the rows, to spread uneven ones over the threads
 _HELD = 1 << 21  # interactions put into R at a time
 _GROUP_BITS = 9  # of the groups of neighbouring rows that they are sorted into first
-_INSERTED = 32  # interactions of a row that is sorted by insertion; a longer one by heaps
 _NO_BITS, _NO_WEIGHTS = np.empty(0, np.int32), np.empty(0, np.float32)
 
 _INTERACTIONS = (reads(int64), reads(int32), reads(float32))
@@ -76,32 +75,19 @@ def _sort_rows(indptr, indices, bits):  # type: ignore[no-untyped-def]
                 keys[k] |= np.int64(bits[first + k]) & 0x7FFFFFFF  # without the sign of -0.0
             is_sorted &= k == 0 or keys[k - 1] <= keys[k]
         if not is_sorted:
-            if count <= _INSERTED:
-                for k in range(1, count):
+            gap = (
+                1  # Shell's sort: by insertion at once where a row is short, and no row takes long, whatever its order
+            )
+            while gap < count // 3:
+                gap = 3 * gap + 1
+            while gap > 0:
+                for k in range(gap, count):
                     key, at = keys[k], k
-                    while at > 0 and keys[at - 1] > key:
-                        keys[at] = keys[at - 1]
-                        at -= 1
+                    while at >= gap and keys[at - gap] > key:
+                        keys[at] = keys[at - gap]
+                        at -= gap
                     keys[at] = key
-            else:
-                # A heap, whose largest key goes to the end, again and again: no row takes long, whatever its order.
-                root, size = count // 2, count
-                while size > 1:
-                    if root > 0:
-                        root -= 1
-                        key = keys[root]
-                    else:
-                        size -= 1
-                        key, keys[size] = keys[size], keys[0]
-                    at, child = root, 2 * root + 1
-                    while child < size:
-                        if child + 1 < size and keys[child + 1] > keys[child]:
-                            child += 1
-                        if keys[child] <= key:
-                            break
-                        keys[at] = keys[child]
-                        at, child = child, 2 * child + 1
-                    keys[at] = key
+                gap //= 3
             for k in range(count):
                 indices[first + k] = np.int32(keys[k] >> 32)
                 if bits.size > 0:
@@ -122,7 +108,7 @@ def _merge_rows(indptr, indices, weights, merged):  # type: ignore[no-untyped-de
     for row in range(indptr.size - 1):
         read, last = first, indptr[row + 1]
         while read < last:
-            item, total = indices[read], 0.0
+            item, total = indices[read], np.float64(0.0)
             while read < last and indices[read] == item:
                 total += weights[read] if weights.size > 0 else np.float32(1.0)
                 read += 1
@@ -134,6 +120,9 @@ def _merge_rows(indptr, indices, weights, merged):  # type: ignore[no-untyped-de
 
 READING = (_fill, _sort_rows)
 """What most jobs use while they read, in this order."""
+
+MERGING = _merge_rows
+"""What is used where interactions are repeated."""
 
 
 class Rows:

@@ -74,12 +74,13 @@ _wrapping = threading.Lock()
 
 def _wrapped(function: Callable[..., Any], fastmath: Any) -> Any:
     """A function that numba compiles and keeps in our folder: it reads the setting, which is everybody's, just now."""
-    folder, config = _folder(), numba.config
+    where = folder()
+    config: Any = numba.config
     with _wrapping:
         before = config.CACHE_DIR
         try:
-            config.CACHE_DIR = folder or ""
-            return numba.njit(**_OPTIONS, fastmath=fastmath, cache=folder is not None)(function)
+            config.CACHE_DIR = where or ""
+            return numba.njit(**_OPTIONS, fastmath=fastmath, cache=where is not None)(function)
         finally:
             config.CACHE_DIR = before
 
@@ -109,44 +110,53 @@ def prepare(kernels: Iterable[Kernel]) -> None:
 
 
 @cache
-def _folder() -> str | None:
+def folder() -> str | None:
     """Folder that machine code is kept in, or None: then every process compiles anew.
 
     That is one of the user's own, since numba's list of contents is unpickled, and whoever writes to it may run code;
-    where none can be written, a folder of this process alone. Machine code that an image brings, in the folder
-    ``GPU_INIT_MACHINE_CODE``, is copied there, since numba reads only from folders that it can write to.
+    where none can be written, a folder of this process alone. The folder ``numba`` in that of `machine_code`, which an
+    image may bring, is copied there if it cannot be written, since numba reads only where it can write.
     """
     if "NUMBA_CACHE_DIR" in os.environ:
         return os.environ["NUMBA_CACHE_DIR"]
-    folder = cache_folder("numba") or _own_folder()
-    brought = os.environ.get("GPU_INIT_MACHINE_CODE")
-    if folder is not None and brought is not None:
+    brought = machine_code() and os.path.join(machine_code() or "", "numba")
+    if brought and _is_ours(brought):
+        return brought
+    own = _own_folder()
+    if own and brought:
         with suppress(OSError):
             for path in Path(brought).rglob("*.nb?"):
-                copy = Path(folder, path.relative_to(brought))
+                copy = Path(own, path.relative_to(brought))
                 if not copy.exists():
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     partial = f"{copy}.{os.getpid()}"
                     shutil.copyfile(path, partial)
                     os.replace(partial, copy)  # whole or not at all, as other processes may look
-    return folder
+    return own
 
 
-def cache_folder(name: str) -> str | None:
-    """Folder ``gpu-init/NAME`` of the user's cache, or None where it cannot be written or is not the user's own."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(base) / "gpu-init" / name
+def machine_code() -> str | None:
+    """Folder of kernels that were compiled ahead of time, by ``gpu-init doctor --compile``, where one is named."""
+    return os.environ.get("GPU_INIT_MACHINE_CODE")
+
+
+def _is_ours(folder: str) -> bool:
+    """Whether a folder is the user's own, and can be written; it is made where it is not there yet."""
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.makedirs(folder, exist_ok=True, mode=0o755)
+        return os.access(folder, os.W_OK | os.X_OK) and os.stat(folder).st_uid == os.getuid()
     except OSError:
-        return None
-    return str(folder) if os.access(folder, os.W_OK | os.X_OK) and folder.stat().st_uid == os.getuid() else None
+        return False
 
 
 def _own_folder() -> str | None:
-    for base in ("/dev/shm", tempfile.gettempdir()):
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = os.path.join(base, "gpu-init", "numba")
+    if _is_ours(folder):
+        return folder
+    for place in ("/dev/shm", None):  # None: where Python looks for such a folder
         with suppress(OSError):
-            folder = tempfile.mkdtemp(prefix="gpu-init-", dir=base)
+            folder = tempfile.mkdtemp(prefix="gpu-init-", dir=place)
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             return folder
     return None

@@ -7,7 +7,7 @@ threads. What is summed over users goes by fixed ranges, whose sums are added up
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,24 +22,13 @@ from .threads import in_order, one_blas_thread, run
 
 _RANGES = 64  # of users at most, to spread uneven ones over the threads;
 _RANGE_VALUES = 1 << 21  # fewer where that would leave less than so many values to be summed for each
-_TILE_VALUES = 1 << 16  # float64 values of rows that a thread makes at a time: they stay in its cache
-_BLOCK_ROWS = 4096  # of a dense product, fixed, so that every row is summed alike
+_TILE_VALUES = 1 << 17  # values of rows that a thread makes or goes through at a time: they stay in its cache
 _AT_ONCE = 8  # rows that `_weighted_sums` adds in one go: a processor waits for as many places in memory at once
 _BUSY = 256  # interactions from which on a row of float32 is summed in float64
 _NO_WEIGHTS, _NO_SCALE = np.empty(0, np.float32), np.empty(0, np.float64)
 
 _INTERACTIONS = (reads(int64), reads(int32), reads(float32))
 """Types of a range of users: row pointers, and all items and weights; an empty array of weights where all are 1."""
-
-
-@kernel(*_INTERACTIONS, reads(float64), writes(float64))
-def _row_sums(indptr, indices, weights, item_values, out):  # type: ignore[no-untyped-def]
-    for row in range(out.size):
-        total = 0.0
-        for entry in range(indptr[row], indptr[row + 1]):
-            value = item_values[indices[entry]]
-            total += value * weights[entry] if weights.size > 0 else value
-        out[row] = total
 
 
 def _weighted_sums(  # type: ignore[no-untyped-def]
@@ -163,7 +152,7 @@ def _gram(indptr, indices, weights, table, row_factors, sums):  # type: ignore[n
                 sums[item, k] += factor * (row_factors[row] * products[k])
 
 
-FITTING = (_row_sums, _sums64, _assign, _label_sums, _sums32)
+FITTING = (_sums64, _assign, _label_sums, _sums32)
 """What most jobs use after reading, in this order."""
 
 INTERACTIONS_ONLY = (_gram,)
@@ -173,6 +162,8 @@ INTERACTIONS_ONLY = (_gram,)
 class NumbaKernels(ReferenceKernels):
     """The kernels on numpy arrays, compiled for this machine at first use; the rest is the reference's, in threads."""
 
+    block_values = _TILE_VALUES
+
     def __init__(self) -> None:
         super().__init__(np, scipy.sparse)
         self.name = "numba"
@@ -181,23 +172,10 @@ class NumbaKernels(ReferenceKernels):
         """See `Kernels.rows_in_place`."""
         return Rows
 
-    def lengths(self, rows: Any) -> Any:
-        """See `Kernels.lengths`."""
-        out = np.empty(len(rows), np.float64)
-
-        def work(part: slice) -> None:
-            tile = rows[part].astype(np.float64, copy=False)
-            np.einsum("ij,ij->i", tile, tile, out=out[part])
-
-        run(work, _tiles(slice(0, len(rows)), rows.shape[1]))
-        return out
-
-    def row_sums(self, csr: Csr, item_values: Any) -> Any:
-        """See `Kernels.row_sums`."""
-        out = np.empty(len(csr.indptr) - 1, np.float64)
-        own, values = _of_ranges(csr), read_only(item_values, np.float64)
-        run(lambda part: _row_sums(*own(part), values, out[part]), _ranges(csr, 1))
-        return out
+    def _map(self, work: Callable[[slice], Any], parts: Iterable[slice]) -> list[Any]:
+        """See `ReferenceKernels._map`: side by side."""
+        with one_blas_thread():
+            return list(in_order(work, parts))
 
     def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Any:
         """See `Kernels.aggregate`."""
@@ -258,17 +236,6 @@ class NumbaKernels(ReferenceKernels):
 
         run(work, _ranges(csr, out.shape[1]))
 
-    def products(self, features: Any, offset: Any, points: Any) -> Any:
-        """See `Kernels.products`."""
-        out = np.empty((len(features), len(points)), np.float64)
-
-        def work(part: slice) -> None:
-            np.matmul(features[part].astype(np.float64) - offset, points.T, out=out[part])
-
-        with one_blas_thread():
-            run(work, _steps(0, len(features), _BLOCK_ROWS))
-        return out
-
     def assign(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any, lengths: Any) -> tuple[Any, Any]:
         """See `Kernels.assign`."""
         labels, least = np.empty(len(row_scale), np.int32), np.empty(len(row_scale), np.float64)
@@ -290,21 +257,6 @@ class NumbaKernels(ReferenceKernels):
             _label_sums(*own(part), labels[part], rows[part], scales, partial)
 
         _add_parts(len(labels), add, sums)
-
-    def table_sums(self, table: Any, features: Any) -> Any:
-        """See `Kernels.table_sums`."""
-        used = (table != 0).any(axis=1)
-
-        def work(part: slice) -> Any:
-            values = features[part].astype(np.float64)
-            values[~used[part]] = 0.0
-            return table[part].T @ values
-
-        sums = np.zeros((table.shape[1], features.shape[1]))
-        with one_blas_thread():
-            for partial in in_order(work, _steps(0, len(features), _BLOCK_ROWS)):
-                sums += partial
-        return sums
 
     def gram(self, csr: Csr, table: Any, row_factors: Any, sums: Any) -> None:
         """See `Kernels.gram`."""

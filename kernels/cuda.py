@@ -32,49 +32,30 @@ WARP = 32  # threads of a warp
 THREADS = 128  # threads of a block: it waits for its slowest warp, so a block is small
 ROWS = 8  # rows that a warp takes, half as many where it blends by item (gather.cuh: ROWS)
 LONGEST = 64  # interactions of the longest row that is not split (gather.cuh: RUN)
+PART = 256  # interactions of a part of a split row (aggregate_blend.cu: PART)
 TILE = 256  # interactions that a warp takes in label_sums (clustering.cu: TILE)
-ITEMS = 4  # rows of features that a warp takes in products (clustering.cu: ITEMS)
 _COMBINED = (32, 8)  # columns and rows of a block of combine_parts
 
-# How work is cut.
-PART = 256  # interactions of a part of a split row; a multiple of it where a row would have more than MOST_PARTS parts
-MOST_PARTS = 2048
 WORKSPACE_BYTES = 128 << 20  # memory for the sums of parts at a time; the parts of one row may take more
-SUMMED = 128  # rows that a warp of table_sums takes; more where its results would take more than WORKSPACE_BYTES
-MOST_POINTS = 32  # with more points, which use each feature more often, CUDA's library is faster than these kernels
-
 OLDEST = 70  # the oldest compute capability, times ten, that has the loads of device.cuh
 OPTIONS = ("--std=c++17",)  # NVRTC's options; CuPy adds CUPY_OPTIONS and the architecture of the device
 CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
 
-_TYPES = {"float16": "Half", "bfloat16": "Bfloat16", "void16": "Bfloat16", "float32": "float", "float64": "double"}
-_LOADS = {"Half": (8, 2, 1), "Bfloat16": (8, 2, 1), "float": (4, 1), "double": (2, 1)}  # values a lane may load at once
+_TYPES = {"float16": "Half", "float32": "float", "float64": "double"}
+_LOADS = {"Half": (8, 2, 1), "float": (4, 1), "double": (2, 1)}  # values a lane may load at once
 _WIDEST = 16  # bytes that a lane loads at once, at most
 _MOST_VECTORS = 4  # loads per lane and row in aggregate_blend, at most
 _MOST_VALUES = 16  # values per lane and row in aggregate_blend, at most, so that they fit in registers
-_MOST_PRODUCT_VALUES = 4  # values per lane and row in products, at most, so that they fit in registers
 _NULL = np.uint64(0)  # stands for None, which CuPy would hand on as no argument at all
+_NO_BLEND = (_NULL, _NULL, _NULL, np.float64(1.0), _NULL, _NULL)  # stands for the `blend` of aggregate_blend
 _BITS = 62  # bits of sums in whole numbers: a 64-bit number without its sign and a bit for rounding
 
 Launch = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], None]
+_Numbers = NDArray[np.int64]
 
 
-class Part(NamedTuple):
-    """Some busy rows, cut into parts; all (.,) int64.
-
-    ``at``: the rows; ``starts``: the first part of each, and one more number for the end. ``owner``: the row of each
-    part; ``begin`` and ``end``: the part's interactions, counted from the row's first.
-    """
-
-    at: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    owner: NDArray[np.int64]
-    begin: NDArray[np.int64]
-    end: NDArray[np.int64]
-
-
-def split(at: NDArray[np.int64], degrees: NDArray[np.int64], most: int) -> Iterator[Part]:
-    """Cut busy rows into parts, in batches.
+def split(at: _Numbers, degrees: _Numbers, most: int) -> Iterator[tuple[_Numbers, _Numbers, _Numbers]]:
+    """Cut busy rows into parts of `PART` interactions, in batches.
 
     Parameters
     ----------
@@ -82,20 +63,21 @@ def split(at: NDArray[np.int64], degrees: NDArray[np.int64], most: int) -> Itera
         The rows, and their interactions, each at least 1.
     most : int
         Parts per batch; a row that has more is a batch of its own.
+
+    Yields
+    ------
+    tuple of arrays, int64
+        The rows; the first part of each, and one more number for the end; and, for each part, which of these rows it
+        belongs to.
     """
-    lengths = PART * -(-degrees // (PART * MOST_PARTS))
-    counts = -(-degrees // lengths)
+    counts = -(-degrees // PART)
     ends = np.cumsum(counts)
     start = 0
     while start < len(at):
         done = int(ends[start - 1]) if start else 0
         stop = max(start + 1, int(np.searchsorted(ends, done + most, side="right")))
         rows = slice(start, stop)
-        starts = np.concatenate([[0], ends[rows] - done])
-        own = np.repeat(np.arange(stop - start), counts[rows])
-        begin = (np.arange(len(own)) - starts[own]) * lengths[rows][own]
-        end = np.minimum(begin + lengths[rows][own], degrees[rows][own])
-        yield Part(at[rows], starts, at[rows][own], begin, end)
+        yield at[rows], np.concatenate([[0], ends[rows] - done]), np.repeat(np.arange(stop - start), counts[rows])
         start = stop
 
 
@@ -112,11 +94,8 @@ def load_width(kind: str, width: int, *tables: tuple[int, int, int]) -> int:
         Address, bytes between rows, and bytes per value of each; more than 16 bytes are taken 16 at a time.
     """
     for values in _LOADS[kind]:
-        aligned = all(
-            address % min(_WIDEST, values * size) == 0 and step % min(_WIDEST, values * size) == 0
-            for address, step, size in tables
-        )
-        if width % values == 0 and aligned:
+        multiples = [(min(_WIDEST, values * size), address, step) for address, step, size in tables]
+        if width % values == 0 and all(address % of == step % of == 0 for of, address, step in multiples):
             return values
     return 1
 
@@ -150,23 +129,45 @@ def instances() -> dict[str, list[str]]:
         for kind, values in floats
         for some in range(1, _MOST_VECTORS * WARP + 1)
     }
-    by_row = [(name, *load) for name in ("aggregate", "squared_norms", "table_sums") for load in loads]
     return {
         "aggregate_blend.cu": [
             *(f"aggregate_blend<{kind}, {values}, {vectors}>" for kind, values, vectors in sorted(blends)),
             *(f"add_parts<{kind}, {values}, float>" for kind, values in floats),
             *(f"add_parts<{kind}, {values}, double>" for kind, values in loads),
-            *(f"combine_parts<{kind}>" for kind in ("Half", "float", "double")),
+            *(f"combine_parts<{kind}>" for kind in _LOADS),
             "busy_rows",
         ],
         "clustering.cu": [
-            *(f"{name}<{kind}, {values}>" for name, kind, values in by_row),
-            *(f"products<{kind}, {values}>" for kind, values in floats if values <= _MOST_PRODUCT_VALUES),
+            *(f"aggregate<{kind}, {values}>" for kind, values in loads),
             *(f"assign<double, {values}>" for values in _LOADS["double"]),
-            *(f"lengths<{kind}>" for kind in _LOADS),
             "label_sums",
         ],
     }
+
+
+class _Gather(NamedTuple):
+    """``A F`` of some users, as the kernels take it."""
+
+    users: int
+    features: Any  # rows with any distance between them, values side by side
+    arguments: tuple[Any, ...]  # that all kernels on A F have in common
+    busy: _Numbers  # users with long rows, ascending
+    degrees: _Numbers  # interactions of each busy user
+
+    @property
+    def kind(self) -> str:
+        """Type of the features, as the kernels name it."""
+        return _TYPES[self.features.dtype.name]
+
+    @property
+    def width(self) -> int:
+        """Values per row."""
+        return int(self.features.shape[1])
+
+    def values(self, *others: tuple[int, int, int]) -> int:
+        """Values that a lane loads at once, of the features and of other tables."""
+        array = self.features
+        return load_width(self.kind, self.width, (_address(array), array.strides[0], array.itemsize), *others)
 
 
 class CudaKernels(ReferenceKernels):
@@ -180,16 +181,13 @@ class CudaKernels(ReferenceKernels):
         Gives a kernel by its name, to be called with grid, block and arguments; by default `Programs`.
     """
 
+    block_values = 1 << 25  # 256 MiB in float64, so that a device is busy with a block for longer than it waits for it
+    block_entries = 1 << 23
+
     def __init__(self, xp: Any, sparse: Any, programs: Callable[[str], Launch] | None = None) -> None:
         super().__init__(xp, sparse)
         self.name = "cuda"
         self._programs = programs if programs is not None else Programs(xp)
-
-    def lengths(self, rows: Any) -> Any:
-        """See `Kernels.lengths`."""
-        table, out = self._table(rows), self._xp.empty(len(rows), np.float64)
-        self._launch(f"lengths<{table.kind}>", blocks(len(rows)), (np.int64(len(rows)), *table.arguments, out))
-        return out
 
     def row_sums(self, csr: Csr, item_values: Any) -> Any:
         """See `Kernels.row_sums`: a matrix of one column; None stands for scales of 1 and no offset."""
@@ -198,10 +196,10 @@ class CudaKernels(ReferenceKernels):
     def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Any:
         """See `Kernels.aggregate`."""
         of, offset = self._gather(csr, features, row_scale, item_scale), self._as(offset, np.float64)
-        out = self._xp.empty((of.users, of.table.width), np.float64)
+        out = self._xp.empty((of.users, of.width), np.float64)
         self._each_row("aggregate", of, offset, out)
-        for part, partial in self._part_sums(of, "double"):
-            self._combine(part, partial, out, part.at, offset=offset)
+        for at, rows in self._busy_rows(of, out.dtype, offset):
+            out[at] = rows
         return out
 
     def aggregate_blend(
@@ -221,80 +219,31 @@ class CudaKernels(ReferenceKernels):
     ) -> None:
         """See `Kernels.aggregate_blend`; ``out`` may be float16 as well, with infinity for what does not fit.
 
-        Features are float16, bfloat16 or float32; others are converted first.
+        Features are float16 or float32; others are converted first.
         """
         if features.dtype.name == "float64":
             features = features.astype(np.float32)
         of = self._gather(csr, features, row_scale, item_scale)
-        blend = _Blend(
-            self._as(lam, np.float64),
-            self._aligned(centroids, np.float32),
-            self._as(user_labels, np.int32),
-            self._as(item_labels, np.int32),
-            self._as(mean_scale, np.float64),
-            np.float64(scale),
-        )
-        width = of.table.width
-        result = (_address(out), width * out.itemsize, out.itemsize)
-        values = load_width(of.table.kind, width, of.table.place, result, (0, 4 * width, 4))
-        vectors = vectors_per_lane(width, values, of.table.array.itemsize)
-        levels = (*blend[:-1], self._aligned(scale * cold, np.float32), blend.scale)
+        labels, lam, centroids = self._as(user_labels, np.int32), self._as(lam, np.float64), self._aligned(centroids)
+        by_item = (self._as(item_labels, np.int32), self._as(mean_scale, np.float64))
+        blend = (labels, lam, centroids, np.float64(scale), *by_item)
+        values = of.values((_address(out), of.width * out.itemsize, out.itemsize))
+        vectors = vectors_per_lane(of.width, values, of.features.itemsize)
+        others = (self._aligned(scale * cold), groups_log2(of.width, values), out, np.int32(out.itemsize == 2))
         self._launch(
-            f"aggregate_blend<{of.table.kind}, {values}, {vectors}>",
+            f"aggregate_blend<{of.kind}, {values}, {vectors}>",
             blocks(-(-of.users // (ROWS // 2 if item_labels is not None else ROWS))),
-            (np.int64(of.users), *of.arguments, *levels, groups_log2(width, values), out, np.int32(out.itemsize == 2)),
+            (np.int64(of.users), *of.arguments, *blend, *others),
         )
-        for part, partial in self._part_sums(of, "float", blend):
-            self._combine(part, partial, out, part.at, blend)
-
-    def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Any:
-        """See `Kernels.squared_norms`."""
-        of, offset = self._gather(csr, features, row_scale, item_scale), self._as(offset, np.float64)
-        out = self._xp.empty(of.users, np.float64)
-        self._each_row("squared_norms", of, offset, out)
-        for at, rows in self._busy_rows(of, offset):
-            out[at] = self.lengths(rows)
-        return out
-
-    def products(self, features: Any, offset: Any, points: Any) -> Any:
-        """See `Kernels.products`; for many points, or features in float64, by the library, block by block."""
-        if features.dtype.name == "float64" or len(points) > MOST_POINTS:
-            return super().products(self._widened(features), offset, points)
-        table, out = self._table(features), self._xp.empty((len(features), len(points)), np.float64)
-        offset, points = self._aligned(offset, np.float64), self._aligned(points, np.float64)
-        values = load_width(table.kind, table.width, table.place, (0, 8 * table.width, 8))
-        if values > _MOST_PRODUCT_VALUES:
-            values = _LOADS[table.kind][1]
-        self._launch(
-            f"products<{table.kind}, {values}>",
-            blocks(-(-len(features) // ITEMS)),
-            (np.int64(len(features)), *table.arguments, offset, points, np.int32(len(points)), out),
-        )
-        return out
-
-    def table_sums(self, table: Any, features: Any) -> Any:
-        """See `Kernels.table_sums`; for many clusters by the library, block by block."""
-        n, clusters = table.shape
-        if clusters > MOST_POINTS:
-            return super().table_sums(table, self._widened(features))
-        rows = self._table(features)
-        length = max(SUMMED, -(-8 * n * clusters * rows.width // WORKSPACE_BYTES))
-        chunks, tiles = -(-n // length), -(-rows.width // (WARP * rows.values))
-        partial = self._xp.empty((chunks, clusters, rows.width), np.float64)
-        cut = (np.int64(length), np.int64(tiles))
-        self._launch(
-            f"table_sums<{rows.kind}, {rows.values}>",
-            blocks(chunks * tiles),
-            (np.int64(n), self._as(table, np.float64), np.int32(clusters), *rows.arguments, *cut, partial),
-        )
-        return partial.sum(axis=0)
+        for at, rows in self._busy_rows(of, out.dtype, blend=blend):
+            out[at] = rows
 
     def assign(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any, lengths: Any) -> tuple[Any, Any]:
         """See `Kernels.assign`."""
         of, lengths = self._gather(csr, table, row_scale, item_scale), self._as(lengths, np.float64)
         labels, least = self._xp.empty(of.users, np.int32), self._xp.empty(of.users, np.float64)
         self._each_row("assign", of, lengths, labels, least)
-        for at, products in self._busy_rows(of, _NULL):
+        for at, products in self._busy_rows(of, least.dtype):
             labels[at], least[at] = self.nearest(products, lengths)
         return labels, least
 
@@ -329,57 +278,38 @@ class CudaKernels(ReferenceKernels):
         found[0] = 0
         self._launch("busy_rows", -(-users // THREADS), (np.int64(users), indptr, scales[0], found))
         found = found[1 : int(found[0, 0]) + 1]
-        listed: NDArray[np.int64] = found.get() if hasattr(found, "get") else found
+        listed: _Numbers = found.get() if hasattr(found, "get") else found
         at, degrees = np.ascontiguousarray(listed[np.argsort(listed[:, 0])].T)
-        table = self._table(features)
-        return _Gather(users, table, (indptr, indices, weights, *table.arguments, *scales), at, degrees)
+        if features.strides[1] != features.itemsize or features.strides[0] % features.itemsize:
+            features = xp.ascontiguousarray(features)
+        table = (features, np.int64(features.strides[0] // features.itemsize), np.int32(features.shape[1]))
+        return _Gather(users, features, (indptr, indices, weights, *table, *scales), at, degrees)
 
     def _each_row(self, name: str, of: _Gather, point: Any, *out: Any) -> None:
-        """Launch a kernel that takes ``A F`` row by row."""
-        table = of.table
-        self._launch(
-            f"{name}<{table.kind}, {table.values}>",
-            blocks(-(-of.users // ROWS)),
-            (np.int64(of.users), *of.arguments, point, groups_log2(table.width, table.values), *out),
-        )
+        """Launch a kernel that takes ``A F`` row by row, but for busy rows."""
+        values = of.values()
+        arguments = (np.int64(of.users), *of.arguments, point, groups_log2(of.width, values), *out)
+        self._launch(f"{name}<{of.kind}, {values}>", blocks(-(-of.users // ROWS)), arguments)
 
-    def _busy_rows(self, of: _Gather, offset: Any) -> Iterator[tuple[Any, Any]]:
-        """Busy users, and their rows of ``A F - offset`` in float64, a batch at a time."""
-        for part, partial in self._part_sums(of, "double"):
-            rows = self._xp.empty((len(part.at), of.table.width), np.float64)
-            self._combine(part, partial, rows, None, offset=offset)
-            yield self._xp.asarray(part.at), rows
+    def _busy_rows(
+        self, of: _Gather, dtype: Any, offset: Any = _NULL, blend: tuple[Any, ...] = _NO_BLEND
+    ) -> Iterator[tuple[Any, Any]]:
+        """Busy users (m,), and their rows (m, D) of ``A F - offset`` or of the blend in a type, a batch at a time.
 
-    def _part_sums(self, of: _Gather, total: str, blend: _Blend | None = None) -> Iterator[tuple[Part, Any]]:
-        """Sums over parts of the busy rows, (parts, D) float64 (in ``total``, run by run), a batch at a time."""
-        table = of.table
-        lam, centroids, _, item_labels, mean_scale, scale = blend or _Blend()
-        levels = (lam, centroids, item_labels, mean_scale, scale, groups_log2(table.width, table.values))
-        for part in split(of.busy, of.degrees, WORKSPACE_BYTES // (8 * table.width)):
-            count = len(part.owner)
-            partial = self._xp.empty((count, table.width), np.float64)
-            places = map(self._xp.asarray, (part.owner, part.begin, part.end))
-            self._launch(
-                f"add_parts<{table.kind}, {table.values}, {total}>",
-                blocks(count),
-                (np.int64(count), *places, *of.arguments, *levels, partial),
-            )
-            yield part, partial
-
-    def _combine(
-        self, part: Part, partial: Any, out: Any, at: Any, blend: _Blend | None = None, offset: Any = _NULL
-    ) -> None:
-        """Rows from their parts, into rows ``at`` of ``out``, or side by side where that is None."""
-        width = partial.shape[1]
-        tiles = -(-width // _COMBINED[0])
-        places = (self._xp.asarray(part.starts), _NULL if at is None else self._xp.asarray(at))
-        lam, centroids, user_labels, _, _, scale = blend or _Blend()
-        self._launch(
-            f"combine_parts<{_TYPES[out.dtype.name]}>",
-            tiles * len(part.at),
-            (np.int64(tiles), *places, partial, np.int32(width), lam, centroids, user_labels, scale, offset, out),
-            _COMBINED,
-        )
+        Sums of `LONGEST` interactions are in float64 where the rows are, else in float32, as those of short rows; a
+        row adds them up in float64.
+        """
+        xp, width, values = self._xp, of.width, of.values()
+        kind, groups, tiles = _TYPES[dtype.name], groups_log2(width, values), -(-width // _COMBINED[0])
+        total = "double" if kind == "double" else "float"
+        for batch in split(of.busy, of.degrees, WORKSPACE_BYTES // (8 * width)):
+            at, starts, owner = map(xp.asarray, batch)
+            partial, rows = xp.empty((len(owner), width), np.float64), xp.empty((len(at), width), dtype)
+            parts = (np.int64(len(owner)), at, starts, owner, *of.arguments, *blend[1:], groups, partial)
+            self._launch(f"add_parts<{of.kind}, {values}, {total}>", blocks(len(owner)), parts)
+            whole = (np.int64(tiles), at, starts, partial, np.int32(width), *blend[:4], offset, rows)
+            self._launch(f"combine_parts<{kind}>", tiles * len(at), whole, _COMBINED)
+            yield at, rows
 
     def _launch(self, name: str, grid: int, arguments: tuple[Any, ...], block: tuple[int, ...] = (THREADS,)) -> None:
         if grid:
@@ -389,68 +319,13 @@ class CudaKernels(ReferenceKernels):
         """The array in C order and of a type, no copy where it is so already; None is no array."""
         return _NULL if array is None else self._xp.ascontiguousarray(array, dtype)
 
-    def _aligned(self, array: Any, dtype: Any) -> Any:
-        """The array in C order and of a type, on a multiple of 16 bytes."""
-        array = self._as(array, dtype)
+    def _aligned(self, array: Any) -> Any:
+        """The array in C order and of float32, on a multiple of 16 bytes."""
+        array = self._as(array, np.float32)
         return array if _address(array) % _WIDEST == 0 else array.copy()
 
     def _csr(self, csr: Csr) -> tuple[Any, Any, Any]:
         return self._as(csr.indptr, np.int64), self._as(csr.indices, np.int32), self._as(csr.weights, np.float32)
-
-    def _table(self, array: Any) -> _Table:
-        """A matrix as kernels read it: rows with any distance between them, values side by side."""
-        if array.strides[1] != array.itemsize or array.strides[0] % array.itemsize:
-            array = self._xp.ascontiguousarray(array)
-        return _Table(array, _TYPES[array.dtype.name], array.shape[1])
-
-    def _widened(self, features: Any) -> Any:
-        """Bfloat16 as float32, whose upper half it is; others as they are."""
-        if _TYPES.get(features.dtype.name) != "Bfloat16":
-            return features
-        bits = self._xp.ascontiguousarray(features).view(np.uint16)
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-class _Table(NamedTuple):
-    array: Any
-    kind: str
-    width: int
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """The address, the values from one row to the next, and the width, as the kernels take them."""
-        return self.array, np.int64(self.array.strides[0] // self.array.itemsize), np.int32(self.width)
-
-    @property
-    def place(self) -> tuple[int, int, int]:
-        """What `load_width` asks for."""
-        return _address(self.array), self.array.strides[0], self.array.itemsize
-
-    @property
-    def values(self) -> int:
-        """Values that a lane loads at once."""
-        return load_width(self.kind, self.width, self.place)
-
-
-class _Gather(NamedTuple):
-    """``A F`` of some users: ``arguments`` as the kernels take them; ``busy`` users, ascending, and their degrees."""
-
-    users: int
-    table: _Table
-    arguments: tuple[Any, ...]
-    busy: NDArray[np.int64]
-    degrees: NDArray[np.int64]
-
-
-class _Blend(NamedTuple):
-    """What the blend adds to ``A F``; as it stands, nothing."""
-
-    lam: Any = _NULL
-    centroids: Any = _NULL
-    user_labels: Any = _NULL
-    item_labels: Any = _NULL
-    mean_scale: Any = _NULL
-    scale: Any = np.float64(1.0)
 
 
 def _address(array: Any) -> int:
@@ -576,7 +451,11 @@ def choose_cache_folder() -> None:
     """
     default = os.path.join(os.path.expanduser("~"), ".cupy", "kernel_cache")
     for folder in filter(None, (os.environ.get("CUPY_CACHE_DIR"), default, str(_cache() / "cupy"))):
-        if _writable(folder):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK | os.X_OK):
             os.environ["CUPY_CACHE_DIR"] = folder
             return
     os.environ.update(CUPY_CACHE_DIR=os.sep, CUPY_CACHE_IN_MEMORY="1")  # a folder that exists; nothing is written there
@@ -585,11 +464,3 @@ def choose_cache_folder() -> None:
 def _cache() -> Path:
     """gpu-init's folder in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")) / "gpu-init"
-
-
-def _writable(folder: str) -> bool:
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK | os.X_OK)

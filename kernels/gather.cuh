@@ -20,10 +20,6 @@ struct Half {
     unsigned short bits;
 };
 
-struct Bfloat16 {
-    unsigned short bits;
-};
-
 /// E values of a row, as one lane loads them: 16 bytes where width and alignment allow it.
 template <typename T, int E>
 struct Pack {
@@ -73,12 +69,6 @@ template <int E>
 __device__ __forceinline__ float value(const Pack<Half, E>& pack, int at)
 {
     return float_of_half((unsigned short)(pack.words[at / 2] >> (16 * (at % 2))));
-}
-
-template <int E>
-__device__ __forceinline__ float value(const Pack<Bfloat16, E>& pack, int at)  // the upper half of a float32
-{
-    return __uint_as_float(at % 2 ? pack.words[at / 2] & 0xffff0000u : pack.words[at / 2] << 16);
 }
 
 /// How a warp shares a row: `width` lanes take E columns each, V times over. Where one load per lane is enough (V 1),

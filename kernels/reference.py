@@ -6,13 +6,10 @@ every other implementation to this one, and small jobs on a CPU run it, as nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from .csr import Csr
-
-BLOCK_VALUES = 1 << 21  # float64 values of a block of rows: 16 MiB
-BLOCK_ENTRIES = 1 << 20  # interactions of a block of rows, at most: a longer row is a block of its own
 
 
 class ReferenceKernels:
@@ -23,6 +20,9 @@ class ReferenceKernels:
     xp, sparse : modules
         numpy and scipy.sparse, or cupy and cupyx.scipy.sparse.
     """
+
+    block_values = 1 << 21  # A block of rows has at most so many values: 16 MiB in float64.
+    block_entries = 1 << 20  # It has at most so many interactions, too; a longer row is a block of its own.
 
     def __init__(self, xp: Any, sparse: Any) -> None:
         self.name: str = xp.__name__
@@ -35,9 +35,12 @@ class ReferenceKernels:
     def lengths(self, rows: Any) -> Any:
         """See `Kernels.lengths`."""
         out = self._xp.empty(len(rows), self._xp.float64)
-        for part in _ranges(len(rows), _block_rows(rows.shape[1])):
+
+        def work(part: slice) -> None:
             block = rows[part].astype(self._xp.float64)
             out[part] = (block * block).sum(axis=1)
+
+        self._each_block(work, rows)
         return out
 
     def row_sums(self, csr: Csr, item_values: Any) -> Any:
@@ -88,16 +91,19 @@ class ReferenceKernels:
     def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Any:
         """See `Kernels.squared_norms`."""
         out = self._xp.empty(len(csr.indptr) - 1, self._xp.float64)
-        for part, rows in self._products(csr, features, row_scale, item_scale):
-            apart = rows - offset
-            out[part] = (apart * apart).sum(axis=1)
+        for part in self._parts(csr, features.shape[1]):
+            own = csr.rows(part.start, part.stop)
+            out[part] = self.lengths(self.aggregate(own, features, row_scale[part], item_scale, offset))
         return out
 
     def products(self, features: Any, offset: Any, points: Any) -> Any:
-        """See `Kernels.products`: every row is summed alike, whatever the number of rows or threads."""
+        """See `Kernels.products`."""
         out = self._xp.empty((len(features), len(points)), self._xp.float64)
-        for part in _ranges(len(features), _block_rows(features.shape[1])):
+
+        def work(part: slice) -> None:
             out[part] = (features[part].astype(self._xp.float64) - offset) @ points.T
+
+        self._each_block(work, features)
         return out
 
     def assign(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any, lengths: Any) -> tuple[Any, Any]:
@@ -134,11 +140,12 @@ class ReferenceKernels:
     def table_sums(self, table: Any, features: Any) -> Any:
         """See `Kernels.table_sums`."""
         xp = self._xp
-        sums = xp.zeros((table.shape[1], features.shape[1]))
-        for part in _ranges(len(features), _block_rows(features.shape[1])):
-            used = (table[part] != 0).any(axis=1)
-            sums += table[part][used].T @ features[part][used].astype(xp.float64)
-        return sums
+
+        def work(part: slice) -> Any:
+            used = (table[part] != 0).any(axis=1)[:, None]
+            return table[part].T @ xp.where(used, features[part], 0.0).astype(xp.float64)
+
+        return sum(self._each_block(work, features), xp.zeros((table.shape[1], features.shape[1])))
 
     def gram(self, csr: Csr, table: Any, row_factors: Any, sums: Any) -> None:
         """See `Kernels.gram`."""
@@ -186,19 +193,23 @@ class ReferenceKernels:
         return rows, csr.indices[first:last], weights
 
     def _parts(self, csr: Csr, width: int) -> Iterator[slice]:
-        """Ranges of users with about `BLOCK_VALUES` values of rows, and as many interactions, at a time."""
+        """Blocks of users: at most `block_values` values of rows and `block_entries` interactions each, or one user."""
         count, start = len(csr.indptr) - 1, 0
         while start < count:
-            most = csr.indptr[start] + BLOCK_ENTRIES
+            most = csr.indptr[start] + self.block_entries
             stop = int(self._xp.searchsorted(csr.indptr, most, side="right")) - 1
-            stop = min(max(stop, start + 1), start + _block_rows(width), count)
+            stop = min(max(stop, start + 1), start + self._block_rows(width), count)
             yield slice(start, stop)
             start = stop
 
+    def _block_rows(self, width: int) -> int:
+        return max(1, self.block_values // max(1, width))
 
-def _block_rows(width: int) -> int:
-    return max(1, BLOCK_VALUES // max(1, width))
+    def _each_block(self, work: Callable[[slice], Any], rows: Any) -> list[Any]:
+        """What ``work`` gives of each block of a matrix's rows, in order."""
+        step = self._block_rows(rows.shape[1])
+        return self._map(work, (slice(start, start + step) for start in range(0, len(rows), step)))
 
-
-def _ranges(count: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+    def _map(self, work: Callable[[slice], Any], parts: Iterable[slice]) -> list[Any]:
+        """What ``work`` gives of each part, in order; here one after another."""
+        return [work(part) for part in parts]

@@ -11,7 +11,7 @@ import numpy as np
 
 from gpu_init.kernels import Csr
 
-FEATURE_TYPES = ("float32", "float16", "bfloat16")
+FEATURE_TYPES = ("float32", "float16")
 
 
 class Where(NamedTuple):
@@ -47,10 +47,7 @@ def random_degrees(rng, users, mean=5.0, longest=()):
 
 
 def as_type(values, name):
-    """Float32 values in a type, and what they are then; bfloat16 as numpy stores it, in two bytes."""
-    if name == "bfloat16":
-        bits = np.ascontiguousarray(values).view(np.uint32) >> 16
-        return bits.astype(np.uint16).view("V2"), (bits << 16).view(np.float32)
+    """Float32 values in a type, and what they are then."""
     typed = values.astype(name)
     return typed, typed.astype(np.float32)
 

@@ -161,26 +161,65 @@ def test_where_they_do_not_fit_one_line_says_so(monkeypatch, programs, capsys, t
     assert all("GB that are free on the device: gpu-init's own K-means runs" in line for line in said)
 
 
-def test_room_is_asked_for_twice_the_matrix(cupy):
+def test_room_is_asked_for_twice_the_matrix(cupy, monkeypatch):
+    monkeypatch.setattr(backend, "LIBRARY_FASTER", 1 << 40)
     device = select("cuda")
     said = []
     device.say = said.append
     users = int(0.9 * stand_ins.GPU_BYTES) // (2 * 4 * 100 + backend.LIBRARY_ROW_BYTES)
-    assert device.takes_matrix(users, 100, 8)
-    assert not device.takes_matrix(users + 1, 100, 8)
+    for wanted in ("auto", "cuml"):
+        assert device.takes_matrix(users, 100, 8, wanted)
+    assert not device.takes_matrix(users + 1, 100, 8, "auto")
     assert len(said) == 1
+    assert "GB that are free on the device: gpu-init's own K-means runs" in said[0]
+    with pytest.raises(ResourceError, match="GB that are free on the device; leave kmeans out, or take own"):
+        device.takes_matrix(users + 1, 100, 8, "cuml")
     device._memory.allocation_counts.current_bytes = 1 << 33
-    assert not device.takes_matrix(users * 6 // 10, 100, 8)
-    assert device.takes_matrix(users * 4 // 10, 100, 8)
+    assert not device.takes_matrix(users * 6 // 10, 100, 8, "auto")
+    assert device.takes_matrix(users * 4 // 10, 100, 8, "auto")
 
 
-def test_shapes_that_crash_the_library_are_kept_from_it(cupy):
+def test_shapes_that_crash_the_library_are_kept_from_it(cupy, monkeypatch):
+    monkeypatch.setattr(backend, "LIBRARY_FASTER", 1 << 40)
     device = select("cuda")
-    assert device.takes_matrix(2**20, 2**10, 8)
-    assert not device.takes_matrix(2**21, 2**10, 8)
-    assert not device.takes_matrix(2**20, 8, 2**11)
-    huge = types.SimpleNamespace(shape=(2**21, 2**10), itemsize=4)
-    assert device.kmeans(huge, 8, 0, 1) is None
+    assert device.takes_matrix(2**20, 2**10, 8, "auto")
+    for shape in ((2**21, 2**10, 8), (2**20, 8, 2**11)):
+        assert not device.takes_matrix(*shape, "auto")
+        with pytest.raises(ResourceError, match="crashes at such sizes"):
+            device.takes_matrix(*shape, "cuml")
+
+
+def test_the_library_runs_where_it_is_faster_or_asked_for(cupy):
+    device = select("cuda")
+    said = []
+    device.say = said.append
+    assert device.takes_matrix(backend.LIBRARY_FASTER // 64, 64, 8, "auto")
+    assert not device.takes_matrix(backend.LIBRARY_FASTER // 64 + 1, 64, 8, "auto")
+    assert device.takes_matrix(backend.LIBRARY_FASTER // 64 + 1, 64, 8, "cuml")
+    assert not device.takes_matrix(10, 64, 8, "own")
+    assert not said
+
+
+@pytest.mark.parametrize("flag", ["own", "cuml"])
+def test_a_job_says_whose_kmeans_ran(cupy, tmp_path, flag):
+    jobs.write_job(tmp_path, users=300)
+    made = jobs.run(tmp_path / "out", tmp_path, "--backend=cuda", "--clusters=3", f"--kmeans={flag}")
+    assert made.manifest["settings"]["kmeans"] == flag
+    assert {made.manifest["modalities"][name]["kmeans"]["library"] for name in made} == {flag == "cuml"}
+    assert len(stand_ins.KMeans.fitted) == (2 if flag == "cuml" else 0)
+
+
+def test_the_library_needs_a_device(capsys, tmp_path):
+    assert not CpuBackend("test").takes_matrix(10, 10, 2, "own")
+    with pytest.raises(InputError, match="kmeans cuml needs the CUDA backend"):
+        CpuBackend("test").takes_matrix(10, 10, 2, "cuml")
+    jobs.write_job(tmp_path, users=50)
+    given = [f"--interactions={tmp_path}/clicks.parquet", f"--features=text={tmp_path}/text.npy", "--kmeans=cuml"]
+    assert cli.main(["run", *given, f"--out={tmp_path}/out", "--backend=cpu", "--clusters=2"]) == 2
+    assert "kmeans cuml needs the CUDA backend" in capsys.readouterr().err
+    matrix, features = jobs.problem()
+    with pytest.raises(InputError, match="kmeans cuml needs the CUDA backend"):
+        gpu_init.initialize(matrix, {"text": features}, clusters=2, backend="cpu", kmeans="cuml")
 
 
 # Memory.

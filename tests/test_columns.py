@@ -51,11 +51,11 @@ def calls(kernels, features):
     indptr = np.concatenate([[0], np.cumsum(degrees)])
     csr = Csr(indptr, rng.integers(0, ITEMS, indptr[-1]).astype(np.int32), rng.random(indptr[-1], np.float32))
     scales = (1 / np.maximum(degrees, 1), (rng.random(ITEMS) < 0.9).astype(float))
-    middle, points = rng.normal(size=WIDTH), rng.normal(size=(5, WIDTH))
+    offset, points = rng.normal(size=WIDTH), rng.normal(size=(5, WIDTH))
     yield kernels.lengths(features)
-    yield kernels.aggregate(csr, features, *scales, middle, np.float32)
-    yield kernels.squared_norms(csr, features, *scales, middle)
-    yield kernels.products(features, middle, points, np.float64)
+    yield kernels.aggregate(csr, features, *scales, offset)
+    yield kernels.squared_norms(csr, features, *scales, offset)
+    yield kernels.products(features, offset, points)
 
 
 @pytest.mark.parametrize("share", [0, 1e9])
@@ -68,8 +68,8 @@ def test_kernels_give_the_same(share, whole, sliced, monkeypatch):
         calls(kernels, whole), calls(kernels, sliced), calls(select("cpu").kernels, whole), strict=True
     ):
         assert np.array_equal(expected, plain)
-        assert found.dtype == expected.dtype
-        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12 if found.dtype == np.float64 else 1e-6)
+        assert found.dtype == expected.dtype == np.float64
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_slice_stays_open_until_another_is_asked_for(sliced):

@@ -57,6 +57,8 @@ def test_defaults_are_those_of_the_design():
         "dtype": "float32",
         "seed": 0,
         "restarts": 1,
+        "tolerance": 1e-3,
+        "kmeans": "auto",
     }
 
 
@@ -83,6 +85,8 @@ EVERYTHING = {
     "dtype": "float16",
     "seed": "4294967295",
     "restarts": "3",
+    "tolerance": "0.25",
+    "kmeans": "own",
     "backend": "cpu",
     "valid": "v.csv",
     "valid_where": "x_label == 1",
@@ -104,7 +108,20 @@ AS_CONFIG = JobConfig(
     where="x_label == 0",
     users=9308,
     settings=Settings(
-        "shrink", 3, "interactions", "sym", 64, True, "items", "float16", 2**32 - 1, 3, 2.5, cluster_rank=16
+        "shrink",
+        3,
+        "interactions",
+        "sym",
+        64,
+        True,
+        "items",
+        "float16",
+        2**32 - 1,
+        3,
+        0.25,
+        "own",
+        2.5,
+        cluster_rank=16,
     ),
     backend="cpu",
     valid="v.csv",
@@ -142,6 +159,7 @@ def test_every_key_can_stand_in_the_file(tmp_path, monkeypatch):
         "features": AS_CONFIG.features,
         "users": 9308,
         "tau": 2.5,
+        "tolerance": 0.25,
         **dict.fromkeys(("whiten", "resume", "overwrite"), True),
         **{name: int(EVERYTHING[name]) for name in ("clusters", "cluster_rank", "dim", "seed", "restarts")},
     }
@@ -235,6 +253,10 @@ def test_strange_variables_and_empty_ones_are_ignored():
         ("seed", "-1"),
         ("seed", str(2**32)),
         ("restarts", "0"),
+        ("tolerance", "1.5"),
+        ("tolerance", -1e-3),
+        ("tolerance", "nan"),
+        ("kmeans", "sklearn"),
         ("weighting", "Mean"),
         ("weighting", ["mean"]),
         ("cluster_on", "moods"),

@@ -167,12 +167,6 @@ def test_row_sums(where, some):
     checks.check_row_sums(where, some(1))
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("width", [1, 31, 100])
-def test_lengths(where, dtype, width):
-    checks.check_lengths(where, dtype, width)
-
-
 @pytest.mark.parametrize("clusters", [1, 2, 8, 33, 75, 256])
 def test_assign(where, some, clusters):
     checks.check_assign(where, some(2), clusters)
@@ -206,25 +200,20 @@ def test_gram(where, some):
 
 
 @pytest.mark.parametrize("features", [*checks.FEATURE_TYPES, "float64"])
-@pytest.mark.parametrize(("width", "points"), [(1, 1), (128, 8), (130, 9), (1024, 20), (37, cuda.MOST_POINTS + 1)])
-def test_products(where, features, width, points):
-    checks.check_products(where, width, points, features)
-
-
-@pytest.mark.parametrize("features", checks.FEATURE_TYPES)
-@pytest.mark.parametrize(
-    ("rows", "width", "points"), [(7, 1, 1), (513, 128, 8), (1030, 130, 9), (600, 300, 20), (40, 6, 33)]
-)
-def test_table_sums(where, features, rows, width, points, monkeypatch):
-    checks.check_table_sums(where, rows, width, points, features)
-    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 8 * rows * width)
-    checks.check_table_sums(where, rows, width, points, features)
+@pytest.mark.parametrize("width", [1, 130])
+def test_products_and_sums_of_features_block_by_block(where, features, width, monkeypatch):
+    for values in (where.kernels.block_values, 50 * width):
+        monkeypatch.setattr(where.kernels, "block_values", values)
+        checks.check_products(where, width, 9, features)
+        checks.check_table_sums(where, 210, width, 9, features)
+        checks.check_lengths(where, features, width)
 
 
 def test_batches_of_busy_users_change_nothing(where, monkeypatch):
     p = checks.problem(13, checks.random_degrees(np.random.default_rng(13), 40, longest=(65, 400, 257, 900)), 40, 20)
     whole = checks.blend(where, p, False)
     monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 8 * 20 * 4)
+    monkeypatch.setattr(where.kernels, "block_values", 20 * 7)
     np.testing.assert_array_equal(checks.blend(where, p, False), whole)
     checks.check_aggregate(where, p)
     checks.check_squared_norms(where, p)
@@ -327,32 +316,24 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path):
 
 
 @given(
-    degrees=st.lists(st.one_of(st.integers(65, 5000), st.integers(65, 10**10)), min_size=1, max_size=20),
+    degrees=st.lists(st.one_of(st.integers(65, 5000), st.integers(65, 10**7)), min_size=1, max_size=20),
     most=st.integers(1, 5000),
 )
 @settings(max_examples=50, deadline=None)
 def test_parts_hold_every_interaction_once(degrees, most):
-    at = np.arange(len(degrees)) * 3
+    rows = np.arange(len(degrees)) * 3
     seen = []
-    for part in cuda.split(at, np.array(degrees), most):
-        assert len(part.at) == 1 or len(part.owner) <= most
-        for row, (first, last) in enumerate(zip(part.starts[:-1], part.starts[1:], strict=True)):
-            degree = degrees[int(part.at[row]) // 3]
-            assert 0 < last - first <= cuda.MOST_PARTS
-            assert (part.owner[first:last] == part.at[row]).all()
-            assert part.begin[first] == 0
-            assert part.end[last - 1] == degree
-            np.testing.assert_array_equal(part.begin[first + 1 : last], part.end[first : last - 1])
-            assert (part.end[first:last] > part.begin[first:last]).all()
-        seen += part.at.tolist()
-    assert seen == at.tolist()
-
-
-def test_the_split_of_a_user_depends_on_its_degree_alone():
-    alone = next(cuda.split(np.array([0]), np.array([100_000]), 1000))
-    [_, other] = [*cuda.split(np.array([0, 1]), np.array([200, 100_000]), 3)]
-    np.testing.assert_array_equal(alone.begin, other.begin)
-    np.testing.assert_array_equal(alone.end, other.end)
+    for at, starts, owner in cuda.split(rows, np.array(degrees), most):
+        assert len(at) == 1 or len(owner) <= most
+        assert starts[0] == 0
+        assert starts[-1] == len(owner)
+        of_rows = np.array(degrees)[at // 3]
+        np.testing.assert_array_equal(np.bincount(owner), np.diff(starts))
+        assert (np.diff(owner) >= 0).all()
+        assert (np.diff(starts) * cuda.PART >= of_rows).all()
+        assert ((np.diff(starts) - 1) * cuda.PART < of_rows).all()
+        seen += at.tolist()
+    assert seen == rows.tolist()
 
 
 @pytest.mark.parametrize(
@@ -405,7 +386,7 @@ def test_constants_are_those_of_the_sources():
     assert f"RUN = {cuda.LONGEST};" in text
     assert f"ROWS = {cuda.ROWS};" in text
     assert f"TILE = {cuda.TILE};" in text
-    assert f"ITEMS = {cuda.ITEMS};" in text
+    assert f" PART = {cuda.PART};" in text
     assert f"WARP = {cuda.WARP};" in text
     assert f"WARPS = {cuda.THREADS // cuda.WARP};" in text
     assert text.count("__launch_bounds__(WARPS * WARP") == text.count("__global__") - 1
