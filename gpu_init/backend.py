@@ -18,10 +18,12 @@ import ctypes
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import platform
 import re
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -890,7 +892,10 @@ def _driver_version() -> tuple[int, int] | None:
 
 
 def _importable(library: str) -> bool:
+    """Whether a library can be imported; of cuML, which takes seconds and few jobs need, whether it is there."""
     try:
+        if library == "cuml" and library not in sys.modules:
+            return importlib.util.find_spec(library) is not None
         importlib.import_module(library)
     except Exception:  # a broken installation raises whatever it likes
         return False

@@ -73,6 +73,7 @@ from .job import (
     identity_of,
     inputs_of,
     item_axis_of,
+    job_seconds,
     kmeans_facts,
     manifest_of,
     modality_facts,
@@ -83,7 +84,7 @@ from .job import (
     users_of,
 )
 from .kernels import Csr, kernels_for
-from .kernels.costs import fitting_seconds, reading_seconds
+from .kernels.costs import reading_seconds
 from .npy import read_rows
 from .objects import open_staging
 from .partitions import SCRATCH, SHARED, Batch, Fitted, Rows, Work
@@ -530,9 +531,7 @@ class _Run:
         axis = item_axis_of(self._tables)
         with self._step("read interactions", unit="row") as step:
             counts = self._store(axis, step)
-            widths = [config.settings.dim or table.values.shape[1] for table in self._tables.values()]
-            sizes = (counts.users, counts.items, counts.pairs)
-            seconds = fitting_seconds(*sizes, widths, config.settings.clusters)
+            seconds = job_seconds(config, self._tables, (counts.users, counts.items, counts.pairs))
             self.work = replace(self.work, kernels=kernels_for(seconds))
             step.note(users=counts.users, items=counts.items, pairs=counts.pairs)
         for name, table in self._tables.items():

@@ -269,7 +269,7 @@ def _read_interactions(
         progress.warn(line)
     tell_gaps(config, table.user_ids, progress)
     sizes = (table.interactions.users, table.interactions.items, table.interactions.pairs)
-    backend = for_work(backend, fitting_seconds(*sizes, _widths(config, tables), config.settings.clusters, candidates))
+    backend = for_work(backend, job_seconds(config, tables, sizes, candidates))
     progress.say(f"kernels: {table.kernels} to read, {backend.kernels.name} to fit")
     sources, operators = {}, {}
     for name, found in tables.items():
@@ -293,7 +293,7 @@ def prepare_kernels(
     """Begin to compile what the job will use, as far as the sizes of its files tell: rows, and bytes of text files."""
     pairs = max(rows, size // _LINE_BYTES)
     items = max(len(table.values) for table in tables.values())
-    fitting = fitting_seconds(0, items, pairs, _widths(config, tables), config.settings.clusters)
+    fitting = job_seconds(config, tables, (0, items, pairs))
     reads, fits = (kernels_for(seconds) == "numba" for seconds in (reading_seconds(rows, size), fitting))
     if reads or fits:
         backend.prepare(reads, fits, config.settings.cluster_on == "interactions")
@@ -304,9 +304,13 @@ def _text_bytes(config: JobConfig) -> int:
     return sum(file_state(path)[0] for path in paths)
 
 
-def _widths(config: JobConfig, tables: Mapping[str, FeatureTable]) -> list[int]:
-    """Columns of each modality's features, as they are aggregated."""
-    return [config.settings.dim or table.values.shape[1] for table in tables.values()]
+def job_seconds(
+    config: JobConfig, tables: Mapping[str, FeatureTable], sizes: tuple[int, int, int], candidates: int = 1
+) -> float:
+    """See `costs.fitting_seconds`; ``sizes``: users, items and pairs."""
+    settings = config.settings
+    widths = [settings.dim or table.values.shape[1] for table in tables.values()]
+    return fitting_seconds(*sizes, widths, settings.clusters, settings.cluster_on == "interactions", candidates)
 
 
 def columns_of(config: JobConfig) -> Columns:

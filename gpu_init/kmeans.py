@@ -109,7 +109,10 @@ def _from_sample(
     """Centroids to start from, (K, D) float32: the best found on a sample, taken further on a larger one."""
     rng = np.random.default_rng(seed)
     sizes = sample_sizes(len(points), clusters, len(points.offset))
-    rows = points.rows(_drawn(backend, rng, len(points), sizes[-1])).astype(backend.xp.float32)
+    drawn = _drawn(backend, rng, len(points), sizes[-1])
+    rows = backend.empty((len(drawn), len(points.offset)), "float32")
+    for part in ranges(len(drawn), TILE_ROWS):
+        rows[part] = points.rows(drawn[part])
     sample = Sample(backend, rows[_drawn(backend, rng, len(rows), sizes[0])])
     starts = (seeds(backend, sample, clusters, rng) for _ in range(restarts))
     found = (lloyd(backend, sample, start) for start in starts)
@@ -250,7 +253,7 @@ def needed_bytes(form: str, count: int, items: int, clusters: int, width: int) -
     }
     passes = ROW_BYTES * count + LOOK_BYTES * min(count, LOOK_ROWS) + beside[form]
     samples = sum(sample_sizes(count, clusters, width))
-    return max(passes, 16 * count + (8 * width + ROW_BYTES + LOOK_BYTES) * samples)
+    return max(passes, 16 * count + (4 * width + ROW_BYTES + LOOK_BYTES) * samples)
 
 
 def parts_bytes(table: int) -> int:

