@@ -182,7 +182,8 @@ def lloyd(
         filled = bool(counts.all())
         if len(inertia) == MOST_PASSES:
             return centroids, found.labels, inertia, "passes"
-        if filled and len(inertia) > 1 and inertia[-2] - inertia[-1] < tolerance * inertia[-1]:
+        lowered = inertia[-2] - inertia[-1] if len(inertia) > 1 else np.inf
+        if filled and tolerance > 0 and lowered < tolerance * inertia[-1]:
             return centroids, found.labels, inertia, "tolerance"
         means = _means(offset, centroids, backend.to_host(found.sums()), counts)
         if not filled:
@@ -232,12 +233,17 @@ def _means(offset: Any, centroids: Any, sums: Any, counts: Any) -> Any:
 
 
 def _refill(backend: Backend, points: Clusterable, means: Any, centroids: Any, counts: Any) -> None:
-    """Let clusters left empty take the rows farthest from the centroids, as scikit-learn has it."""
+    """Let clusters left empty take the rows farthest from the centroids, as scikit-learn has it.
+
+    Rows that are centroids already do not count: where fewer rows differ than there are clusters, some stay empty.
+    """
     empty = np.flatnonzero(counts == 0)
-    farthest, reached = points.far(centroids, len(empty))
-    farthest = farthest[reached > 0]  # fewer than are empty, where distinct rows are fewer than clusters
-    rows = backend.to_host(points.rows(farthest))
-    means[empty[: len(farthest)]] = rows + backend.to_host(points.offset)
+    farthest, _ = points.far(centroids, len(empty))
+    rows = (backend.to_host(points.rows(farthest)) + backend.to_host(points.offset)).astype(np.float32)
+    taken = {mean.tobytes() for mean in means[counts > 0]}
+    new = [row for row in dict.fromkeys(map(bytes, rows)) if row not in taken]
+    for cluster, row in zip(empty, new, strict=False):
+        means[cluster] = np.frombuffer(row, np.float32)
 
 
 def needed_bytes(form: str, count: int, items: int, clusters: int, width: int) -> int:

@@ -1,4 +1,7 @@
-"""`gpu-init assign`: the same users with the same interactions get the same bytes, whoever else there is."""
+"""`gpu-init assign`: the same users with the same interactions get the same bytes, whoever else there is.
+
+Where it runs other kernels than the job did, they get the same labels, and their vectors to rounding.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import gpu_init
 from gpu_init import artifact
 from gpu_init.cli import main
 from gpu_init.progress import Progress
+
+from . import oracle
 
 USERS, ITEMS, WIDTH = 300, 60, 8
 
@@ -82,6 +87,20 @@ def test_same_users_same_bytes(place, form):
     assert again == 0
     np.testing.assert_array_equal(gpu_init.load(place / "again")["image"].users, full["image"].users)
     assert gpu_init.load(place / "again")["image"].labels[0] == -1  # who is cold as in the job
+
+
+@pytest.mark.parametrize(("of_job", "of_assign"), [("numba", "numpy"), ("numpy", "numba")])
+@pytest.mark.parametrize("form", FORMS)
+def test_other_kernels_same_labels(place, monkeypatch, form, of_job, of_assign):
+    monkeypatch.setenv("GPU_INIT_KERNELS", of_job)
+    full = job(place, "full", "--clusters=5", *FORMS[form])
+    monkeypatch.setenv("GPU_INIT_KERNELS", of_assign)
+    assert assign(place, "full", "new", "log.parquet", f"--users={USERS}") == 0
+    made = gpu_init.load(place / "new")
+    assert [one.manifest["backend"]["kernels"] for one in (full, made)] == [of_job, of_assign]
+    np.testing.assert_array_equal(made["image"].labels, full["image"].labels)
+    rounding = 1e-6 if full["image"].users.dtype == np.float32 else 1e-3
+    oracle.assert_close(made["image"].users, full["image"].users.astype(np.float64), rounding)
 
 
 def test_ids_of_text_and_items_that_the_job_did_not_have(place):

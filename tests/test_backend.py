@@ -200,6 +200,16 @@ def test_the_library_runs_where_it_is_faster_or_asked_for(cupy):
     assert not said
 
 
+def test_a_device_has_kernels_of_its_own(cupy, monkeypatch):
+    device = select("cuda")
+    for wanted in (None, "numpy", "numba"):
+        monkeypatch.setenv("GPU_INIT_KERNELS", wanted) if wanted else monkeypatch.delenv("GPU_INIT_KERNELS", False)
+        for seconds in (0, 1e9):
+            assert backend.for_work(device, seconds) is device
+    device.prepare(True, True, True)
+    assert device.kernels.name == "cuda"
+
+
 @pytest.mark.parametrize("flag", ["own", "cuml"])
 def test_a_job_says_whose_kmeans_ran(cupy, tmp_path, flag):
     jobs.write_job(tmp_path, users=300)

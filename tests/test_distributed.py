@@ -113,17 +113,22 @@ JOBS = {
 
 
 OFTEN = ("recency", "interactions", "matrix")  # the others are among the long proofs
+NUMBA = ("recency", "many", "sym", "items")  # the others are small enough for numpy's kernels
 
 
 @pytest.mark.parametrize(
     "job", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in JOBS]
 )
-def test_a_job_over_workers_makes_what_one_process_makes(job, cluster, data, tmp_path):
+def test_a_job_over_workers_makes_what_one_process_makes(job, cluster, data, tmp_path, monkeypatch):
     flags, options = JOBS[job]
+    if job in NUMBA:
+        monkeypatch.setenv("GPU_INIT_KERNELS", "numba")  # here alone: workers are told
     assert cli.main(arguments(data, tmp_path / "one", *flags, **options)) == 0
     address = f"--scheduler={cluster.scheduler_address}"
     assert cli.main(arguments(data, tmp_path / "many", *flags, address, **options)) == 0
     ours, theirs = assert_same(tmp_path / "one", tmp_path / "many")
+    for key in ("kernels", "reading_kernels"):
+        assert ours["backend"][key] == theirs["backend"][key] == ("numba" if job in NUMBA else "numpy")
     carried = {step["step"]: step["carried_bytes"] for step in theirs["timings"]["steps"] if "carried_bytes" in step}
     assert (carried["read interactions"] > 0) == (job != "matrix")  # which this process reads
     for name in theirs["modalities"]:
@@ -194,7 +199,7 @@ def test_parts_join_to_the_same_in_runs_of_any_length():
 def test_runs_of_parts_are_dealt_in_turn_and_stay_where_they_are():
     there = {"a": 1, "b": 1}
     workers = distributed.Workers(None, SimpleNamespace(nthreads=lambda: there))
-    work = partitions.Work(JobConfig("", {}, "", Settings()), "cpu", "run", "", tuple(range(13)), ITEMS)
+    work = partitions.Work(JobConfig("", {}, "", Settings()), "cpu", "numpy", "run", "", tuple(range(13)), ITEMS)
 
     def places():
         workers._arrange(work)
@@ -255,7 +260,7 @@ def test_batches_of_any_size_come_to_the_same_bytes(cluster, data, tmp_path, mon
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="needs Linux")
 def test_what_a_task_looked_at_of_a_part_is_left_to_the_system(tmp_path):
     items = np.random.default_rng(0).integers(0, ITEMS, 40 * USERS, np.int32)
-    work = partitions.Work(JobConfig("", {}, "", Settings()), "cpu", "run", str(tmp_path), (0, USERS), ITEMS)
+    work = partitions.Work(JobConfig("", {}, "", Settings()), "cpu", "numpy", "run", str(tmp_path), (0, USERS), ITEMS)
     (tmp_path / partitions.SCRATCH).mkdir()
     partitions.put_part(work, 0, Csr(40 * np.arange(USERS + 1), items, None))
     for _ in range(2):
@@ -318,6 +323,7 @@ def test_what_cannot_be_is_refused(cluster, data, tmp_path, capsys):
     assert "no scheduler answers" in refused(capsys, arguments(data, out, "--scheduler=nonsense"))
     assert "a folder they all see" in refused(capsys, arguments(data, "s3://bucket/out", here))
     assert "--backend cuda" in refused(capsys, arguments(data, out, here, "--backend=cuda"))
+    assert "kmeans cuml runs in one process" in refused(capsys, arguments(data, out, here, "--kmeans=cuml"))
     assert "99999999 clusters" in refused(capsys, arguments(data, out, here, "--clusters=99999999"))
     assert "no column none" in refused(capsys, arguments(data, out, here, "--weight-column=none"))
     assert "beyond --users 5" in refused(capsys, arguments(data, out, here, "--users=5"))

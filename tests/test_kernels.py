@@ -447,24 +447,33 @@ def test_the_environment_says_how_many_threads(monkeypatch, given, count):
     assert threads.cores() == int(count or len(os.sched_getaffinity(0)))
 
 
+def peak_beside_the_result(call):
+    """Most bytes that a call takes at a time, beside what it gives."""
+    tracemalloc.start()
+    kept = call()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak - sum(one.nbytes for one in (kept if isinstance(kept, tuple) else [kept]) if one is not None)
+
+
 def test_the_reference_keeps_to_its_blocks():
     """Rows (U, D) in float64 would be 61 MB, where the values of a block are 0.5 MB."""
     users, items, width, clusters = 120_000, 500, 64, 60
     rng = np.random.default_rng(0)
-    csr = Csr(
-        np.arange(0, 2 * users + 1, 2), rng.integers(0, items, 2 * users).astype(np.int32), rng.random(2 * users, "f4")
-    )
+    indices = rng.integers(0, items, 2 * users).astype(np.int32)
+    csr = Csr(np.arange(0, 2 * users + 1, 2), indices, rng.random(2 * users, "f4"))
     kernels = ReferenceKernels(np, scipy.sparse)
     kernels.block_values, kernels.block_entries = 1 << 16, 1 << 14
     features, ones, of_items = rng.random((items, width), "f4"), np.ones(users), np.ones(items)
     labels, table, sums = np.zeros(users, np.int32), rng.random((items, clusters)), np.zeros((items, clusters))
-    out, rows = np.empty((users, width), "f4"), np.empty((users, width), "f4")
+    out, rows = np.empty((users, width), "f4"), np.ones((users, width), "f4")
     centroids, item_labels = rng.random((clusters, width), "f4"), np.zeros(items, np.int32)
     blended = (csr, features, ones, of_items, ones, centroids)
     calls = {
         "lengths": lambda: kernels.lengths(rows),
         "row_sums": lambda: kernels.row_sums(csr, of_items),
         "squared_norms": lambda: kernels.squared_norms(csr, features, ones, of_items, np.zeros(width)),
+        "products": lambda: kernels.products(rows, np.zeros(width), np.ones((2, width))),
         "assign": lambda: kernels.assign(csr, table, ones, of_items, np.zeros(clusters)),
         "label_sums": lambda: kernels.label_sums(csr, labels, ones, of_items, sums),
         "gram": lambda: kernels.gram(csr, table, ones, sums),
@@ -473,12 +482,30 @@ def test_the_reference_keeps_to_its_blocks():
         "by item": lambda: kernels.aggregate_blend(*blended, None, item_labels, ones, np.zeros(width), 1.0, out),
     }
     for name, call in calls.items():
-        tracemalloc.start()
-        kept = call()
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        of_result = sum(one.nbytes for one in (kept if isinstance(kept, tuple) else [kept]) if one is not None)
-        assert peak - of_result < 6 << 20, f"{name}: {peak - of_result} bytes"
+        peak = peak_beside_the_result(call)
+        assert peak < 6 << 20, f"{name}: {peak} bytes"
+
+
+@pytest.mark.xfail(strict=True, reason="the rows of a block's items are all gathered in float64, however many they are")
+def test_the_reference_gathers_no_more_than_a_block():
+    users, items, width, degree = 2000, 40_000, 64, 100
+    rng = np.random.default_rng(0)
+    indices = rng.integers(0, items, degree * users).astype(np.int32)
+    csr = Csr(np.arange(0, degree * users + 1, degree), indices, None)
+    kernels = ReferenceKernels(np, scipy.sparse)
+    kernels.block_values, kernels.block_entries = 1 << 16, 1 << 15
+    given = (csr, rng.random((items, width), "f4"), np.ones(users), np.ones(items), np.zeros(width))
+    assert peak_beside_the_result(lambda: kernels.squared_norms(*given)) < 6 << 20
+
+
+@pytest.mark.xfail(strict=True, reason="the sums of all blocks are kept until they are added up")
+@pytest.mark.parametrize("kind", [NumbaKernels, lambda: ReferenceKernels(np, scipy.sparse)])
+def test_table_sums_are_added_up_as_they_come(kind):
+    """A block's is 30 kB, and there are 1,250."""
+    kernels = kind()
+    kernels.block_values = 1 << 10
+    table, features = np.ones((20_000, 60)), np.ones((20_000, 64), np.float32)
+    assert peak_beside_the_result(lambda: kernels.table_sums(table, features)) < 6 << 20
 
 
 # Which of them run.
@@ -504,6 +531,7 @@ def test_seconds_grow_with_every_size():
         assert costs.fitting_seconds(**{**sizes, name: more}) > seconds
     assert costs.fitting_seconds(**{**sizes, "widths": [64, 129]}) > seconds
     assert costs.fitting_seconds(**{**sizes, "widths": [64, 128, 1]}) > seconds
+    assert costs.fitting_seconds(**sizes, on_interactions=True) > seconds
     assert costs.fitting_seconds(**sizes, candidates=3) == 3 * seconds
     sizes["clusters"] = "auto"
     assert costs.fitting_seconds(**sizes) == costs.fitting_seconds(**{**sizes, "clusters": 64})

@@ -216,17 +216,21 @@ def test_fit_goes_from_samples_to_all_rows(rng, small_blocks, monkeypatch, form,
     assert (falls[:-1] >= tolerance * np.array(found.inertia[1:-1])).all()
 
 
-def test_the_forms_agree(rng, small_blocks):
+@pytest.mark.parametrize("kernels", ["numpy", "numba"])
+def test_the_forms_agree(rng, small_blocks, kernels):
     points, M = users(rng, groups=4)
-    arrays = (points._csr, points._features, points._row_scale, points._item_scale)
-    factored = kmeans.fit(CPU, points, 7, seed=0)
-    tiled = kmeans.fit(CPU, kmeans.Tiled(CPU, *arrays), 7, seed=0)
-    dense = kmeans.fit(CPU, kmeans.Dense(CPU, M, points.offset), 7, seed=0)
-    np.testing.assert_array_equal(factored.labels, tiled.labels)
-    np.testing.assert_array_equal(of_rows(points, factored.labels), dense.labels)
-    for other in (tiled, dense):
-        oracle.assert_close(factored.centroids, other.centroids, 1e-6)
-        np.testing.assert_allclose(factored.inertia, other.inertia, rtol=1e-9)
+    device = CPU.with_kernels(kernels)
+    arrays = (device, points._csr, points._features, points._row_scale, points._item_scale)
+    expected = kmeans.fit(CPU, points, 7, seed=0)
+    factored = kmeans.fit(device, kmeans.Factored(*arrays), 7, seed=0)
+    tiled = kmeans.fit(device, kmeans.Tiled(*arrays), 7, seed=0)
+    dense = kmeans.fit(device, kmeans.Dense(device, M, points.offset), 7, seed=0)
+    for other in (factored, tiled):
+        np.testing.assert_array_equal(expected.labels, other.labels)
+    np.testing.assert_array_equal(of_rows(points, expected.labels), dense.labels)
+    for other in (factored, tiled, dense):
+        oracle.assert_close(other.centroids, expected.centroids, 1e-6)
+        np.testing.assert_allclose(other.inertia, expected.inertia, rtol=1e-6)
 
 
 def test_passes_start_from_the_centroids_of_a_library(rng):

@@ -126,8 +126,9 @@ def test_one_seed_one_result_another_seed_another():
     assert (first.labels != other.labels).any()
 
 
-def test_the_reference_kernels_give_the_same_job(monkeypatch):
+def test_both_kinds_of_kernels_give_the_same(monkeypatch):
     R, F = catalogue()
+    monkeypatch.setenv("GPU_INIT_KERNELS", "numba")
     fast = gpu_init.initialize(R, F)
     monkeypatch.setenv("GPU_INIT_KERNELS", "numpy")
     plain = gpu_init.initialize(R, F)
@@ -135,7 +136,8 @@ def test_the_reference_kernels_give_the_same_job(monkeypatch):
         oracle.assert_close(fast[name].users, plain[name].users, 1e-6)
 
 
-def test_the_number_of_threads_does_not_change_a_byte(tmp_path):
+@pytest.mark.parametrize("kernels", ["numpy", "numba"])
+def test_the_number_of_threads_does_not_change_a_byte(tmp_path, kernels):
     code = (
         "import hashlib, sys; sys.path.insert(0, sys.argv[1])\n"
         "import gpu_init\n"
@@ -152,8 +154,9 @@ def test_the_number_of_threads_does_not_change_a_byte(tmp_path):
 
     root = str(Path(__file__).parent.parent)
     digests = set()
-    for threads in ("1", "2"):
+    for threads in ("1", "3"):
         limits = dict.fromkeys(("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+        limits["GPU_INIT_KERNELS"] = kernels
         done = subprocess.run(
             [sys.executable, "-c", code, root], env={**os.environ, **limits}, capture_output=True, text=True, check=True
         )

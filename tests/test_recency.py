@@ -13,9 +13,8 @@ import pytest
 import gpu_init
 from gpu_init.cli import main
 from gpu_init.errors import InputError
-from gpu_init.interactions import Columns, ItemAxis, read
 
-from .test_interactions import CPU, HOLDING, frame, matrix, write
+from .test_interactions import frame, matrix, take, write
 
 DAY = 86_400
 START = 1_700_000_000  # 2023-11-14 22:13:20 UTC
@@ -42,14 +41,13 @@ WRITTEN = {
 PLACES = ["a.parquet", "ids.parquet", "a.csv", "a.inter", "folder"]
 
 
-def rows(backend, path, half_life="10d", **columns):
-    return read(backend, path, Columns(half_life=half_life, **columns), ItemAxis(4), None)
+def rows(path, half_life="10d", **columns):
+    return take(path, half_life=half_life, **columns)
 
 
-@pytest.mark.parametrize("backend", [CPU, HOLDING], ids=["streamed", "held"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("written", WRITTEN)
-def test_weights_by_hand(tmp_path, backend, place, written):
+def test_weights_by_hand(tmp_path, place, written):
     table = ROWS.assign(timestamp=WRITTEN[written](ROWS["timestamp"]))
     if place == "folder":
         write(tmp_path / "folder" / "1.parquet", table.iloc[::2])
@@ -58,38 +56,36 @@ def test_weights_by_hand(tmp_path, backend, place, written):
     else:
         table = table.assign(user_id="u" + table["user_id"].astype(str)) if place == "ids.parquet" else table
         path = write(tmp_path / place, table)
-    np.testing.assert_allclose(matrix(rows(backend, path)), PLAIN, rtol=1e-6)
-    np.testing.assert_allclose(matrix(rows(backend, path, weight="w")), WEIGHTED, rtol=1e-6)
+    np.testing.assert_allclose(matrix(rows(path)), PLAIN, rtol=1e-6)
+    np.testing.assert_allclose(matrix(rows(path, weight="w")), WEIGHTED, rtol=1e-6)
 
 
 def test_dates_are_days(tmp_path):
     days = [datetime.date(2024, 1, 1) + datetime.timedelta(days=day) for day in (0, 20, 30, 7, 3, 99)]
     table = pa.table({"user_id": ROWS["user_id"], "item_id": ROWS["item_id"], "date": pa.array(days)})
     pq.write_table(table, tmp_path / "a.parquet")
-    np.testing.assert_allclose(matrix(rows(CPU, str(tmp_path / "a.parquet"), time="date")), PLAIN, rtol=1e-6)
+    np.testing.assert_allclose(matrix(rows(str(tmp_path / "a.parquet"), time="date")), PLAIN, rtol=1e-6)
 
 
 def test_a_number_alone_is_in_the_unit_of_the_column(tmp_path):
     path = write(tmp_path / "a.parquet", ROWS.assign(timestamp=ROWS["timestamp"] * 1000))
-    np.testing.assert_allclose(matrix(rows(CPU, path, 10.0 * DAY * 1000)), PLAIN, rtol=1e-6)
+    np.testing.assert_allclose(matrix(rows(path, 10.0 * DAY * 1000)), PLAIN, rtol=1e-6)
 
 
 @pytest.mark.parametrize("text", ["240h", "14400m", "864000s", "10d", " 10 d ", "1.428571429w"])
 def test_units(tmp_path, text):
-    np.testing.assert_allclose(matrix(rows(CPU, write(tmp_path / "a.csv", ROWS), text)), PLAIN, rtol=1e-6)
+    np.testing.assert_allclose(matrix(rows(write(tmp_path / "a.csv", ROWS), text)), PLAIN, rtol=1e-6)
 
 
 def test_only_rows_that_are_taken_count(tmp_path):
-    from gpu_init.where import parse
-
     path = write(tmp_path / "a.parquet", ROWS.assign(fold=[0, 0, 1, 0, 0, 1]))
-    found = matrix(rows(CPU, path, where=parse("fold == 0")))
+    found = matrix(rows(path, where="fold == 0"))
     np.testing.assert_allclose(found[0], [1 / 4, 1, 0, 0], rtol=1e-6)
 
 
 def test_what_is_too_old_is_no_interaction(tmp_path):
     path = write(tmp_path / "a.parquet", frame([0, 0], [0, 1], timestamp=[0, 101 * DAY]))
-    np.testing.assert_array_equal(matrix(rows(CPU, path, "1d")), [[0, 1, 0, 0]])
+    np.testing.assert_array_equal(matrix(rows(path, "1d")), [[0, 1, 0, 0]])
 
 
 @pytest.mark.parametrize(
@@ -107,7 +103,7 @@ def test_what_is_too_old_is_no_interaction(tmp_path):
 def test_times_that_are_none(tmp_path, times, half_life, words):
     path = write(tmp_path / "a.parquet", frame([0, 1], [0, 1], timestamp=times))
     with pytest.raises(InputError, match=words):
-        rows(CPU, path, half_life)
+        rows(path, half_life)
 
 
 SESSIONS = pd.DataFrame(

@@ -96,15 +96,6 @@ def test_the_python_call_gives_the_same_bytes(tmp_path, train):
             np.testing.assert_array_equal(getattr(one, field), getattr(called[name], field))
 
 
-def test_the_reference_kernels_agree(tmp_path, monkeypatch):
-    fast = run(tmp_path / "fast")
-    monkeypatch.setenv("GPU_INIT_KERNELS", "numpy")
-    plain = run(tmp_path / "plain")
-    assert plain.manifest["backend"]["kernels"] == "numpy"
-    for name in fast:
-        oracle.assert_close(fast[name].users, plain[name].users, 1e-6)
-
-
 def test_half_precision(tmp_path):
     full, half = run(tmp_path / "full"), run(tmp_path / "half", "--dtype=float16")
     for name in full:

@@ -12,11 +12,12 @@ import pytest
 import scipy.sparse
 
 import gpu_init
-from gpu_init import config, demo, job, tune
+from gpu_init import config, demo, job, kernels, tune
 from gpu_init.backend import select
 from gpu_init.cli import main
 from gpu_init.config import Settings
 from gpu_init.errors import InputError
+from gpu_init.kernels import costs
 from gpu_init.progress import Progress
 
 USERS, ITEMS = 200, 90
@@ -94,6 +95,17 @@ def test_scores_are_those_of_the_vectors(place):
             assert np.mean(np.abs(found.scores[f"recall@{k}"][at] - hits.sum(axis=1) / counts) > 1e-9) < 0.02
             assert np.mean(np.abs(found.scores[f"ndcg@{k}"][at] - hits @ gains / ideal) > 1e-9) < 0.05
     assert {one.modalities for one in found.candidates} == {("image",), ("text",), ("image", "text")}
+
+
+def test_all_candidates_count_where_kernels_are_chosen(place, monkeypatch):
+    one = job.read_inputs(loaded(place), select("cpu"), Progress(None)).backend
+    assert one.kernels.name == "numpy"
+    of_one = costs.fitting_seconds(USERS, ITEMS, len(log(1)), [12, 9], 8)
+    monkeypatch.setattr(kernels, "NUMPY_SECONDS", 1.01 * of_one)
+    monkeypatch.setattr(job, "reading_seconds", lambda *_: 0.0)
+    assert job.read_inputs(loaded(place), select("cpu"), Progress(None)).backend.kernels.name == "numpy"
+    data, _ = tune.read(loaded(place), select("cpu"), Progress(None))
+    assert data.backend.kernels.name == "numba"
 
 
 def test_metrics_by_hand():
