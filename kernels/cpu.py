@@ -162,7 +162,7 @@ INTERACTIONS_ONLY = (_gram,)
 class NumbaKernels(ReferenceKernels):
     """The kernels on numpy arrays, compiled for this machine at first use; the rest is the reference's, in threads."""
 
-    block_values = _TILE_VALUES
+    block_values = 1 << 19
 
     def __init__(self) -> None:
         super().__init__(np, scipy.sparse)
@@ -172,10 +172,10 @@ class NumbaKernels(ReferenceKernels):
         """See `Kernels.rows_in_place`."""
         return Rows
 
-    def _map(self, work: Callable[[slice], Any], parts: Iterable[slice]) -> list[Any]:
+    def _map(self, work: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
         """See `ReferenceKernels._map`: side by side."""
         with one_blas_thread():
-            return list(in_order(work, parts))
+            yield from in_order(work, parts)
 
     def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Any:
         """See `Kernels.aggregate`."""

@@ -418,8 +418,8 @@ def fingerprint(file: str) -> str:
 
 
 def ahead_folder() -> Path:
-    """Folder of the kernels compiled ahead of time: ``GPU_INIT_CUDA_KERNELS``, else one in the user's cache."""
-    return Path(os.environ.get("GPU_INIT_CUDA_KERNELS") or _cache() / "cuda")
+    """Folder ``cuda`` of the machine code that ``GPU_INIT_MACHINE_CODE`` names, or of the user's cache."""
+    return Path(os.environ.get("GPU_INIT_MACHINE_CODE") or _cache()) / "cuda"
 
 
 def machine_code(folder: Path, file: str, capability: int) -> tuple[Path, Path]:

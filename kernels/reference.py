@@ -6,6 +6,7 @@ every other implementation to this one, and small jobs on a CPU run it, as nothi
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -40,7 +41,7 @@ class ReferenceKernels:
             block = rows[part].astype(self._xp.float64)
             out[part] = (block * block).sum(axis=1)
 
-        self._each_block(work, rows)
+        deque(self._each_block(work, rows), maxlen=0)
         return out
 
     def row_sums(self, csr: Csr, item_values: Any) -> Any:
@@ -103,7 +104,7 @@ class ReferenceKernels:
         def work(part: slice) -> None:
             out[part] = (features[part].astype(self._xp.float64) - offset) @ points.T
 
-        self._each_block(work, features)
+        deque(self._each_block(work, features), maxlen=0)
         return out
 
     def assign(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any, lengths: Any) -> tuple[Any, Any]:
@@ -145,7 +146,10 @@ class ReferenceKernels:
             used = (table[part] != 0).any(axis=1)[:, None]
             return table[part].T @ xp.where(used, features[part], 0.0).astype(xp.float64)
 
-        return sum(self._each_block(work, features), xp.zeros((table.shape[1], features.shape[1])))
+        sums = xp.zeros((table.shape[1], features.shape[1]))
+        for partial in self._each_block(work, features):
+            sums += partial
+        return sums
 
     def gram(self, csr: Csr, table: Any, row_factors: Any, sums: Any) -> None:
         """See `Kernels.gram`."""
@@ -193,10 +197,10 @@ class ReferenceKernels:
         return rows, csr.indices[first:last], weights
 
     def _parts(self, csr: Csr, width: int) -> Iterator[slice]:
-        """Blocks of users: at most `block_values` values of rows and `block_entries` interactions each, or one user."""
+        """Blocks of users, or of one: as many as have `block_values` values of rows, and so do their items' rows."""
         count, start = len(csr.indptr) - 1, 0
         while start < count:
-            most = csr.indptr[start] + self.block_entries
+            most = csr.indptr[start] + min(self._block_rows(width), self.block_entries)
             stop = int(self._xp.searchsorted(csr.indptr, most, side="right")) - 1
             stop = min(max(stop, start + 1), start + self._block_rows(width), count)
             yield slice(start, stop)
@@ -205,11 +209,11 @@ class ReferenceKernels:
     def _block_rows(self, width: int) -> int:
         return max(1, self.block_values // max(1, width))
 
-    def _each_block(self, work: Callable[[slice], Any], rows: Any) -> list[Any]:
+    def _each_block(self, work: Callable[[slice], Any], rows: Any) -> Iterator[Any]:
         """What ``work`` gives of each block of a matrix's rows, in order."""
         step = self._block_rows(rows.shape[1])
         return self._map(work, (slice(start, start + step) for start in range(0, len(rows), step)))
 
-    def _map(self, work: Callable[[slice], Any], parts: Iterable[slice]) -> list[Any]:
+    def _map(self, work: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
         """What ``work`` gives of each part, in order; here one after another."""
-        return [work(part) for part in parts]
+        return map(work, parts)

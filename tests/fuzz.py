@@ -28,6 +28,7 @@ import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -296,11 +297,7 @@ class Bench:
             keep = None if name.endswith(".npz") else where.parse("split == 'train' or rating > 1")
             weight = "rating" if option % 3 and not name.endswith(".npz") else None
             users = {5: USERS, 6: pd.Series(range(USERS))}.get(option % 8)
-            found = interactions.read(self.cpu, path, interactions.Columns(weight=weight, where=keep), axis, users)
-            csr = found.interactions.csr
-            assert csr.indptr[0] == 0
-            assert csr.indptr[-1] == len(csr.indices)
-            assert len(csr.indices) == 0 or 0 <= csr.indices.min() <= csr.indices.max() < found.interactions.items
+            self.read_both_ways(path, interactions.Columns(weight=weight, where=keep), axis, users)
         elif kind == "users":
             assert len(interactions.read_user_ids(self.cpu, path, None)) > 0
         elif kind == "features":
@@ -320,6 +317,27 @@ class Bench:
                 self.put(name, self.files[name])
             if problems:
                 raise InputError(problems[0])
+
+    def read_both_ways(self, *given):
+        """Interactions as large jobs read them, and as small ones do: the same, or refused by both."""
+        csrs, errors = [], []
+        for kernels in ("numba", "numpy"):
+            with mock.patch.dict(os.environ, GPU_INIT_KERNELS=kernels):
+                try:
+                    found = interactions.read(self.cpu, *given).interactions
+                except InputError as error:
+                    errors.append(error)
+                else:
+                    csrs.append(found.csr)
+                    assert found.csr.indptr[0] == 0
+                    assert found.csr.indptr[-1] == len(found.csr.indices)
+                    if len(found.csr.indices):
+                        assert 0 <= found.csr.indices.min() <= found.csr.indices.max() < found.items
+        assert len(csrs) != 1, f"one way of reading gives a result, the other {errors}"
+        if errors:
+            raise errors[0]
+        for one, other in zip(*csrs, strict=True):
+            np.testing.assert_array_equal(one, other)
 
     def rows(self, text):
         """Rows that a condition takes, where there are the columns that it names."""
@@ -467,6 +485,7 @@ def prepare(folder, rng, files, names):
         f"--{key.replace('_', '-')}" if key in boolean else f"--{key.replace('_', '-')}={value}"
         for key, value in given.items()
     ]
+    environ["GPU_INIT_KERNELS"] = ("numpy", "numba")[rng.integers(2)]
     return (
         kind,
         ["run", *(one.replace("\0", "") for one in arguments)],

@@ -559,8 +559,8 @@ class FakeNvrtc:
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """Where kernels compiled ahead of time are looked for; there are none."""
-    monkeypatch.setenv("GPU_INIT_CUDA_KERNELS", str(tmp_path / "ahead"))
-    return tmp_path / "ahead"
+    monkeypatch.setenv("GPU_INIT_MACHINE_CODE", str(tmp_path))
+    return tmp_path / "cuda"
 
 
 def test_a_kernel_is_compiled_once():
@@ -647,7 +647,7 @@ def test_what_keeps_kernels_from_being_compiled_ahead_of_time(folder):
 
 def test_the_folder_of_machine_code(folder, monkeypatch):
     assert cuda.ahead_folder() == folder
-    monkeypatch.setenv("GPU_INIT_CUDA_KERNELS", "")
+    monkeypatch.setenv("GPU_INIT_MACHINE_CODE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     assert cuda.ahead_folder() == Path("/cache/gpu-init/cuda")
     monkeypatch.setenv("XDG_CACHE_HOME", "")

@@ -486,7 +486,6 @@ def test_the_reference_keeps_to_its_blocks():
         assert peak < 6 << 20, f"{name}: {peak} bytes"
 
 
-@pytest.mark.xfail(strict=True, reason="the rows of a block's items are all gathered in float64, however many they are")
 def test_the_reference_gathers_no_more_than_a_block():
     users, items, width, degree = 2000, 40_000, 64, 100
     rng = np.random.default_rng(0)
@@ -498,7 +497,6 @@ def test_the_reference_gathers_no_more_than_a_block():
     assert peak_beside_the_result(lambda: kernels.squared_norms(*given)) < 6 << 20
 
 
-@pytest.mark.xfail(strict=True, reason="the sums of all blocks are kept until they are added up")
 @pytest.mark.parametrize("kind", [NumbaKernels, lambda: ReferenceKernels(np, scipy.sparse)])
 def test_table_sums_are_added_up_as_they_come(kind):
     """A block's is 30 kB, and there are 1,250."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from sklearn.cluster import KMeans
@@ -9,6 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from gpu_init import kmeans, method
 from gpu_init.backend import CpuBackend
+from gpu_init.kernels import Csr
 
 from . import oracle
 from .conftest import random_csr
@@ -194,6 +197,62 @@ def test_fewer_distinct_rows_than_clusters_ends():
     assert found.inertia[-1] == 0
     assert found.stopped == "labels"
     assert np.bincount(found.labels, minlength=4).sum() == 10
+
+
+@pytest.mark.parametrize("form", [kmeans.Tiled, kmeans.Factored])
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3])
+def test_rows_that_only_rounding_tells_apart_end_soon(rng, form, tolerance):
+    """Users of the same items, or of items that are the same, in other weights."""
+    features = (rng.standard_normal((3, 8)) + 300).astype(np.float32)[np.arange(90) % 3]
+    items = (3 * rng.integers(0, 30, (4000, 4)) + rng.integers(0, 3, (4000, 1))).astype(np.int32)
+    weights = rng.uniform(0.1, 5, items.shape).astype(np.float32)
+    csr = Csr(np.arange(0, items.size + 1, 4), items.ravel(), weights.ravel())
+    points = form(CPU, csr, features, 1 / weights.sum(axis=1, dtype=np.float64), np.ones(90))
+    found = kmeans.fit(CPU, points, 7, seed=0, tolerance=tolerance)
+    assert len(found.inertia) < 10
+    assert found.inertia[-1] < 1e-6
+    np.testing.assert_array_equal([len(set(found.labels[items[:, 0] % 3 == one])) >= 1 for one in range(3)], True)
+
+
+def test_a_sample_is_gone_through_in_float32(rng):
+    rows = rng.standard_normal((300, 6)).astype(np.float32)
+    sample, whole = kmeans.Sample(CPU, rows), kmeans.Dense(CPU, rows)
+    assert sample.rows(np.array([3, 1])).dtype == np.float32
+    assert whole.rows(np.array([3, 1])).dtype == np.float64
+    assert not sample.offset.any()
+    one, other = kmeans.lloyd(CPU, sample, rows[:5]), kmeans.lloyd(CPU, whole, rows[:5])
+    np.testing.assert_array_equal(one[1], other[1])
+    oracle.assert_close(one[0], other[0], 1e-5)
+    np.testing.assert_allclose(one[2], other[2], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "form"),
+    [
+        ("numba", kmeans.Tiled),
+        ("numba", kmeans.Factored),
+        pytest.param(
+            "numpy",
+            kmeans.Factored,
+            marks=pytest.mark.xfail(strict=True, reason="blocks, and a block's items in float64, are not in the plan"),
+        ),
+    ],
+)
+def test_memory_is_as_planned(rng, kernels, form):
+    count, items, width, degree, clusters = 20_000, 30_000, 128, 10, 8
+    indices = rng.integers(0, items, count * degree).astype(np.int32)
+    csr = Csr(np.arange(0, len(indices) + 1, degree), indices, None)
+    features = rng.standard_normal((items, width)).astype(np.float32)
+    device = CPU.with_kernels(kernels)
+    few, points = (
+        form(device, csr.rows(0, users), features, np.full(users, 1 / degree), np.ones(items)) for users in (99, count)
+    )
+    kmeans.fit(device, few, 2, seed=0)  # machine code is loaded
+    tracemalloc.start()
+    kmeans.fit(device, points, clusters, seed=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= kmeans.needed_bytes(form.form, count, items, clusters, width)
 
 
 @pytest.mark.parametrize("form", FORMS)

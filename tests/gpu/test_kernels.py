@@ -63,8 +63,8 @@ def test_kernels_compiled_ahead_of_time_give_the_same_bytes(where, tmp_path, mon
     import cupy
     import cupyx.scipy.sparse
 
-    ahead.compile_cuda(tmp_path, [int(cupy.cuda.Device().compute_capability)])
-    monkeypatch.setenv("GPU_INIT_CUDA_KERNELS", str(tmp_path))
+    monkeypatch.setenv("GPU_INIT_MACHINE_CODE", str(tmp_path))
+    ahead.compile_cuda(cuda.ahead_folder(), [int(cupy.cuda.Device().compute_capability)])
     monkeypatch.setattr(cuda.Programs, "_compile", None)
     ready = where._replace(kernels=cuda.CudaKernels(cupy, cupyx.scipy.sparse))
     for by_item in (False, True):
