@@ -41,6 +41,7 @@ from .interactions import (
 )
 from .kernels import forced_kernels, kernels_for
 from .kernels.costs import fitting_seconds, reading_seconds
+from .kernels.threads import leaving_a_core
 from .kmeans import Clusters, needed_bytes, sample_sizes
 from .memory import require as require_memory
 from .objects import open_staging
@@ -533,7 +534,7 @@ def _write(
             step.advance(len(block))
 
         outbox = backend.outbox(min(step_rows, matrix.users), width, settings.dtype, write)
-        with writer, outbox:
+        with writer, outbox, leaving_a_core():
             step.advance(writer.done)
 
             def blocks() -> Iterator[Any]:

@@ -35,15 +35,28 @@ def in_order(function: Callable[[slice], _T], parts: Iterable[slice]) -> Iterato
         yield ahead.popleft().result()
 
 
+_left_out: list[None] = []  # one for each core that is left to somebody else
+
+
+@contextlib.contextmanager
+def leaving_a_core() -> Iterator[None]:
+    """Inside, `run` leaves a core to another thread, such as one that writes what is made meanwhile."""
+    _left_out.append(None)
+    try:
+        yield
+    finally:
+        _left_out.pop()
+
+
 def run(function: Callable[[slice], object], parts: Iterable[slice]) -> None:
-    """``function`` of each part, in any order, in the caller's thread and as many more as there are other cores."""
+    """``function`` of each part, in any order, in the caller's thread and one for each other core that is free."""
     left = iter(list(parts))  # of a list: threads may take from it at the same time
 
     def work() -> None:
         for part in left:
             function(part)
 
-    others = [_pool().submit(work) for _ in range(cores() - 1)]
+    others = [_pool().submit(work) for _ in range(cores() - 1 - len(_left_out))]
     try:
         work()
     finally:

@@ -19,6 +19,13 @@ from .conftest import random_csr
 CPU = CpuBackend("test")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Without it scikit-learn is slower by far where other tests use the cores."""
+    with threadpool_limits(1):
+        yield
+
+
 def users(rng, count=3000, items=200, width=10, weighted=True, shift=0.0, missing=0.2, groups=0, form=kmeans.Factored):
     """A factored problem and its rows in float64."""
     csr = random_csr(rng, count, items, weighted=weighted)
@@ -230,10 +237,12 @@ def test_a_sample_is_gone_through_in_float32(rng):
     ("kernels", "form"),
     [
         ("numba", kmeans.Tiled),
-        ("numba", kmeans.Factored),
         pytest.param(
-            "numpy",
-            kmeans.Factored,
+            *("numba", kmeans.Factored),
+            marks=pytest.mark.xfail(strict=True, reason="a sample's rows in float64 are not in the plan"),
+        ),
+        pytest.param(
+            *("numpy", kmeans.Factored),
             marks=pytest.mark.xfail(strict=True, reason="blocks, and a block's items in float64, are not in the plan"),
         ),
     ],
@@ -306,8 +315,7 @@ def test_as_good_as_scikit_learn(rng, groups):
     if groups:
         M += rng.standard_normal((groups, 16))[rng.integers(0, groups, len(M))]
     points = kmeans.Dense(CPU, M.astype(np.float32))
-    with threadpool_limits(1):  # faster by far where others use the cores
-        theirs = np.mean([KMeans(8, n_init=1, random_state=seed).fit(M).inertia_ for seed in range(5)])
+    theirs = np.mean([KMeans(8, n_init=1, random_state=seed).fit(M).inertia_ for seed in range(5)])
     ours = np.mean([kmeans.fit(CPU, points, 8, seed).inertia[-1] for seed in range(5)])
     assert ours <= 1.01 * theirs
 
