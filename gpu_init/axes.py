@@ -14,7 +14,7 @@ import numpy as np
 from . import ids
 from .errors import InputError, ResourceError
 
-_MERGED = 1 << 22  # ids of batches that are brought together at a time, at least
+_MERGED = 1 << 20  # ids of batches that are brought together at a time, at least
 _HASHED = 1 << 16  # texts that are hashed at a time: as Python's objects they take more memory
 _MOST_CODES = 2**31 - 1
 
@@ -315,7 +315,7 @@ class _Distinct:
         batch = batch.combine_chunks() if isinstance(batch, pa.ChunkedArray) else batch
         encoded = batch.dictionary_encode()
         places = encoded.indices.to_numpy()
-        counts = np.bincount(places, minlength=len(encoded.dictionary))
+        counts = np.bincount(places, minlength=len(encoded.dictionary)).astype(np.int32)
         self._keep(encoded.dictionary, counts, coded)
         return places
 
@@ -348,12 +348,14 @@ class _Distinct:
             if coded:
                 self._places.append(own)
         self.degrees, self._found, self._waiting = degrees, [], 0
+        pa.default_memory_pool().release_unused()
         return self._known
 
     def place(self, rows: Any) -> Any:
         """Row (c,) of each code, from the rows (m,) of the distinct ids."""
-        self._rows = rows
-        return rows[np.concatenate([*self._places, np.empty(0, np.int32)])]
+        self._rows = rows.astype(np.int32) if len(rows) and rows.max() <= _MOST_CODES else rows
+        places, self._places = self._places, []
+        return np.concatenate([self._rows[own] for own in places] or [self._rows[:0]])
 
     def rows(self, column: Any) -> Any:
         """Rows (n,) int64 of ids that are looked up once more; any where they are not known."""

@@ -234,21 +234,21 @@ def test_a_sample_is_gone_through_in_float32(rng):
 
 
 @pytest.mark.parametrize(
-    ("kernels", "form"),
+    ("kernels", "form", "width"),
     [
-        ("numba", kmeans.Tiled),
+        ("numba", kmeans.Tiled, 128),
         pytest.param(
-            *("numba", kmeans.Factored),
+            *("numba", kmeans.Factored, 1024),
             marks=pytest.mark.xfail(strict=True, reason="a sample's rows in float64 are not in the plan"),
         ),
         pytest.param(
-            *("numpy", kmeans.Factored),
-            marks=pytest.mark.xfail(strict=True, reason="blocks, and a block's items in float64, are not in the plan"),
+            *("numpy", kmeans.Factored, 128),
+            marks=pytest.mark.xfail(strict=True, reason="the blocks of numpy's kernels are not in the plan"),
         ),
     ],
 )
-def test_memory_is_as_planned(rng, kernels, form):
-    count, items, width, degree, clusters = 20_000, 30_000, 128, 10, 8
+def test_memory_is_as_planned(rng, kernels, form, width):
+    count, items, degree, clusters = 20_000, 3000, 5, 8
     indices = rng.integers(0, items, count * degree).astype(np.int32)
     csr = Csr(np.arange(0, len(indices) + 1, degree), indices, None)
     features = rng.standard_normal((items, width)).astype(np.float32)
@@ -261,7 +261,8 @@ def test_memory_is_as_planned(rng, kernels, form):
     kmeans.fit(device, points, clusters, seed=0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak <= kmeans.needed_bytes(form.form, count, items, clusters, width)
+    planned = kmeans.needed_bytes(form.form, count, items, clusters, width)
+    assert peak <= planned, f"{peak / planned:.2f} times what is planned"
 
 
 @pytest.mark.parametrize("form", FORMS)
