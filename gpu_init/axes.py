@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import ids
-from .errors import InputError, ResourceError
+from .errors import InputError
 
-_MERGED = 1 << 20  # ids of batches that are brought together at a time, at least
-_HASHED = 1 << 16  # texts that are hashed at a time: as Python's objects they take more memory
-_MOST_CODES = 2**31 - 1
+if TYPE_CHECKING:
+    from .kernels.ids import Numbers, Texts
 
 Resolve = Callable[[Any], tuple[Any, int, Any]]  # distinct ids to rows, as `user_axis` does
 
@@ -145,7 +144,7 @@ def _positions(found: Any, axis_ids: Any) -> tuple[Any, Any]:
     return rows, found.iloc[absent[:1]].tolist()[0] if len(absent) else None
 
 
-# Rows counted as the ids are read.
+# Rows counted as the ids are read, for a job large enough for the kernels that do it.
 
 
 class RowNumbers:
@@ -165,7 +164,9 @@ class RowNumbers:
 
     def count(self, column: Any) -> None:
         """Count the rows of ids (n,), all whole numbers."""
-        np.add.at(self._starts[1:], column.to_numpy(), 1)
+        from .kernels.ids import count
+
+        count(column.to_numpy(), self._starts[1:])
 
     def encode(self, column: Any) -> Any:
         """Count ids, int64 or text, and give what is to be kept of each (n,)."""
@@ -190,7 +191,7 @@ class RowNumbers:
 
 
 class Codes:
-    """An axis of ids of any kind, in codes by order of appearance in each batch: numbers from 0 up, texts from -1 down.
+    """An axis of ids of any kind, in codes by order of appearance: numbers from 0 up, texts from -1 down.
 
     Parameters
     ----------
@@ -202,181 +203,115 @@ class Codes:
         self.size = 0
         self.ids: Any = None
         self._table: Any = np.zeros(dense + 1, np.int64)  # memory is taken page by page, as ids fall there
-        self._numbers, self._texts = _Distinct("int64"), _Distinct("large_string")
-        self._rows: Any = None  # of each number of the table, or of each code
-        self._starts: Any = None
-
-    def fits_table(self, column: Any) -> bool:
-        """Whether the table counts these ids."""
-        if self._table is None or ids.is_text(str(column.dtype)):
-            return False
-        numbers = column.to_numpy()
-        return bool(numbers.min() >= 0 and numbers.max() < len(self._table) - 1)
+        self._numbers: Numbers | None = None  # instead of the table
+        self._texts: Texts | None = None
+        self._rows: Any = None  # of each id of the table, or of each code
+        self._degrees: Any = None  # of each id or code found: (rows, counts)
 
     def count(self, column: Any) -> None:
         """See `RowNumbers.count`; texts too."""
-        if self.fits_table(column):
+        if self._numbers is None and not ids.is_text(str(column.dtype)):
             numbers = column.to_numpy()
-            np.add.at(self._table[1:], numbers, 1)
-            self.size = max(self.size, int(numbers.max()) + 1)
-        else:
-            self._without_table(column).add(column)
+            if numbers.min() >= 0 and numbers.max() < len(self._table) - 1:
+                from .kernels.ids import count
+
+                count(numbers, self._table[1:])
+                self.size = max(self.size, int(numbers.max()) + 1)
+                return
+        self.encode(column)
 
     def encode(self, column: Any) -> Any:
         """See `RowNumbers.encode`."""
-        codes = self._without_table(column).encode(column)
-        return -1 - codes if ids.is_text(str(column.dtype)) else codes
+        numbers = self._coded()
+        if not ids.is_text(str(column.dtype)):
+            return numbers.encode(column.to_numpy())
+        if self._texts is None:
+            from .kernels.ids import Texts
+
+            self._texts = Texts()
+        return -1 - self._texts.encode(*_bytes(column))
 
     def settle(self, resolve: Resolve) -> None:
         """See `RowNumbers.settle`."""
         import pandas as pd
 
-        if self._table is not None:
+        if self._numbers is None:
             counts = self._table[1 : self.size + 1]
-            self._starts = self._table[: self.size + 1]
-            if not counts.all():
-                found = np.flatnonzero(counts)
-                rows, self.size, self.ids = resolve(pd.Series(found))
-                self._starts = np.zeros(self.size + 1, np.int64)
-                self._starts[1:][rows] = counts[found]
-                counts[found] = rows
-                self._rows = counts
+            if counts.all():
+                return
+            found = np.flatnonzero(counts)
+            rows, self.size, self.ids = resolve(pd.Series(found))
+            self._degrees = rows, counts[found]
+            counts[found] = rows
+            self._rows = counts
             return
-        numbers, texts = self._numbers.settle(), self._texts.settle()
-        every: list[Any] = [pd.Series(numbers.to_numpy())] if len(numbers) else []
-        if len(texts):  # then what is a number in one batch may be text in another
-            every = [*(one.astype("str") for one in every), texts.to_pandas()]
-        places, distinct = pd.concat(every, ignore_index=True).factorize()
-        rows, self.size, self.ids = resolve(pd.Series(distinct))
-        rows = rows[places]
-        degrees = np.concatenate([self._numbers.degrees, self._texts.degrees])
-        self._starts = np.zeros(self.size + 1, np.int64)
-        np.add.at(self._starts[1:], rows, degrees)
-        of_texts = self._texts.place(rows[len(numbers) :])
-        self._rows = np.concatenate([self._numbers.place(rows[: len(numbers)]), of_texts[::-1]])
+        known, counts = self._numbers.known()
+        if self._texts is None:
+            self._rows, self.size, self.ids = resolve(pd.Series(known))
+        else:
+            starts, data, text_counts = self._texts.known()
+            every = _texts(starts, data)
+            places: Any = slice(None)
+            if len(known):  # what is a number in one batch may be text in another
+                places, every = pd.concat([pd.Series(known).astype("str"), every]).factorize()
+            rows, self.size, self.ids = resolve(pd.Series(every))
+            rows = rows[places]
+            self._rows = np.concatenate([rows[: len(known)], rows[len(known) :][::-1]])
+            counts = np.concatenate([counts, text_counts[::-1]])
+        self._degrees = self._rows, counts
 
     def starts(self) -> Any:
         """See `RowNumbers.starts`."""
-        return np.cumsum(self._starts, out=self._starts)
+        if self._rows is None:
+            starts = self._table[: self.size + 1]
+        else:
+            starts = np.zeros(self.size + 1, np.int64)
+            np.add.at(starts[1:], *self._degrees)
+            self._degrees = None
+        return np.cumsum(starts, out=starts)
 
     def rows(self, column: Any) -> Any:
         """See `RowNumbers.rows`. Ids that were not counted get any row: the file changed, which is seen later."""
-        if self._table is None:
-            return (self._texts if ids.is_text(str(column.dtype)) else self._numbers).rows(column)
+        if ids.is_text(str(column.dtype)):
+            assert self._texts is not None
+            return self._rows[-1 - self._texts.find(*_bytes(column))]
         numbers = column.to_numpy()
-        return numbers if self._rows is None else self._rows.take(numbers, mode="clip")
+        if self._rows is None:
+            return numbers
+        codes = numbers if self._numbers is None else self._numbers.find(numbers)
+        return self._rows.take(codes, mode="clip")
 
     def rows_of_codes(self, codes: Any) -> Any:
         """See `RowNumbers.rows_of_codes`."""
         return self._rows[codes]
 
-    def _without_table(self, column: Any) -> _Distinct:
-        """Where these ids are kept once the table is given up, whose ids go there as well."""
-        if self._table is not None:
+    def _coded(self) -> Numbers:
+        """Codes instead of the table, whose ids take the first of them."""
+        if self._numbers is None:
+            from .kernels.ids import Numbers
+
+            self._numbers = Numbers()
             found = np.flatnonzero(self._table[1 : self.size + 1])
-            if len(found):
-                self._numbers.know(found, self._table[1:][found])
+            self._numbers.encode(found)
+            self._numbers.known()[1][:] = self._table[1:][found]
             self._table = None
-        return self._texts if ids.is_text(str(column.dtype)) else self._numbers
+        return self._numbers
 
 
-class _Distinct:
-    """Distinct ids of one type, how often each came, and which of them a code stands for.
+def _bytes(column: Any) -> tuple[Any, Any]:
+    """Where each text (n,) starts among the bytes of all, and the last ends (n + 1,) int64; the bytes, UTF-8."""
+    import pyarrow as pa
 
-    pyarrow encodes each batch; what it finds is brought together when there is much of it.
-    """
+    texts = pa.array(column, pa.large_string())
+    texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
+    _, starts, data = texts.buffers()
+    starts = np.frombuffer(starts, np.int64, len(texts) + 1, 8 * texts.offset)
+    return starts, np.frombuffer(data or b"", np.uint8)
 
-    def __init__(self, kind: str) -> None:
-        import pyarrow as pa
 
-        self._kind = pa.type_for_alias(kind)
-        self._known = pa.array([], self._kind)
-        self.degrees = np.empty(0, np.int64)  # of the known ids
-        self._found: list[tuple[Any, Any, bool]] = []  # of batches: ids, how often each came, whether they have codes
-        self._waiting = self._codes = 0  # ids that were found, and codes that were given
-        self._places: list[Any] = []  # number of the known id that each code stands for
-        self._rows: Any = None
-        self._index: Any = None
-        self._salt = 0
+def _texts(starts: Any, data: Any) -> Any:
+    """Texts as a pandas Series (n,), from what `_bytes` gives."""
+    import pyarrow as pa
 
-    def encode(self, column: Any) -> Any:
-        """Count ids and give codes (n,) int32: each batch has some of its own."""
-        first = self._codes
-        codes = self.add(column, coded=True)
-        if self._codes > _MOST_CODES:
-            raise ResourceError(f"more than {_MOST_CODES} ids to keep in memory; only row numbers may be more.")
-        return codes + np.int32(first)
-
-    def add(self, column: Any, coded: bool = False) -> Any:
-        """Count ids; gives the place of each among the batch's own (n,) int32."""
-        import pyarrow as pa
-
-        batch = pa.array(column, self._kind)
-        batch = batch.combine_chunks() if isinstance(batch, pa.ChunkedArray) else batch
-        encoded = batch.dictionary_encode()
-        places = encoded.indices.to_numpy()
-        counts = np.bincount(places, minlength=len(encoded.dictionary)).astype(np.int32)
-        self._keep(encoded.dictionary, counts, coded)
-        return places
-
-    def know(self, numbers: Any, counts: Any) -> None:
-        """Take ids that were counted elsewhere, and how often each came."""
-        import pyarrow as pa
-
-        self._keep(pa.array(numbers, self._kind), counts, coded=False)
-
-    def _keep(self, distinct: Any, counts: Any, coded: bool) -> None:
-        self._found.append((distinct, counts, coded))
-        self._waiting += len(distinct)
-        self._codes += len(distinct) if coded else 0
-        if self._waiting > max(_MERGED, len(self._known)):
-            self.settle()
-
-    def settle(self) -> Any:
-        """Bring together what was found so far, and give the distinct ids (m,), a pyarrow array."""
-        import pyarrow as pa
-
-        before = len(self._known)
-        merged = pa.chunked_array([self._known, *(one for one, _, _ in self._found)], self._kind)
-        encoded = merged.combine_chunks().dictionary_encode()
-        self._known, places = encoded.dictionary, encoded.indices.to_numpy()[before:]
-        degrees = np.zeros(len(self._known), np.int64)
-        degrees[:before] = self.degrees
-        for distinct, counts, coded in self._found:
-            own, places = places[: len(distinct)], places[len(distinct) :]
-            degrees[own] += counts
-            if coded:
-                self._places.append(own)
-        self.degrees, self._found, self._waiting = degrees, [], 0
-        pa.default_memory_pool().release_unused()
-        return self._known
-
-    def place(self, rows: Any) -> Any:
-        """Row (c,) of each code, from the rows (m,) of the distinct ids."""
-        self._rows = rows.astype(np.int32) if len(rows) and rows.max() <= _MOST_CODES else rows
-        places, self._places = self._places, []
-        return np.concatenate([self._rows[own] for own in places] or [self._rows[:0]])
-
-    def rows(self, column: Any) -> Any:
-        """Rows (n,) int64 of ids that are looked up once more; any where they are not known."""
-        import pandas as pd
-        import pyarrow as pa
-
-        while self._index is None:
-            index = pd.Index(self._keys(self._known))
-            if index.is_unique:
-                self._index = index
-            else:  # two texts have the same hash: they do not with another salt
-                self._salt += 1
-        found = self._index.get_indexer(pd.Index(self._keys(pa.array(column, self._kind))))
-        return self._rows.take(found, mode="clip")
-
-    def _keys(self, found: Any) -> Any:
-        """Numbers (n,) that tell ids of a pyarrow array apart: they themselves, or hashes of texts."""
-        import pandas as pd
-
-        if found.type == "int64":
-            return found.to_numpy(zero_copy_only=False)
-        parts = (found.slice(first, _HASHED).to_numpy(zero_copy_only=False) for first in range(0, len(found), _HASHED))
-        hashes = [pd.util.hash_array(part, hash_key=f"{self._salt:016d}", categorize=False) for part in parts]
-        return np.concatenate([*hashes, np.empty(0, np.uint64)])
+    buffers = [None, pa.py_buffer(starts), pa.py_buffer(data)]
+    return pa.Array.from_buffers(pa.large_string(), len(starts) - 1, buffers).to_pandas()

@@ -497,9 +497,9 @@ class _Held:
 class _Stream:
     """Rows counted as they are read, then put into R in place.
 
-    Tables whose ids are whole numbers that serve as row numbers are read twice, first for the users alone. Of others,
-    `_HELD_ROWS` in all are kept as int32 codes, and only what comes after these is read again. Where age counts, times
-    are read in between, for each user's newest.
+    Tables whose ids are whole numbers are read twice, first for the users alone. Of others, `_HELD_ROWS` in all are
+    kept as int32 codes, and only what comes after these is read again. Where age counts, times are read in between, for
+    each user's newest.
     """
 
     def __init__(self, checks: Checks, in_place: Callable[..., Any], tables: list[Table]) -> None:
@@ -525,7 +525,7 @@ class _Stream:
         checks = self._checks
         self._weighted = table.weight is not None
         counts_items = isinstance(self._items, Codes)
-        holds = counts_items or not self._counts_by_table(table)
+        holds = table.whole is None
         more = (table.item, table.weight, table.time) if holds else (table.item if counts_items else None,)
         held = read = 0
         for batch in checks.batches(table, table.user, *more):
@@ -550,15 +550,6 @@ class _Stream:
         self.read += read
         if held < read:
             self._again.append((table, held))
-
-    def _counts_by_table(self, table: Table) -> bool:
-        """Whether the users of a table, as far as its first rows tell, are counted without codes for them."""
-        if table.whole is None or isinstance(self._users, RowNumbers):
-            return table.whole is not None
-        for batch in self._checks.batches(table, table.user):
-            if len(batch.frame):
-                return self._users.fits_table(self._checks.users(table, batch))
-        return True
 
     def finish(self, place: str) -> tuple[Interactions, Any, Any]:
         """R, and the ids of its rows and columns where they are not the row numbers."""

@@ -258,8 +258,11 @@ def needed_bytes(form: str, count: int, items: int, clusters: int, width: int) -
         "tiled": 16 * width * min(count, tile_rows(width)),
     }
     passes = ROW_BYTES * count + LOOK_BYTES * min(count, LOOK_ROWS) + beside[form]
-    samples = sum(sample_sizes(count, clusters, width))
-    return max(passes, 16 * count + (4 * width + ROW_BYTES + LOOK_BYTES) * samples)
+    samples = sample_sizes(count, clusters, width)
+    drawing = (8 * width + 2 * LOOK_BYTES) * min(
+        samples[-1], TILE_ROWS
+    )  # rows in float64, before they are the sample's
+    return max(passes, 16 * count + (4 * width + ROW_BYTES + LOOK_BYTES) * sum(samples) + drawing)
 
 
 def parts_bytes(table: int) -> int:

@@ -76,7 +76,7 @@ class Kernels(Protocol):
     # For K-means on the rows of A F, which are never stored (see gpu_init.kmeans).
 
     def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Any:
-        """``|(A F)_u - offset|^2`` for each row, to float32's rounding; returns (n,) float64."""
+        """``|(A F)_u - offset|^2`` for each row; returns (n,) float64."""
 
     def products(self, features: Any, offset: Any, points: Any) -> Any:
         """``(F - offset) P^T`` for features F (I, D) and points P (K, D) float64; returns (I, K) float64.
@@ -134,12 +134,12 @@ def cpu_kernels(name: str) -> Kernels:
 
 def prepare(reading: bool, fitting: bool, on_interactions: bool) -> None:
     """Begin to compile numba's kernels for a CPU, in a thread of their own: for reading, fitting, or both."""
-    from . import build, cpu
+    from . import build, cpu, ids
     from .compiled import prepare
 
     prepare(
         [
-            *(build.READING if reading else ()),
+            *((ids.CODING[0], *build.READING) if reading else ()),
             *(cpu.INTERACTIONS_ONLY if fitting and on_interactions else ()),
             *(cpu.FITTING if fitting else ()),
         ]
@@ -148,10 +148,10 @@ def prepare(reading: bool, fitting: bool, on_interactions: bool) -> None:
 
 def compile_all() -> tuple[int, str | None]:
     """Compile all of numba's kernels; gives how many they are, and the folder where their machine code is kept."""
-    from . import build, cpu
+    from . import build, cpu, ids
     from .compiled import folder
 
-    every = (*build.READING, build.MERGING, *cpu.INTERACTIONS_ONLY, *cpu.FITTING)
+    every = (*ids.CODING, *build.READING, build.MERGING, *cpu.INTERACTIONS_ONLY, *cpu.FITTING)
     for one in every:
         one.prepare()
     return len(every), folder()

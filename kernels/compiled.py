@@ -20,8 +20,6 @@ int32, int64, uint8, uint64 = types.int32, types.int64, types.uint8, types.uint6
 float32, float64 = types.float32, types.float64
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-# What kernels call. Without checks for a division by zero, and compiled into its callers by LLVM.
-inner: Any = numba.njit(**_OPTIONS)
 
 
 def reads(dtype: Any, dimensions: int = 1) -> Any:

@@ -202,9 +202,9 @@ class NumbaKernels(ReferenceKernels):
 
         def work(part: slice) -> None:
             for tile in _tiles(part, features.shape[1]):
-                rows = np.empty((tile.stop - tile.start, features.shape[1]), np.float32)
+                rows = np.empty((tile.stop - tile.start, features.shape[1]), np.float64)
                 make(tile, rows)
-                out[tile] = np.einsum("ij,ij->i", rows, rows)
+                np.einsum("ij,ij->i", rows, rows, out=out[tile])
 
         run(work, _ranges(csr, features.shape[1]))
         return out

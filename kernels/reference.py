@@ -22,7 +22,7 @@ class ReferenceKernels:
         numpy and scipy.sparse, or cupy and cupyx.scipy.sparse.
     """
 
-    block_values = 1 << 21  # A block of rows has at most so many values: 16 MiB in float64.
+    block_values = 1 << 20  # A block of rows has at most so many values: 8 MiB in float64.
     block_entries = 1 << 20  # It has at most so many interactions, too; a longer row is a block of its own.
 
     def __init__(self, xp: Any, sparse: Any) -> None:
@@ -77,13 +77,18 @@ class ReferenceKernels:
     ) -> None:
         """See `Kernels.aggregate_blend`."""
         xp = self._xp
-        labelled = None if item_labels is None else (item_labels >= 0).astype(xp.float64)
+        clusters = len(centroids)
+        known = xp.concatenate([centroids, xp.zeros((1, centroids.shape[1]), centroids.dtype)])  # the last: no label
         for part, rows in self._products(csr, features, row_scale, item_scale):
-            if labelled is None:
+            if item_labels is None:
                 cluster_level = centroids[user_labels[part]]  # label -1 takes a row that is replaced below
             else:
-                own = csr.rows(part.start, part.stop)
-                cluster_level = self._product(own, centroids, mean_scale[part], labelled, item_labels)
+                first, last = int(csr.indptr[part.start]), int(csr.indptr[part.stop])
+                labels = item_labels[csr.indices[first:last]]
+                labels = xp.where(labels < 0, clusters, labels).astype(xp.int32)
+                weights = None if csr.weights is None else csr.weights[first:last]
+                own = Csr(csr.indptr[part.start : part.stop + 1] - first, labels, weights)
+                cluster_level = self._product(own, known, mean_scale[part], xp.ones(clusters + 1))
             share = lam[part][:, None]
             blended = share * rows + (1.0 - share) * cluster_level
             blended[row_scale[part] == 0] = cold
@@ -156,37 +161,36 @@ class ReferenceKernels:
         ones = self._xp.ones(len(table))
         for part in self._parts(csr, table.shape[1]):
             own = csr.rows(part.start, part.stop)
-            operator = self._operator(own, self._xp.ones(part.stop - part.start), ones)
-            sums += operator.T.tocsr() @ (row_factors[part][:, None] * (operator @ table))
+            chosen, operator = self._operator(own, self._xp.ones(part.stop - part.start), ones)
+            sums[chosen] += operator.T.tocsr() @ (row_factors[part][:, None] * (operator @ table[chosen]))
 
     def _products(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any) -> Iterator[tuple[slice, Any]]:
         """``A T`` in float64, block by block: the range of users, and their rows (m, D)."""
         for part in self._parts(csr, table.shape[1]):
             yield part, self._product(csr.rows(part.start, part.stop), table, row_scale[part], item_scale)
 
-    def _product(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any, rows_of: Any = None) -> Any:
-        """``A T`` in float64; with ``rows_of`` (I,), item i has row ``rows_of[i]`` of the table."""
-        xp = self._xp
-        operator = self._operator(csr, row_scale, item_scale)
-        chosen = None
-        if rows_of is not None:
-            chosen = rows_of
-        elif operator.nnz < len(table):  # a few users of many items: the other items are not even read
-            chosen, own = xp.unique(operator.indices, return_inverse=True)
-            shape = (operator.shape[0], len(chosen))
-            operator = self._sparse.csr_matrix((operator.data, own.astype(xp.int32), operator.indptr), shape=shape)
-        dense = (table if chosen is None else table[chosen]).astype(xp.float64)
-        return xp.ascontiguousarray(operator @ dense)
+    def _product(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any) -> Any:
+        """``A T`` in float64."""
+        chosen, operator = self._operator(csr, row_scale, item_scale)
+        return self._xp.ascontiguousarray(operator @ table[chosen].astype(self._xp.float64))
 
-    def _operator(self, csr: Csr, row_scale: Any, item_scale: Any) -> Any:
-        """A as a sparse matrix; entries of 0 are left out, since 0 times a missing item's NaN would be NaN."""
+    def _operator(self, csr: Csr, row_scale: Any, item_scale: Any) -> tuple[Any, Any]:
+        """Items that come up, or all of them where they are few, and A for these, as a sparse matrix.
+
+        Entries of 0 are left out, since 0 times a missing item's NaN would be NaN.
+        """
+        xp = self._xp
         rows, items, weights = self._triplets(csr)
         values = row_scale[rows] * item_scale[items]
         if weights is not None:
             values *= weights
         used = values != 0
-        shape = (len(csr.indptr) - 1, len(item_scale))
-        return self._sparse.csr_matrix((values[used], (rows[used], items[used])), shape=shape)
+        rows, items, values = rows[used], items[used], values[used]
+        chosen, count = slice(None), len(item_scale)
+        if len(items) < count:
+            chosen, items = xp.unique(items, return_inverse=True)
+            count = len(chosen)
+        return chosen, self._sparse.csr_matrix((values, (rows, items)), shape=(len(csr.indptr) - 1, count))
 
     def _triplets(self, csr: Csr) -> tuple[Any, Any, Any]:
         """Row within the range, item, and weight in float64 (or None) of each interaction."""

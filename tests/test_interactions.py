@@ -25,6 +25,7 @@ from gpu_init.backend import CpuBackend
 from gpu_init.errors import InputError
 from gpu_init.interactions import Columns, ItemAxis, build, find_column, from_matrix, read, read_user_ids
 from gpu_init.kernels.build import Rows
+from gpu_init.kernels.ids import Numbers, Texts
 from gpu_init.where import parse
 
 from .conftest import with_threads
@@ -557,20 +558,16 @@ NUMBERS = st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 9), min_si
 TEXTS = st.lists(st.text("ab\0é", max_size=20) | st.text(max_size=9), min_size=1, max_size=40)
 
 
-@given(
-    st.lists(st.tuples(NUMBERS | TEXTS, st.booleans()), min_size=1, max_size=6), st.integers(0, 10), st.integers(1, 20)
-)
+@given(st.lists(st.tuples(NUMBERS | TEXTS, st.booleans()), min_size=1, max_size=6), st.integers(0, 10))
 @settings(max_examples=200, deadline=None)
-def test_ids_of_any_kind_find_their_rows(batches, dense, merged):
+def test_ids_of_any_kind_find_their_rows(batches, dense):
     columns = [pd.Series(batch, dtype="int64" if isinstance(batch[0], int) else "str") for batch, _ in batches]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(axes, "_MERGED", merged)
-        axis = axes.Codes(dense)
-        codes = [
-            axis.encode(column) if coded else axis.count(column)
-            for column, (_, coded) in zip(columns, batches, strict=True)
-        ]
-        axis.settle(lambda found: axes.user_axis(found, "here", None))
+    axis = axes.Codes(dense)
+    codes = [
+        axis.encode(column) if coded else axis.count(column)
+        for column, (_, coded) in zip(columns, batches, strict=True)
+    ]
+    axis.settle(lambda found: axes.user_axis(found, "here", None))
     mixed = len({isinstance(batch[0], int) for batch, _ in batches}) > 1
     whole = pd.concat([column.astype("str") if mixed else column for column in columns], ignore_index=True)
     distinct = sorted(set(whole))
@@ -587,13 +584,62 @@ def test_ids_of_any_kind_find_their_rows(batches, dense, merged):
             np.testing.assert_array_equal(axis.rows_of_codes(given_codes), wanted)
 
 
-def test_texts_of_the_same_hash_are_told_apart(monkeypatch):
-    hashes = iter([np.array([5, 5], np.uint64), np.array([5, 6], np.uint64), np.array([6], np.uint64)])
-    monkeypatch.setattr(pd.util, "hash_array", lambda *_, **__: next(hashes))
-    axis = axes.Codes(0)
-    axis.encode(pd.Series(["b", "a"], dtype="str"))
-    axis.settle(lambda found: axes.user_axis(found, "here", None))
-    assert axis.rows(pd.Series(["a"], dtype="str")).tolist() == [0]
+@given(st.lists(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 3), max_size=40), max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_numbers_are_coded_in_order_of_appearance(batches):
+    numbers = Numbers()
+    codes = [numbers.encode(np.array(batch, np.int64)) for batch in batches]
+    every = np.array([number for batch in batches for number in batch], np.int64)
+    expected, found = pd.factorize(every)
+    np.testing.assert_array_equal(np.concatenate([np.empty(0, np.int32), *codes]), expected)
+    known, counts = numbers.known()
+    np.testing.assert_array_equal(known, found)
+    np.testing.assert_array_equal(counts, np.bincount(expected, minlength=len(found)))
+    np.testing.assert_array_equal(numbers.find(every), expected)
+    assert numbers.find(np.array([12_345]))[0] == -1 or 12_345 in every
+
+
+def test_many_numbers_are_coded(rng):
+    every = rng.integers(0, 2**40, 300_000)
+    numbers = Numbers()
+    expected, found = pd.factorize(np.concatenate([every, every[::-1]]))
+    np.testing.assert_array_equal(np.concatenate([numbers.encode(every), numbers.encode(every[::-1])]), expected)
+    np.testing.assert_array_equal(numbers.known()[0], found)
+
+
+TEXTS = st.lists(st.lists(st.text("ab\0é", max_size=20) | st.text(max_size=9), max_size=40), max_size=5)
+
+
+@given(TEXTS)
+@settings(max_examples=100, deadline=None)
+def test_texts_are_coded_in_order_of_appearance(batches):
+    texts = Texts()
+    codes = [texts.encode(*as_bytes(batch)) for batch in batches]
+    every = [text for batch in batches for text in batch]
+    found = list(dict.fromkeys(every))
+    expected = [found.index(text) for text in every]
+    np.testing.assert_array_equal(np.concatenate([np.empty(0, np.int32), *codes]), expected)
+    starts, data, counts = texts.known()
+    assert [bytes(data[a:b]).decode() for a, b in itertools.pairwise(starts)] == found
+    np.testing.assert_array_equal(counts, np.bincount(expected, minlength=len(found)))
+    np.testing.assert_array_equal(texts.find(*as_bytes(every)), expected)
+    assert texts.find(*as_bytes(["another text"]))[0] == -1
+
+
+def test_many_texts_are_coded(rng):
+    every = [f"user {number}" for number in rng.integers(0, 10**6, 100_000)]
+    texts = Texts()
+    expected, found = pd.factorize(pd.Series(every + every[::-1]))
+    np.testing.assert_array_equal(
+        np.concatenate([texts.encode(*as_bytes(every)), texts.encode(*as_bytes(every[::-1]))]), expected
+    )
+    assert len(texts.known()[2]) == len(found)
+
+
+def as_bytes(texts):
+    parts = [text.encode() for text in texts]
+    starts = np.cumsum([0, *map(len, parts)])
+    return starts, np.frombuffer(b"".join(parts), np.uint8)
 
 
 USER_IDS = {

@@ -505,13 +505,8 @@ def test_the_reference_keeps_to_its_blocks():
         "squared_norms",
         "assign",
         "by user",
-        pytest.param(
-            "by item",
-            marks=pytest.mark.xfail(strict=True, reason="each block takes the centroids of all items, (I, D) float64"),
-        ),
-        pytest.param(
-            "gram", marks=pytest.mark.xfail(strict=True, reason="each block makes sums of all items, (I, b) float64")
-        ),
+        "by item",
+        "gram",
     ],
 )
 def test_blocks_of_the_reference_take_no_table_of_all_items(name):
