@@ -49,9 +49,7 @@ KMEANS_ITERATIONS = 300  # as scikit-learn's default
 DEVICE_TEXT_BYTES = 256 << 20  # of a text file that a device reads at a time
 DEVICE_ROWS = 1 << 24  # of a Parquet file, likewise, or one row group that has more
 LIBRARY_VALUES = 2**31  # rows x columns, or rows x clusters, from where cuML's K-means was seen to crash (raft#1258)
-LIBRARY_FASTER = (
-    1 << 27
-)  # values up to which cuML takes less time than ours: it did at 20,000 users of 1,024 dimensions
+LIBRARY_FASTER = 1 << 27  # values up to which cuML's K-means is taken: it was faster at 20,000 users
 LIBRARY_ROW_BYTES = 64  # that K-means takes per row beside the rows: labels, distances, bounds
 SPARE = 0.9  # of the free memory that a plan may count on
 

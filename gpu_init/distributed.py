@@ -552,7 +552,9 @@ class _Run:
         tables = [open_table(path if is_url(path) else os.path.abspath(path), columns, warnings) for path in paths]
         for line in warnings:
             self.progress.warn(line)
-        self.reading_kernels = kernels_for(reading_seconds(stated_rows(config.interactions), text_bytes(tables)))
+        self.reading_kernels = kernels_for(
+            reading_seconds(stated_rows(config.interactions), text_bytes(config.interactions))
+        )
         self.work = replace(self.work, kernels=self.reading_kernels)
         calls = pieces(tables, PIECE_ROWS, MOST_PIECES)
         known = [table.whole for table in tables if table.whole is not None]

@@ -34,6 +34,7 @@ from .tables import (
     open_table,
     read_user_ids,
     stated_rows,
+    text_bytes,
 )
 from .where import Where
 
@@ -52,6 +53,7 @@ __all__ = [
     "read",
     "read_user_ids",
     "stated_rows",
+    "text_bytes",
 ]
 
 _SUM_USERS = 1 << 16
@@ -59,7 +61,6 @@ _ENTRIES = 1 << 20  # of a matrix, put into R at a time
 _HELD_ROWS = 1 << 24  # whose codes are kept so that they need not be read again, 8 bytes each, 4 more with weights
 _ENTRY_BYTES = 4  # of memory for each row that is kept, at least: its item in R
 _INDICES = ("indices.npy", "indptr.npy", "row.npy", "col.npy", "coords.npy", "offsets.npy", "shape.npy")
-_PACKED = 4  # bytes of text in one of a .gz file, about
 _MATRIX_COPIES = 3  # of the arrays of a matrix file that are in memory at once: scipy's, by entries, R
 ROW_BYTES = 48  # of memory for each row of R: where it starts, degrees, scales, label
 
@@ -319,7 +320,7 @@ def read(
     warnings: list[str] = []
     tables = [open_table(path, columns, warnings) for path in paths]
     recency = None if columns.half_life is None else Recency(columns.half_life)
-    backend = for_work(backend, reading_seconds(stated_rows(pattern), text_bytes(tables)))
+    backend = for_work(backend, reading_seconds(stated_rows(pattern), text_bytes(pattern)))
     checks = Checks(backend, columns.where, axis, users, advance, recency)
     in_place = backend.kernels.rows_in_place()
     held = _Hold(checks) if in_place is None else _Stream(checks, in_place, tables)
@@ -329,12 +330,6 @@ def read(
     matrix, user_ids, item_ids = held.finish(pattern)
     require_unchanged(tables)
     return InteractionTable(matrix, user_ids, item_ids, held.read, held.kept, backend.kernels.name, warnings)
-
-
-def text_bytes(tables: Iterable[Table]) -> int:
-    """Bytes of the text files among some tables, about, as they are when unpacked."""
-    texts = (table for table in tables if table.separator is not None)
-    return sum(table.state[0] * (_PACKED if table.path.endswith(".gz") else 1) for table in texts)
 
 
 def require_kept(pattern: str, read: int, kept: int) -> None:

@@ -38,6 +38,7 @@ from .interactions import (
     read,
     read_user_ids,
     stated_rows,
+    text_bytes,
 )
 from .kernels import forced_kernels, kernels_for
 from .kernels.costs import fitting_seconds, reading_seconds
@@ -251,7 +252,7 @@ def _read_interactions(
     candidates: int = 1,
 ) -> Data:
     """Interactions among the items of the features, or of the artifact that the features are those of."""
-    rows, size = stated_rows(config.interactions), _text_bytes(config)
+    rows, size = stated_rows(config.interactions), text_bytes(config.interactions)
     prepare_kernels(config, backend, tables, rows, size)
     users, columns = users_of(config, backend), columns_of(config)
     if isinstance(users, int):
@@ -298,11 +299,6 @@ def prepare_kernels(
     reads, fits = (kernels_for(seconds) == "numba" for seconds in (reading_seconds(rows, size), fitting))
     if reads or fits:
         backend.prepare(reads, fits, config.settings.cluster_on == "interactions")
-
-
-def _text_bytes(config: JobConfig) -> int:
-    paths = [path for path in expand(config.interactions, EXTENSIONS) if path.endswith(TEXT_EXTENSIONS)]
-    return sum(file_state(path)[0] for path in paths)
 
 
 def job_seconds(

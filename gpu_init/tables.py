@@ -25,6 +25,7 @@ TIME_NAMES = ("timestamp", "time", "ts", "datetime", "event_time")
 ITEM_NAMES = ("item_id", "itemid", "item", "iid", "product_id", "asin")
 SPLIT_NAMES = ("x_label", "split")
 HEADER_BYTES = 1 << 20  # of a text file's first line, at most
+_PACKED = 4  # bytes of text in one of a .gz file, about
 _RECBOLE_TYPES = (":token", ":float", ":token_seq", ":float_seq")
 
 
@@ -208,6 +209,12 @@ def stated_rows(pattern: str) -> int:
             except (pa.ArrowException, OSError) as error:
                 raise InputError(f"{path}: {one_line(error)}") from None
     return rows
+
+
+def text_bytes(pattern: str) -> int:
+    """Bytes of the text files of a path, folder or glob, about, as they are when unpacked."""
+    texts = (path for path in expand(pattern, EXTENSIONS) if path.endswith(TEXT_EXTENSIONS))
+    return sum(file_state(path)[0] * (_PACKED if path.endswith(".gz") else 1) for path in texts)
 
 
 def row_name(path: str, separator: str | None, position: int) -> str:

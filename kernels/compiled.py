@@ -112,12 +112,13 @@ def folder() -> str | None:
     """Folder that machine code is kept in, or None: then every process compiles anew.
 
     That is one of the user's own, since numba's list of contents is unpickled, and whoever writes to it may run code;
-    where none can be written, a folder of this process alone. The folder ``numba`` in that of `machine_code`, which an
-    image may bring, is copied there if it cannot be written, since numba reads only where it can write.
+    where none can be written, a folder of this process alone. The folder ``numba`` in ``GPU_INIT_MACHINE_CODE`` is
+    copied there if it cannot be written, since numba reads only where it can write.
     """
     if "NUMBA_CACHE_DIR" in os.environ:
         return os.environ["NUMBA_CACHE_DIR"]
-    brought = machine_code() and os.path.join(machine_code() or "", "numba")
+    ahead = os.environ.get("GPU_INIT_MACHINE_CODE")  # what `gpu-init doctor --compile` made, or an image brings
+    brought = ahead and os.path.join(ahead, "numba")
     if brought and _is_ours(brought):
         return brought
     own = _own_folder()
@@ -131,11 +132,6 @@ def folder() -> str | None:
                     shutil.copyfile(path, partial)
                     os.replace(partial, copy)  # whole or not at all, as other processes may look
     return own
-
-
-def machine_code() -> str | None:
-    """Folder of kernels that were compiled ahead of time, by ``gpu-init doctor --compile``, where one is named."""
-    return os.environ.get("GPU_INIT_MACHINE_CODE")
 
 
 def _is_ours(folder: str) -> bool:

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 import gpu_init
-from gpu_init import config, demo, interactions, job, kernels
+from gpu_init import config, demo, interactions, job, kernels, tables
 from gpu_init.backend import CpuBackend, for_work, select
 from gpu_init.cli import main
 from gpu_init.kernels import costs
@@ -168,7 +168,7 @@ def test_text_files_count_by_their_bytes(tmp_path, monkeypatch, packed):
     text = pd.DataFrame({"user_id": np.arange(900) % 30, "item_id": np.arange(900) % 7}).to_csv(index=False).encode()
     path = tmp_path / ("log.csv.gz" if packed else "log.csv")
     path.write_bytes(gzip.compress(text) if packed else text)
-    size = path.stat().st_size * (interactions._PACKED if packed else 1)
+    size = path.stat().st_size * (tables._PACKED if packed else 1)
     found = []
     for most in (costs.reading_seconds(0, size), costs.reading_seconds(0, size - 1)):
         monkeypatch.setattr(kernels, "NUMPY_SECONDS", most)
