@@ -29,9 +29,10 @@ from common import arguments, cores, features, plot, process_cost, row, show, wr
 from job import Size, job_command
 
 import gpu_init
-from gpu_init import artifact, distributed
+from gpu_init.artifact import read
+from gpu_init.cluster import workers as cluster_workers
 from gpu_init.config import load
-from gpu_init.progress import Progress
+from gpu_init.show.progress import Progress
 
 PLAIN = "one process"
 COMPARED_ROWS = 1 << 18
@@ -172,7 +173,7 @@ def peak(process: subprocess.Popen[bytes]) -> int:
 
 def difference(one: Path, other: Path) -> dict[str, float]:
     """How much of two artifacts is not the same."""
-    if problems := artifact.verify(other):
+    if problems := read.verify(other):
         raise SystemExit(f"{other}: {problems[0]}")
     ours, theirs = gpu_init.load(one)["features"], gpu_init.load(other)["features"]
     starts = range(0, len(ours.users), COMPARED_ROWS)
@@ -185,7 +186,7 @@ def traffic(folder: Path, size: Size, workers: int) -> dict[str, float]:
     """Median bytes of a pass of K-means: as the job counts them, on the loopback device, and what has to travel."""
     counted: list[int] = []
     wire: list[int] = []
-    plain = distributed.Partitioned.step
+    plain = cluster_workers.Partitioned.step
 
     def step(self: Any, centroids: Any) -> Any:
         before, sent = self.workers.traffic(), loopback()
@@ -204,12 +205,12 @@ def traffic(folder: Path, size: Size, workers: int) -> dict[str, float]:
         "out": str(folder / "traffic"),
         "overwrite": True,
     }
-    distributed.Partitioned.step = step  # type: ignore[method-assign]
+    cluster_workers.Partitioned.step = step  # type: ignore[method-assign]
     try:
         with cluster(workers) as (address, _), Progress(None) as progress:
-            distributed.run(load(None, {}, {}, {**config, "scheduler": address}), progress)
+            cluster_workers.run(load(None, {}, {}, {**config, "scheduler": address}), progress)
     finally:
-        distributed.Partitioned.step = plain  # type: ignore[method-assign]
+        cluster_workers.Partitioned.step = plain  # type: ignore[method-assign]
     return {
         "step_bytes": statistics.median(counted),
         "step_wire_bytes": statistics.median(wire),

@@ -28,8 +28,9 @@ import numpy as np
 from common import arguments, row, show, write_interactions
 from common import features as features_on_host
 
-from gpu_init import kmeans
 from gpu_init.kernels import Csr, cuda
+from gpu_init.method import kmeans
+from gpu_init.method import points as method_points
 
 OURS, LIMIT = "gpu-init", "copy of the same bytes"
 CLUSTERS = 8
@@ -296,7 +297,7 @@ class Problem(NamedTuple):
 
 def problem(cupy: Any, users: int, width: int) -> Problem:
     """Interactions of so many users with a tenth as many items."""
-    from gpu_init.backend import select
+    from gpu_init.backend.select import select
 
     cupy.get_default_memory_pool().free_all_blocks()  # the backend's own pool may have all that is free
     backend, items = select("cuda"), max(1000, users // 10)
@@ -319,7 +320,7 @@ def clusterings(cupy: Any, p: Problem) -> Iterator[tuple[str, dict[str, float]]]
 
     def factored() -> Any:
         row_scale = 1.0 / cupy.diff(p.interactions.indptr)
-        points = kmeans.Factored(p.backend, p.interactions.csr, p.table, row_scale, cupy.ones(len(p.table)))
+        points = method_points.Factored(p.backend, p.interactions.csr, p.table, row_scale, cupy.ones(len(p.table)))
         return kmeans.fit(p.backend, points, CLUSTERS, 0).centroids
 
     functions: dict[str, Callable[[], Any]] = {
@@ -335,7 +336,7 @@ def clusterings(cupy: Any, p: Problem) -> Iterator[tuple[str, dict[str, float]]]
         )
     else:
         print("flash-kmeans is not installed: its row is left out")
-    points = kmeans.Dense(p.backend, dense)
+    points = method_points.Dense(p.backend, dense)
     for name, function in functions.items():
         with leaving_out(name):
             inertia = points.step(cupy.asnumpy(function())).inertia

@@ -35,10 +35,13 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.naive_bayes import MultinomialNB
 
 import gpu_init
-from gpu_init import demo, kmeans, method, spectral
-from gpu_init.backend import select
-from gpu_init.features import Modality
-from gpu_init.interactions import from_matrix
+from gpu_init import demo
+from gpu_init.backend.select import select
+from gpu_init.method import clusters as method_clusters
+from gpu_init.method import kmeans, spectral, weighting
+from gpu_init.method import points as method_points
+from gpu_init.method.matrix import from_matrix
+from gpu_init.method.modality import Modality
 
 SEEDS = range(4)
 LAMBDAS = (0.1, 0.5)
@@ -154,7 +157,7 @@ def _global(kind: str, data: Data, clusters: int, seed: int) -> dict[str, NDArra
     device = select("cpu")
     matrix = from_matrix(device, data.train, "interactions")
     rows, active = _regularized(data.train)
-    points = kmeans.Dense(device, rows[active])
+    points = method_points.Dense(device, rows[active])
     found = kmeans.fit(device, points, clusters, seed)
     labels = np.full(len(rows), -1, np.int32)
     labels[active] = found.labels
@@ -163,8 +166,8 @@ def _global(kind: str, data: Data, clusters: int, seed: int) -> dict[str, NDArra
     for name, one in projected.items():
         present = one.items_mask
         modality = Modality(name, one.items, present, int(present.sum()))
-        operator = method.weighting(device, matrix, present, "mean")
-        centroids, own = method.of_behaviour(device, matrix, modality, operator, labels, clusters)
+        operator = weighting.weighting(device, matrix, present, "mean")
+        centroids, own = method_clusters.of_behaviour(device, matrix, modality, operator, labels, clusters)
         levels[name] = np.where(operator.warm[:, None], centroids[own], centroids[own[operator.warm]].mean(axis=0))
     return levels
 

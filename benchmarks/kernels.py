@@ -17,10 +17,10 @@ import numpy as np
 import scipy.sparse
 from common import alternate, arguments, cache_bytes, copier, features, matrix, plot, reader, row, show
 
-from gpu_init.backend import select
-from gpu_init.interactions import from_matrix
+from gpu_init.backend.select import select
 from gpu_init.kernels.arrays import empty
 from gpu_init.kernels.reference import ReferenceKernels
+from gpu_init.method.matrix import from_matrix
 
 OURS, LIMIT, READ = "gpu-init", "copy of the same bytes", "read of the same bytes"
 CLUSTERS = 8

@@ -14,11 +14,12 @@ import baselines
 import numpy as np
 from common import alternate, arguments, features, matrix, plot, row, show
 
-from gpu_init import kmeans
-from gpu_init.backend import select
-from gpu_init.interactions import from_matrix
-from gpu_init.method import kmeans_form
-from gpu_init.method import matrix as matrix_of
+from gpu_init.backend.select import select
+from gpu_init.method import kmeans
+from gpu_init.method import points as method_points
+from gpu_init.method.matrix import from_matrix
+from gpu_init.method.points import kmeans_form
+from gpu_init.method.points import matrix as matrix_of
 
 MAKING, SKLEARN = "making the matrix", "scikit-learn"
 OURS = ("dense", "tiled", "factored")
@@ -103,17 +104,17 @@ def forms(interactions: Any, values: Any, clusters: int) -> dict[str, Callable[[
     ours = from_matrix(backend, interactions, "benchmark")
     arguments = (backend, ours.csr, values, 1.0 / np.diff(ours.csr.indptr), np.ones(ours.items))
 
-    def dense() -> kmeans.Points:
-        tiled = kmeans.Tiled(*arguments)
-        return kmeans.Dense(backend, matrix_of(backend, tiled), tiled.offset)
+    def dense() -> method_points.Points:
+        tiled = method_points.Tiled(*arguments)
+        return method_points.Dense(backend, matrix_of(backend, tiled), tiled.offset)
 
-    made: dict[str, Callable[[], kmeans.Points]] = {
+    made: dict[str, Callable[[], method_points.Points]] = {
         "dense": dense,
-        "tiled": lambda: kmeans.Tiled(*arguments),
-        "factored": lambda: kmeans.Factored(*arguments),
+        "tiled": lambda: method_points.Tiled(*arguments),
+        "factored": lambda: method_points.Factored(*arguments),
     }
 
-    def fitted(points: Callable[[], kmeans.Points]) -> Callable[[], Any]:
+    def fitted(points: Callable[[], method_points.Points]) -> Callable[[], Any]:
         return lambda: kmeans.fit(backend, points(), clusters, 0).centroids
 
     return {name: fitted(points) for name, points in made.items()}

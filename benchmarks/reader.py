@@ -111,8 +111,10 @@ def ours(kind: str, path: str, items: int) -> int:
     """Read with gpu-init; bytes of R."""
     import pandas as pd
 
-    from gpu_init.backend import select
-    from gpu_init.interactions import Columns, ItemAxis, read
+    from gpu_init.backend.select import select
+    from gpu_init.inputs.axes import ItemAxis
+    from gpu_init.inputs.interactions import read
+    from gpu_init.inputs.tables import Columns
 
     by_row = "row numbers" in kind
     known = named(kind, ITEM, items)(np.arange(items))

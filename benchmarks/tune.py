@@ -25,8 +25,8 @@ from scipy.stats import spearmanr
 
 import gpu_init
 from gpu_init import config, demo, tune
-from gpu_init.backend import select
-from gpu_init.progress import Progress
+from gpu_init.backend.select import select
+from gpu_init.show.progress import Progress
 
 METRIC = "recall@20"
 DRAWN = 24  # settings that models are trained from

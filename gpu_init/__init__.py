@@ -3,12 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import GpuInitError, InputError, ResourceError
-from .version import __version__
+from gpu_init.errors import GpuInitError, InputError, ResourceError
+from gpu_init.version import __version__
 
 if TYPE_CHECKING:
-    from .artifact import Artifact, load
-    from .method import ModalityResult, Result, initialize
+    from gpu_init.api import ModalityResult, Result, initialize
+    from gpu_init.artifact.read import Artifact, load
 
 __all__ = [
     "Artifact",
@@ -24,8 +24,8 @@ __all__ = [
 
 # Imported when first asked for: they bring libraries that --help and a wrong flag can do without.
 _MODULES = ("mmrec", "torch")
-_LATER = {"Artifact": ".artifact", "load": ".artifact"} | dict.fromkeys(
-    ("ModalityResult", "Result", "initialize"), ".method"
+_LATER = {"Artifact": ".artifact.read", "load": ".artifact.read"} | dict.fromkeys(
+    ("ModalityResult", "Result", "initialize"), ".api"
 )
 
 

@@ -1,5 +1,5 @@
 """``python -m gpu_init`` is the command."""
 
-from .cli import program
+from gpu_init.cli import program
 
 program()

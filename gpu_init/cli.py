@@ -14,10 +14,10 @@ from threading import Event, Thread, Timer
 from types import FrameType
 from typing import Any, NoReturn
 
-from . import config
-from .errors import GpuInitError, InputError, ResourceError, Stopped
-from .progress import Progress
-from .version import __version__
+from gpu_init import config
+from gpu_init.errors import GpuInitError, InputError, ResourceError, Stopped
+from gpu_init.show.progress import Progress
+from gpu_init.version import __version__
 
 GRACE_SECONDS = 3.0  # that a signal leaves a native call, or whatever else is under way, to end by itself
 
@@ -229,14 +229,14 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _assign(given: argparse.Namespace) -> int:
-    from . import artifact
+    from gpu_init.artifact import read
 
-    source = artifact.load(given.artifact)
+    source = read.load(given.artifact)
     environ = {key: os.environ[key] for name in config.ASSIGNED if (key := config.variable(name)) in os.environ}
     asked = config.assigned(source.manifest, environ, _flags(given))
 
     def assign(progress: Progress) -> str:
-        from .job import assign
+        from gpu_init.assign import assign
 
         return assign(source, *asked, progress)
 
@@ -244,7 +244,7 @@ def _assign(given: argparse.Namespace) -> int:
 
 
 def _tune(given: argparse.Namespace) -> int:
-    from .tune import METRICS, tune
+    from gpu_init.tune import METRICS, tune
 
     if given.metric not in METRICS:
         raise InputError(f"--metric: found {given.metric!r}; wanted is {', '.join(METRICS)}.")
@@ -256,7 +256,7 @@ def _tune(given: argparse.Namespace) -> int:
         frame, paths = tune(asked, given.metric, given.folder, progress)
     from rich.console import Console
 
-    from . import summary
+    from gpu_init.show import summary
 
     summary.candidates(frame, given.metric, Console())
     print("\n".join(paths))
@@ -289,13 +289,13 @@ def _make(given: argparse.Namespace, job: config.JobConfig, make: Callable[[Prog
 
 
 def _run_job(job: config.JobConfig, progress: Progress) -> str:
-    from . import memory
+    from gpu_init import memory
 
     memory.require_libraries()
     if job.scheduler is None:
-        from .job import run
+        from gpu_init.run import run
     else:
-        from .distributed import run
+        from gpu_init.cluster.workers import run
 
     return run(job, progress)
 
@@ -303,19 +303,20 @@ def _run_job(job: config.JobConfig, progress: Progress) -> str:
 def _print_summary(path: str) -> None:
     from rich.console import Console
 
-    from . import artifact, summary
+    from gpu_init.artifact import read
+    from gpu_init.show import summary
 
-    summary.table(artifact.manifest_of(path), Console())
+    summary.table(read.manifest_of(path), Console())
 
 
 def _inspect(given: argparse.Namespace) -> int:
-    from . import artifact
+    from gpu_init.artifact import read
 
-    problems = artifact.verify(given.artifact) if given.verify else []
+    problems = read.verify(given.artifact) if given.verify else []
     if problems:
         raise InputError(f"{given.artifact}: " + "; ".join(problems[:5]) + (" ..." if len(problems) > 5 else ""))
     if given.json:
-        print(json.dumps(artifact.manifest_of(given.artifact), indent=2, ensure_ascii=False))
+        print(json.dumps(read.manifest_of(given.artifact), indent=2, ensure_ascii=False))
     else:
         _print_summary(given.artifact)
         if given.verify:
@@ -324,22 +325,25 @@ def _inspect(given: argparse.Namespace) -> int:
 
 
 def _report(given: argparse.Namespace) -> int:
-    from . import artifact
-    from .report import report
+    from gpu_init.artifact import read
+    from gpu_init.show.report import report
 
-    print(report(artifact.load(given.artifact), given.out, given.item_names))
+    print(report(read.load(given.artifact), given.out, given.item_names))
     return 0
 
 
 def _export(given: argparse.Namespace) -> int:
-    from .export import export
+    from gpu_init.artifact.export import export
 
     print(export(given.artifact, given.format, given.out, overwrite=given.overwrite))
     return 0
 
 
 def _demo(given: argparse.Namespace) -> int:
-    from . import artifact, demo, features, storage
+    from gpu_init import demo
+    from gpu_init.artifact import read
+    from gpu_init.files import storage
+    from gpu_init.inputs import features
 
     if given.seed < 0:
         raise InputError(f"--seed: found {given.seed}; wanted is a whole number, 0 or more.")
@@ -353,7 +357,7 @@ def _demo(given: argparse.Namespace) -> int:
     with Progress(job.log_format) as progress:
         path = _run_job(job, progress)
     _print_summary(path)
-    made = artifact.load(path)
+    made = read.load(path)
     vectors = {
         name: (made[name].users, features.read_rows(name, source, given.items)) for name, source in job.features.items()
     }
@@ -365,7 +369,7 @@ def _demo(given: argparse.Namespace) -> int:
 
 
 def _doctor(given: argparse.Namespace) -> int:
-    from .backend import compiled_facts, facts
+    from gpu_init.backend.doctor import compiled_facts, facts
 
     lines = facts() + (compiled_facts() if given.compile else [])
     if given.json:

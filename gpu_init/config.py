@@ -18,9 +18,9 @@ from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
-from . import where
-from .errors import InputError
-from .storage import reading
+from gpu_init import where
+from gpu_init.errors import InputError
+from gpu_init.files.storage import reading
 
 PREFIX = "GPU_INIT_"
 RESERVED_NAME = "interactions"  # not the name of a modality

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from .errors import InputError
+from gpu_init.errors import InputError
 
 GROUPS = 12
 WIDTHS = {"image": 128, "text": 96}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .errors import InputError
+from gpu_init.errors import InputError
 
 # One spelling a number: no leading zero, no plus, at most 18 digits (which always fit 64 bits).
 WHOLE_NUMBER = r"^(?:0|-?[1-9][0-9]{0,17})$"

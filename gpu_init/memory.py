@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from .errors import ResourceError
+from gpu_init.errors import ResourceError
 
 LIBRARY_BYTES = 128 << 20  # of memory that the libraries take, less what several processes share
 ADDRESSES = 2 << 30  # that the libraries and their threads reserve, most of them never touched

@@ -34,16 +34,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from . import config as job_config
-from . import features
-from .artifact import load
-from .errors import GpuInitError, InputError
-from .progress import Progress
+from gpu_init import config as job_config
+from gpu_init.artifact.read import load
+from gpu_init.errors import GpuInitError, InputError
+from gpu_init.inputs import features as inputs_features
+from gpu_init.show.progress import Progress
 
 try:
     import torch
 
-    from .torch import Table, init_model_, parse_modalities
+    from gpu_init.torch import Table, init_model_, parse_modalities
 except ImportError:
     if __name__ != "__main__":
         raise
@@ -288,7 +288,7 @@ def fitted(preset: Preset, embedding_size: int, data: Data) -> tuple[Preset, dic
     """
     settings = job_settings(preset, embedding_size)
     used = roles_of(data.features).values()
-    narrowest = min(features.read(name, data.features[name]).values.shape[1] for name in used)
+    narrowest = min(inputs_features.read(name, data.features[name]).values.shape[1] for name in used)
     if settings.get("dim", 0) <= narrowest:
         return preset, settings
     return adjusted(preset, {"columns": "first"}), {**settings, "dim": narrowest}
@@ -390,7 +390,7 @@ def make(data: Data, settings: Mapping[str, Any], out: str, *, overwrite: bool =
     str
         Its path.
     """
-    from .job import run
+    from gpu_init.run import run
 
     flags: dict[str, Any] = {
         "interactions": data.inter,

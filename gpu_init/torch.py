@@ -25,9 +25,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .artifact import Artifact
-from .errors import InputError
-from .ids import WHOLE_NUMBER, is_text
+from gpu_init.artifact.read import Artifact
+from gpu_init.errors import InputError
+from gpu_init.ids import WHOLE_NUMBER, is_text
 
 try:
     import torch

@@ -20,15 +20,26 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from . import charts, features, interactions, job, method, spectral, storage
-from .backend import Backend, ranges, select
-from .blend import Blend, Weighting, global_part, lambdas, of_users
-from .config import CLUSTER_ON, COLUMNS, POLICIES, JobConfig, Settings, settings_to_dict
-from .errors import InputError
-from .features import Modality
-from .interactions import Columns, Interactions, ItemAxis
-from .progress import Progress
-from .where import parse
+from gpu_init.backend.interface import Backend, ranges
+from gpu_init.backend.select import select
+from gpu_init.config import CLUSTER_ON, COLUMNS, POLICIES, JobConfig, Settings, settings_to_dict
+from gpu_init.errors import InputError
+from gpu_init.files import storage
+from gpu_init.inputs import interactions
+from gpu_init.inputs import read as inputs_read
+from gpu_init.inputs.axes import ItemAxis
+from gpu_init.inputs.tables import Columns
+from gpu_init.method import clusters as method_clusters
+from gpu_init.method import projection, spectral
+from gpu_init.method import weighting as method_weighting
+from gpu_init.method.blend import Blend, global_part, of_users
+from gpu_init.method.lambdas import lambdas
+from gpu_init.method.matrix import Interactions
+from gpu_init.method.modality import Modality
+from gpu_init.method.weighting import Weighting
+from gpu_init.show import charts
+from gpu_init.show.progress import Progress
+from gpu_init.where import parse
 
 METRICS = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
 LAMBDAS: tuple[float | str, ...] = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1, *POLICIES)
@@ -114,7 +125,7 @@ def grid(settings: Settings, widths: Mapping[str, int], most_clusters: int) -> l
     return list(dict.fromkeys(found))
 
 
-def read(config: JobConfig, backend: Backend, progress: Progress) -> tuple[job.Data, HeldOut]:
+def read(config: JobConfig, backend: Backend, progress: Progress) -> tuple[inputs_read.Data, HeldOut]:
     """Read a job's inputs, and held-out interactions of its users and items.
 
     Interactions that the job has as well, and those of other users or items, are left out.
@@ -128,7 +139,7 @@ def read(config: JobConfig, backend: Backend, progress: Progress) -> tuple[job.D
         raise InputError("tune ranks settings by held-out interactions: give --valid PATH, or --valid-where EXPR.")
     tried = grid(config.settings, dict.fromkeys(config.features, DIM), max(CLUSTERS))
     clusterings = {_keys(one, "")[1] + (one.dim, one.whiten) for one in tried}
-    data = job.read_inputs(config, backend, progress, candidates=len(clusterings))
+    data = inputs_read.read_inputs(config, backend, progress, candidates=len(clusterings))
     path, train = config.valid or config.interactions, data.table
     where = parse(config.valid_where) if config.valid_where else None
     columns = Columns(config.user_column, config.item_column, None, where, config.session_column)
@@ -173,7 +184,9 @@ def _rows(codes: NDArray[np.int64], ids: Any, axis_ids: Any, size: int) -> NDArr
 # Ranking.
 
 
-def rank(data: job.Data, held_out: HeldOut, candidates: Sequence[Settings], seed: int, progress: Progress) -> Ranking:
+def rank(
+    data: inputs_read.Data, held_out: HeldOut, candidates: Sequence[Settings], seed: int, progress: Progress
+) -> Ranking:
     """Rank held-out interactions by each candidate, for each modality and for all together.
 
     Parameters
@@ -211,11 +224,11 @@ def rank(data: job.Data, held_out: HeldOut, candidates: Sequence[Settings], seed
     return Ranking(rows, _metrics(per_pair, np.searchsorted(users, held_out.users), len(users)), users)
 
 
-def _space(backend: Backend, data: job.Data, name: str, dim: int | None, whiten: bool) -> Modality:
+def _space(backend: Backend, data: inputs_read.Data, name: str, dim: int | None, whiten: bool) -> Modality:
     modality = data.modality(backend, name, exact=dim is not None)
     if dim is None:
         return modality
-    return features.project(backend, modality, features.fit_projection(backend, modality, dim, whiten))
+    return projection.project(backend, modality, projection.fit_projection(backend, modality, dim, whiten))
 
 
 def _metrics(ranks: NDArray[np.float32], rows: NDArray[np.int64], users: int) -> dict[str, Score]:
@@ -252,7 +265,7 @@ class _Task:
         self.part = train.some(backend, self.users)
         self.pairs = np.searchsorted(users, held_out.users), held_out.items
         self.embeddings: dict[Any, spectral.Embedding] = {}
-        self.behaviours: dict[Any, method.Behaviour] = {}
+        self.behaviours: dict[Any, method_clusters.Behaviour] = {}
 
     def ranked(
         self, spaces: Mapping[str, Modality], operators: Mapping[str, Weighting], candidates: Sequence[Settings]
@@ -299,20 +312,20 @@ class _Task:
     def _plan(self, modality: Modality, operator: Weighting, settings: Settings) -> Blend:
         """All but lambda of a clustering, of all users."""
         shared = self._behaviour(settings) if settings.cluster_on == "interactions" else None
-        labels = method.cluster_arrays(self.backend, self.train, modality, operator, settings, shared)
-        cold = method.cold_vector(self.backend, self.train, operator, *labels)
+        labels = method_clusters.cluster_arrays(self.backend, self.train, modality, operator, settings, shared)
+        cold = method_clusters.cold_vector(self.backend, self.train, operator, *labels)
         centroids, user_labels, item_labels = labels
         by_user = user_labels if item_labels is None else None
         return Blend(modality, operator, 0.0, centroids, by_user, item_labels, cold)
 
-    def _behaviour(self, settings: Settings) -> method.Behaviour:
+    def _behaviour(self, settings: Settings) -> method_clusters.Behaviour:
         """Users clustered by what they did, whatever the features."""
         embed = (settings.cluster_rank, settings.seed)
         if embed not in self.embeddings:
-            self.embeddings[embed] = method.embed(self.backend, self.train, settings)
+            self.embeddings[embed] = method_clusters.embed(self.backend, self.train, settings)
         key = (*embed, settings.clusters, settings.restarts, settings.tolerance, settings.kmeans)
         if key not in self.behaviours:
-            self.behaviours[key] = method.behaviour(self.backend, self.train, self.embeddings[embed], settings)
+            self.behaviours[key] = method_clusters.behaviour(self.backend, self.train, self.embeddings[embed], settings)
         return self.behaviours[key]
 
     def _global(self, plan: Blend) -> Any:
@@ -324,7 +337,7 @@ class _Task:
     def _local(self, modality: Modality, settings: Settings) -> Any:
         """L of the users with held-out items, (n, d) float32."""
         xp = self.backend.xp
-        operator = method.weighting(self.backend, self.train, modality.present, settings.weighting)
+        operator = method_weighting.weighting(self.backend, self.train, modality.present, settings.weighting)
         rows, nowhere = operator.local_rows[self.users], xp.zeros(modality.values.shape[1])
         made = self.backend.kernels.aggregate(self.part.csr, modality.values, rows, operator.local_items, nowhere)
         return made.astype(xp.float32)

@@ -35,8 +35,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError
-from .ids import WHOLE_NUMBER, first_true, is_text
+from gpu_init.errors import InputError
+from gpu_init.ids import WHOLE_NUMBER, first_true, is_text
 
 MAX_CHARACTERS = 4000
 MAX_NESTING = 50

@@ -6,11 +6,10 @@ import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gpu_init.errors import InputError
-
-from .csr import Csr
+from gpu_init.kernels.csr import Csr
 
 if TYPE_CHECKING:
-    from .build import Rows
+    from gpu_init.kernels.build import Rows
 
 __all__ = [
     "NUMPY_SECONDS",
@@ -124,18 +123,18 @@ def cpu_kernels(name: str) -> Kernels:
         import numpy as np
         import scipy.sparse
 
-        from .reference import ReferenceKernels
+        from gpu_init.kernels.reference import ReferenceKernels
 
         return ReferenceKernels(np, scipy.sparse)
-    from .cpu import NumbaKernels
+    from gpu_init.kernels.cpu import NumbaKernels
 
     return NumbaKernels()
 
 
 def prepare(reading: bool, fitting: bool, on_interactions: bool) -> None:
     """Begin to compile numba's kernels for a CPU, in a thread of their own: for reading, fitting, or both."""
-    from . import build, cpu, ids
-    from .compiled import prepare
+    from gpu_init.kernels import build, cpu, ids
+    from gpu_init.kernels.compiled import prepare
 
     prepare(
         [
@@ -148,8 +147,8 @@ def prepare(reading: bool, fitting: bool, on_interactions: bool) -> None:
 
 def compile_all() -> tuple[int, str | None]:
     """Compile all of numba's kernels; gives how many they are, and the folder where their machine code is kept."""
-    from . import build, cpu, ids
-    from .compiled import folder
+    from gpu_init.kernels import build, cpu, ids
+    from gpu_init.kernels.compiled import folder
 
     every = (*ids.CODING, *build.READING, build.MERGING, *cpu.INTERACTIONS_ONLY, *cpu.FITTING)
     for one in every:

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_init.errors import InputError, ResourceError
-
-from .cuda import (
+from gpu_init.kernels.cuda import (
     CUPY_OPTIONS,
     OPTIONS,
     choose_cache_folder,

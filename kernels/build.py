@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from gpu_init.errors import ResourceError
-
-from .compiled import float32, int32, int64, kernel, read_only, reads, writes
-from .csr import Csr
-from .threads import in_order
+from gpu_init.kernels.compiled import float32, int32, int64, kernel, read_only, reads, writes
+from gpu_init.kernels.csr import Csr
+from gpu_init.kernels.threads import in_order
 
 _PARTS = 64  # of the rows, to spread uneven ones over the threads
 _HELD = 1 << 21  # interactions put into R at a time

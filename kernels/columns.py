@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .csr import Csr
+from gpu_init.kernels.csr import Csr
 
 ROW_BYTES = 8192  # that a row is worth which is read at random: two pages
 FEW_SHARE = 1 / 16  # of the features that so many rows are worth at most

@@ -23,9 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_init.errors import InputError, ResourceError
-
-from .csr import Csr
-from .reference import ReferenceKernels
+from gpu_init.kernels.csr import Csr
+from gpu_init.kernels.reference import ReferenceKernels
 
 # Sizes that the sources share (the tests compare them).
 WARP = 32  # threads of a warp

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from gpu_init.errors import ResourceError
-
-from .compiled import int32, int64, kernel, read_only, reads, uint8, uint64, writes
-from .threads import cores, run
+from gpu_init.kernels.compiled import int32, int64, kernel, read_only, reads, uint8, uint64, writes
+from gpu_init.kernels.threads import cores, run
 
 _STEP = 1 << 16  # ids coded at a time: a table has room for so many new ones
 _MOST_CODES = 2**31 - 1

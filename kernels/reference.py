@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from .csr import Csr
+from gpu_init.kernels.csr import Csr
 
 
 class ReferenceKernels:

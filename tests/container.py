@@ -215,18 +215,18 @@ class Jobs:
 
 def contents(folder):
     """Content of an artifact's files but the manifest, which has timings; after every one was checked."""
-    from gpu_init import artifact
+    from gpu_init.artifact import read
 
-    assert artifact.verify(folder) == []
+    assert read.verify(folder) == []
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def assert_same(ours, theirs):
     """Two artifacts: the same bytes, or, by other versions of the libraries, the same to rounding."""
-    from gpu_init import artifact
+    from gpu_init.artifact import read
 
-    versions = [artifact.load(folder).manifest["backend"]["versions"] for folder in (ours, theirs)]
+    versions = [read.load(folder).manifest["backend"]["versions"] for folder in (ours, theirs)]
     if versions[0] == versions[1]:
         assert contents(ours) == contents(theirs)
         return "the same bytes"
@@ -237,9 +237,9 @@ def assert_close(ours, theirs, tolerance=1e-5):
     """Two artifacts: the same labels, and the same vectors to rounding."""
     import numpy as np
 
-    from gpu_init import artifact
+    from gpu_init.artifact import read
 
-    opened = [artifact.load(folder) for folder in (ours, theirs)]
+    opened = [read.load(folder) for folder in (ours, theirs)]
     for name in opened[0]:
         one, other = (side[name] for side in opened)
         np.testing.assert_array_equal(one.labels, other.labels)

@@ -15,12 +15,17 @@ import pandas as pd
 import scipy.sparse
 
 import gpu_init
-from gpu_init import artifact, interactions, kmeans, method, where
-from gpu_init import features as feature_arrays
-from gpu_init.backend import select
+from gpu_init import where
+from gpu_init.artifact import read as artifact_read
+from gpu_init.backend.select import select
 from gpu_init.cli import main
 from gpu_init.config import Settings
 from gpu_init.errors import InputError
+from gpu_init.inputs import interactions, tables
+from gpu_init.method import clusters as method_clusters
+from gpu_init.method import kmeans, weighting
+from gpu_init.method import matrix as method_matrix
+from gpu_init.method import modality as feature_arrays
 
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3}
 
@@ -108,7 +113,7 @@ def run(out, data, *flags):
     given = [f"--features={path.stem}={path}" for path in sorted(data.glob("*.npy"))]
     place = [f"--interactions={data / 'clicks.parquet'}", f"--out={out}", "--log-format=json"]
     assert main(["run", *place, *given, *flags]) == 0
-    return artifact.load(out)
+    return artifact_read.load(out)
 
 
 def write_job(folder, users=9000):
@@ -122,7 +127,7 @@ def write_job(folder, users=9000):
 
 
 def assert_artifacts_agree(found, expected, dtype):
-    assert artifact.verify(found.path) == []
+    assert artifact_read.verify(found.path) == []
     assert set(found) == set(expected)
     for name in found:
         np.testing.assert_array_equal(found[name].labels, expected[name].labels)
@@ -167,7 +172,7 @@ def check_tiktok(monkeypatch, tmp_path, data, *flags, dtype):
 
     def made(name, out):
         assert main(["run", *given, f"--backend={name}", f"--out={tmp_path / out}"]) == 0
-        return artifact.load(tmp_path / out)
+        return artifact_read.load(tmp_path / out)
 
     before = made("cpu", "before")
     starts = itertools.cycle([one.centroids for one in before.values()])  # modalities come in the same order
@@ -297,7 +302,7 @@ def check_given_users(tmp_path):
         found = []
         for name in ("cpu", "cuda"):
             device = select(name)
-            users = interactions.read_user_ids(device, str(listed), None)
+            users = tables.read_user_ids(device, str(listed), None)
             axis = interactions.ItemAxis(9)
             made = interactions.read(device, str(path), interactions.Columns(), axis, users)
             assert list(made.user_ids) == list(users)
@@ -308,7 +313,7 @@ def check_given_users(tmp_path):
         said = []
         for name in ("cpu", "cuda"):
             try:
-                interactions.read_user_ids(select(name), str(listed), None)
+                tables.read_user_ids(select(name), str(listed), None)
             except InputError as error:
                 said.append(str(error))
         assert len(said) == 2
@@ -322,13 +327,13 @@ def check_inertia(monkeypatch):
     """The library's K-means and the factored one end within 2% of each other, each the best of five starts."""
     matrix, features = problem(users=9000, items=900, width=32, groups=6)
     device = select("cuda")
-    made = interactions.from_matrix(device, matrix, "test")
+    made = method_matrix.from_matrix(device, matrix, "test")
     modality = feature_arrays.from_array(device, "text", features)
-    operator = method.weighting(device, made, modality.present, "mean")
+    operator = weighting.weighting(device, made, modality.present, "mean")
     found = {}
     for form in ("dense", "factored"):
         monkeypatch.setattr(type(device), "takes_matrix", lambda *_, form=form: form == "dense")
-        found[form] = method.clusters(device, made, modality, operator, Settings(clusters=6, restarts=5)).found
+        found[form] = method_clusters.clusters(device, made, modality, operator, Settings(clusters=6, restarts=5)).found
         assert found[form].form == form
         assert found[form].library == (form == "dense")
     assert abs(found["dense"].inertia[-1] / found["factored"].inertia[-1] - 1) <= 0.02

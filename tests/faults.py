@@ -27,13 +27,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from gpu_init import artifact
+from gpu_init.artifact import read
 
 USERS, ITEMS, WIDTH = 60_000, 500, 96
 STOP_SECONDS = 5.0
 ROOT = Path(__file__).resolve().parents[1]
 # as `gpu-init`, but that rows are made durable more often, so that small jobs resume in their middle
-PROGRAM = "from gpu_init import artifact, cli; artifact.SYNC_BYTES = 1 << 20; cli.program()"
+PROGRAM = "from gpu_init import cli; from gpu_init.artifact import rows; rows.SYNC_BYTES = 1 << 20; cli.program()"
 
 
 class Jobs:
@@ -94,7 +94,7 @@ class Jobs:
         """Wait for a job that must succeed; the artifact's files but the manifest."""
         said = process.stderr.read()
         assert process.wait() == 0, said
-        assert artifact.verify(process.out) == []
+        assert read.verify(process.out) == []
         beside = {path.name for path in self.folder.iterdir() if process.out.name in path.name}
         assert beside == {process.out.name}, beside
         return contents(process.out)
@@ -120,8 +120,8 @@ class Jobs:
         if not os.path.lexists(process.out):
             assert None in allowed, "the artifact has gone"
             return
-        assert artifact.verify(process.out) == []
-        assert list(artifact.load(process.out)) == ["image", "text"]
+        assert read.verify(process.out) == []
+        assert list(read.load(process.out)) == ["image", "text"]
         assert contents(process.out) in allowed
 
 

@@ -37,10 +37,13 @@ import pyarrow.parquet as pq
 import safetensors.numpy
 import scipy.sparse
 
-from gpu_init import artifact, config, features, interactions, where
-from gpu_init.artifact import Staging
-from gpu_init.backend import CpuBackend
+from gpu_init import config, where
+from gpu_init.artifact import read as artifact_read
+from gpu_init.artifact.staging import Staging
+from gpu_init.backend.cpu import CpuBackend
 from gpu_init.errors import InputError, ResourceError
+from gpu_init.inputs import features, interactions, tables
+from gpu_init.method import modality
 
 USERS, ITEMS, WIDTH = 12, 9, 4
 PROCESS_BYTES = 3 << 30  # that a case may allocate beyond what there was before the first
@@ -299,18 +302,18 @@ class Bench:
             users = {5: USERS, 6: pd.Series(range(USERS))}.get(option % 8)
             self.read_both_ways(path, interactions.Columns(weight=weight, where=keep), axis, users)
         elif kind == "users":
-            assert len(interactions.read_user_ids(self.cpu, path, None)) > 0
+            assert len(tables.read_user_ids(self.cpu, path, None)) > 0
         elif kind == "features":
             table = features.read("image", path)
-            present = features.check(table.values, path)
+            present = modality.check(table.values, path)
             assert np.isfinite(np.asarray(table.values)[present]).all()
         elif kind == "config":
             config.load(path, {}, {})
         else:
             try:
-                problems = artifact.verify(self.folder / "artifact")
+                problems = artifact_read.verify(self.folder / "artifact")
                 if not problems:
-                    opened = artifact.load(self.folder / "artifact")
+                    opened = artifact_read.load(self.folder / "artifact")
                     assert len(opened["image"].users) == USERS == len(opened.user_ids)
                 assert problems or data == self.files[name], "a change that verify does not see"
             finally:

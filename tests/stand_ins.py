@@ -17,10 +17,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 import scipy.sparse
 
-from gpu_init import backend
+from gpu_init.backend import cuda as backend_cuda
+from gpu_init.backend import doctor
 from gpu_init.kernels import cuda
-
-from . import shim
+from tests import shim
 
 GPU_BYTES = 1 << 34
 
@@ -206,8 +206,8 @@ def install(monkeypatch, programs, cupy=None):
     cupy = cupy or Cupy()
     for name, module in modules(cupy).items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(backend, "_driver_version", lambda: (12, 9))
-    monkeypatch.setattr(backend, "CudaKernels", lambda xp, sparse: cuda.CudaKernels(xp, sparse, programs))
-    monkeypatch.setattr(backend, "choose_cache_folder", lambda: None)
+    monkeypatch.setattr(doctor, "_driver_version", lambda: (12, 9))
+    monkeypatch.setattr(backend_cuda, "CudaKernels", lambda xp, sparse: cuda.CudaKernels(xp, sparse, programs))
+    monkeypatch.setattr(backend_cuda, "choose_cache_folder", lambda: None)
     monkeypatch.setattr(KMeans, "fitted", [])
     return cupy

@@ -24,8 +24,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from gpu_init import artifact, storage
+from gpu_init.artifact import format, publish, read
+from gpu_init.artifact import rows as artifact_rows
+from gpu_init.artifact import staging as artifact_staging
 from gpu_init.errors import InputError, ResourceError
+from gpu_init.files import storage
 
 USERS, ITEMS, WIDTH, CLUSTERS = 37, 11, 4, 3
 IDENTITY = {
@@ -77,7 +80,7 @@ def names():
 
 def run(out, seed=0, resume=False, overwrite=False, identity=None, **how):
     identity = {**IDENTITY, "seed": seed} if identity is None else identity
-    with artifact.Staging.open(out, resume=resume, overwrite=overwrite, identity=identity) as staging:
+    with artifact_staging.Staging.open(out, resume=resume, overwrite=overwrite, identity=identity) as staging:
         return work(staging, seed, **how)
 
 
@@ -113,7 +116,7 @@ def stop_after(rows):
 
 def test_what_is_written_is_read(made):
     assert os.listdir(made.parent) == ["out"]
-    found = artifact.load(made)
+    found = read.load(made)
     assert list(found) == ["image"]
     assert len(found) == 1
     np.testing.assert_array_equal(found["image"].users, vectors())
@@ -130,13 +133,13 @@ def test_what_is_written_is_read(made):
     assert entry == expected
     assert found.manifest["files"]["users.parquet"]["rows"] == USERS
     assert not any(name.startswith("scratch") for name in contents(made))
-    assert artifact.verify(made) == []
+    assert read.verify(made) == []
     np.testing.assert_array_equal(np.load(made / "image" / "users.npy", allow_pickle=False), vectors())
 
 
 def test_arrays_are_read_only(made):
     with pytest.raises(ValueError, match="read-only"):
-        artifact.load(made)["image"].users[0, 0] = 1
+        read.load(made)["image"].users[0, 0] = 1
 
 
 def test_every_kind_of_array_survives(out):
@@ -149,19 +152,19 @@ def test_every_kind_of_array_survives(out):
         "a/items_mask.npy": np.zeros(0, bool),
         "a/item_labels.npy": np.zeros(0, np.int32),
     }
-    with artifact.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
+    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
         for name, array in arrays.items():
             staging.save(name, array)
             np.testing.assert_array_equal(staging.load(name), array)
             assert not staging.load(name).flags.writeable
         facts = {"users": {"rows": 6}, "items": {"rows": 0}, "modalities": {"a": {}}, "odd": "\udcff\u2028\x1b é"}
         staging.commit(facts)
-    found = artifact.load(out)["a"]
+    found = read.load(out)["a"]
     for name, array in arrays.items():
         part = getattr(found, name[2:-4])
         np.testing.assert_array_equal(part, array)
         assert part.dtype == array.dtype
-    assert artifact.verify(out) == []
+    assert read.verify(out) == []
 
 
 @pytest.mark.parametrize("step", [1, 7, USERS, 100])
@@ -172,7 +175,7 @@ def test_rows_do_not_depend_on_blocks(made, tmp_path, step):
 
 def test_blocks_may_be_written_from_two_buffers_in_turn(out):
     buffers, table = np.empty((2, 5, WIDTH), np.float32), vectors(users=500)
-    with artifact.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
+    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
         with staging.rows("image/users.npy", (500, WIDTH), np.float32) as writer:
             for number, start in enumerate(range(0, 500, 5)):
                 buffers[number % 2] = table[start : start + 5]
@@ -181,7 +184,7 @@ def test_blocks_may_be_written_from_two_buffers_in_turn(out):
 
 
 def test_wrong_blocks_are_refused(out):
-    with artifact.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
+    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
         writer = staging.rows("image/users.npy", (4, 2), np.float32)
         for block in (np.zeros((2, 3), np.float32), np.zeros((2, 2)), np.zeros(2, np.float32)):
             with pytest.raises(ValueError, match="a block of"):
@@ -197,7 +200,7 @@ def test_wrong_blocks_are_refused(out):
 
 
 def test_resume_goes_on_from_durable_rows(out, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact, "SYNC_BYTES", 1)
+    monkeypatch.setattr(artifact_rows, "SYNC_BYTES", 1)
     other, begun = tmp_path / "other", []
     with pytest.raises(StopError):
         run(other, each=stop_after(20))
@@ -212,7 +215,7 @@ def test_resume_goes_on_from_durable_rows(out, made, tmp_path, monkeypatch):
 
 
 def test_rows_that_are_gone_are_not_counted(out, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact, "SYNC_BYTES", 1)
+    monkeypatch.setattr(artifact_rows, "SYNC_BYTES", 1)
     other, begun = tmp_path / "other", []
     with pytest.raises(StopError):
         run(other, each=stop_after(20))
@@ -223,12 +226,12 @@ def test_rows_that_are_gone_are_not_counted(out, made, tmp_path, monkeypatch):
 
 
 def test_resume_skips_what_is_finished(out):
-    with artifact.Staging.open(out, resume=False, overwrite=False, identity=IDENTITY) as staging:
+    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity=IDENTITY) as staging:
         with staging.rows("image/users.npy", (USERS, WIDTH), np.float32) as writer:
             writer.write(vectors())
         staging.finish("step", {"n": 1})
         assert staging.finished("other") is None
-    with artifact.Staging.open(out, resume=True, overwrite=False, identity=IDENTITY) as staging:
+    with artifact_staging.Staging.open(out, resume=True, overwrite=False, identity=IDENTITY) as staging:
         assert staging.resumed
         assert not staging.discarded
         assert staging.finished("step") == {"n": 1}
@@ -259,7 +262,7 @@ def test_resume_names_what_changed(out):
     assert "lambda" not in message
     assert os.listdir(out.parent) == ["out.partial"]
     run(out, resume=True)
-    assert artifact.verify(out) == []
+    assert read.verify(out) == []
 
 
 def test_without_resume_an_unfinished_run_is_discarded(out, made, tmp_path):
@@ -267,7 +270,9 @@ def test_without_resume_an_unfinished_run_is_discarded(out, made, tmp_path):
     with pytest.raises(StopError):
         run(other, each=stop_after(20))
     (tmp_path / "other.partial" / "litter.npy").write_bytes(b"x")
-    with artifact.Staging.open(other, resume=False, overwrite=False, identity={**IDENTITY, "seed": 0}) as staging:
+    with artifact_staging.Staging.open(
+        other, resume=False, overwrite=False, identity={**IDENTITY, "seed": 0}
+    ) as staging:
         assert staging.discarded
         assert not staging.resumed
         work(staging)
@@ -288,7 +293,9 @@ def test_a_journal_that_cannot_be_used_means_nothing_to_resume(out, made, tmp_pa
     else:
         flipped = data.replace(b"1.5", b"1.4")
         journal.write_bytes({"empty": b"", "torn": data[:-9], "flipped": flipped, "other json": b"[[]]"}[damage])
-    with artifact.Staging.open(other, resume=True, overwrite=False, identity={**IDENTITY, "seed": 0}) as staging:
+    with artifact_staging.Staging.open(
+        other, resume=True, overwrite=False, identity={**IDENTITY, "seed": 0}
+    ) as staging:
         assert not staging.resumed
         assert staging.discarded
         work(staging)
@@ -309,7 +316,7 @@ def test_an_input_error_keeps_the_run_that_it_resumed(out):
         run(out, each=stop_after(20))
     with (
         pytest.raises(InputError),
-        artifact.Staging.open(out, resume=True, overwrite=False, identity={**IDENTITY, "seed": 0}),
+        artifact_staging.Staging.open(out, resume=True, overwrite=False, identity={**IDENTITY, "seed": 0}),
     ):
         raise InputError("bad")
     assert os.listdir(out.parent) == ["out.partial"]
@@ -332,7 +339,7 @@ def test_an_artifact_is_not_replaced_unasked(made):
 def test_resume_accepts_the_same_artifact(made, overwrite):
     before = made.stat().st_ino
     identity = {**IDENTITY, "seed": 0}
-    with artifact.Staging.open(made, resume=True, overwrite=overwrite, identity=identity) as staging:
+    with artifact_staging.Staging.open(made, resume=True, overwrite=overwrite, identity=identity) as staging:
         assert staging.complete
     assert made.stat().st_ino == before
     assert os.listdir(made.parent) == ["out"]
@@ -343,7 +350,7 @@ def test_resume_does_not_accept_a_damaged_artifact(made):
     with pytest.raises(InputError, match="--overwrite"):
         run(made, resume=True)
     run(made, resume=True, overwrite=True)
-    assert artifact.verify(made) == []
+    assert read.verify(made) == []
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
@@ -400,7 +407,7 @@ def test_links_to_folders_are_followed(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "vectors")
     assert run(tmp_path / "link") == str(tmp_path / "disk" / "vectors")
     assert (tmp_path / "link").is_symlink()
-    assert artifact.verify(tmp_path / "link") == []
+    assert read.verify(tmp_path / "link") == []
     assert os.listdir(tmp_path / "disk") == ["vectors"]
 
 
@@ -413,13 +420,13 @@ def test_a_folder_that_appears_meanwhile_is_not_touched_and_the_work_is_kept(out
         run(out, each=appear)
     assert os.listdir(out) == ["thesis.tex"]
     (out / "thesis.tex").unlink()
-    with artifact.Staging.open(out, resume=True, overwrite=False, identity={**IDENTITY, "seed": 0}) as staging:
+    with artifact_staging.Staging.open(out, resume=True, overwrite=False, identity={**IDENTITY, "seed": 0}) as staging:
         assert staging.complete
-    assert artifact.verify(out) == []
+    assert read.verify(out) == []
 
 
 def test_a_second_run_is_refused(out):
-    with artifact.Staging.open(out, resume=False, overwrite=False, identity=IDENTITY) as staging:
+    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity=IDENTITY) as staging:
         before = contents(out.parent)
         for flags in ({}, {"resume": True}, {"overwrite": True}):
             with pytest.raises(InputError, match=rf"another run writes to {out} \(process {os.getpid()}\)"):
@@ -434,22 +441,22 @@ def test_a_second_run_is_refused(out):
 
 @pytest.fixture
 def inside(monkeypatch):
-    monkeypatch.setattr(artifact, "_stays", os.path.isdir)
+    monkeypatch.setattr(publish, "_stays", os.path.isdir)
 
 
 def test_a_mount_point_is_filled_from_inside(out, inside):
     (out / "lost+found").mkdir(parents=True)
     number = out.stat().st_ino
     run(out)
-    assert artifact.verify(out) == []
+    assert read.verify(out) == []
     old = contents(out)
     with pytest.raises(StopError):
         run(out, seed=1, overwrite=True, each=stop_after(20))
     assert {name: data for name, data in contents(out).items() if not name.startswith(".partial")} == old
-    assert artifact.verify(out) == []
+    assert read.verify(out) == []
     run(out, seed=1, overwrite=True, resume=True)
-    np.testing.assert_array_equal(artifact.load(out)["image"].users, vectors(1))
-    assert artifact.verify(out) == []
+    np.testing.assert_array_equal(read.load(out)["image"].users, vectors(1))
+    assert read.verify(out) == []
     assert sorted(os.listdir(out)) == ["image", "lost+found", "manifest.json", "users.parquet"]
     assert os.listdir(out.parent) == ["out"]
     assert out.stat().st_ino == number
@@ -457,7 +464,7 @@ def test_a_mount_point_is_filled_from_inside(out, inside):
 
 def test_files_of_an_old_artifact_do_not_stay_inside(out, inside):
     out.mkdir(parents=True)
-    with artifact.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
+    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
         staging.save("old/centroids.npy", np.zeros((1, 1), np.float32))
         staging.commit({"modalities": {}, "users": {"rows": 0}, "items": {"rows": 0}})
     run(out, overwrite=True)
@@ -466,7 +473,10 @@ def test_files_of_an_old_artifact_do_not_stay_inside(out, inside):
 
 def test_a_second_run_inside_is_refused(out, inside):
     out.mkdir(parents=True)
-    with artifact.Staging.open(out, resume=False, overwrite=False, identity=IDENTITY), pytest.raises(InputError):
+    with (
+        artifact_staging.Staging.open(out, resume=False, overwrite=False, identity=IDENTITY),
+        pytest.raises(InputError),
+    ):
         run(out)
     (out / "mine.txt").write_text("x")
     with pytest.raises(InputError, match=r"mine\.txt"):
@@ -474,16 +484,16 @@ def test_a_second_run_inside_is_refused(out, inside):
 
 
 def test_mounts_are_seen():
-    assert artifact._stays("/proc")
-    assert "/proc" in artifact._mount_points()
+    assert publish._stays("/proc")
+    assert "/proc" in publish._mount_points()
 
 
 def test_a_parent_that_takes_no_files(out, monkeypatch):
     out.mkdir(parents=True)
     real = os.access
-    monkeypatch.setattr(artifact.os, "access", lambda path, mode: path != str(out.parent) and real(path, mode))
+    monkeypatch.setattr(artifact_staging.os, "access", lambda path, mode: path != str(out.parent) and real(path, mode))
     run(out)
-    assert artifact.verify(out) == []
+    assert read.verify(out) == []
     if os.getuid() != 0:
         monkeypatch.undo()
         out.parent.chmod(0o555)
@@ -493,7 +503,7 @@ def test_a_parent_that_takes_no_files(out, monkeypatch):
                 run(out.parent / "new")
         finally:
             out.parent.chmod(0o755)
-        assert artifact.verify(out) == []
+        assert read.verify(out) == []
 
 
 # A full disk, and other faults.
@@ -514,7 +524,7 @@ def fail_after(monkeypatch, calls, code=errno.ENOSPC, name="write"):
 
 @pytest.mark.parametrize("name", ["write", "fsync", "fdatasync", "replace"])
 def test_a_full_disk_is_said_and_the_run_can_be_resumed(made, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(artifact, "SYNC_BYTES", 50)
+    monkeypatch.setattr(artifact_rows, "SYNC_BYTES", 50)
     other, failures = tmp_path / "other", 0
     for calls in range(0, 200, 3):
         message = None
@@ -528,7 +538,7 @@ def test_a_full_disk_is_said_and_the_run_can_be_resumed(made, tmp_path, monkeypa
             break
         failures += 1
         assert "are free" in message
-        assert not other.exists() or artifact.verify(other) == []
+        assert not other.exists() or read.verify(other) == []
     assert failures >= 2
     run(other, resume=True)
     assert contents(other) == contents(made)
@@ -537,22 +547,22 @@ def test_a_full_disk_is_said_and_the_run_can_be_resumed(made, tmp_path, monkeypa
 
 def test_too_little_disk_is_seen_before_the_rows(out, monkeypatch):
     monkeypatch.setattr(storage, "free_bytes", lambda path: 1000)
-    staging = artifact.Staging.open(out, resume=False, overwrite=False, identity={})
+    staging = artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={})
     with staging, pytest.raises(ResourceError, match="4,000 bytes are needed, 1,000 are free"):
         staging.rows("image/users.npy", (1000, 1), np.float32)
 
 
 def test_a_folder_that_became_read_only(out, monkeypatch):
-    with artifact.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
+    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
         fail_after(monkeypatch, 0, errno.EROFS)
         with pytest.raises(InputError, match="Read-only"):
             staging.save("image/labels.npy", np.zeros(3, np.int32))
 
 
 def test_aborting_does_not_hang_on_a_slow_disk(out, monkeypatch):
-    monkeypatch.setattr(artifact, "_ABORT_SECONDS", 0.05)
+    monkeypatch.setattr(artifact_rows, "_ABORT_SECONDS", 0.05)
     hanging, real = threading.Event(), os.write
-    with artifact.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
+    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
         writer = staging.rows("image/users.npy", (6, 1), np.float32)
         monkeypatch.setattr(storage.os, "write", lambda *given: hanging.wait(30) and real(*given))
         started = time.monotonic()
@@ -610,7 +620,7 @@ def settle(root, mode):
     root.mkdir(parents=True)
     out = root / "out"
     if mode == "inside":
-        artifact._stays = os.path.isdir
+        publish._stays = os.path.isdir
         out.mkdir()
     if mode == "two renames":
         storage.exchange = lambda a, b: False
@@ -622,7 +632,7 @@ def settle(root, mode):
 def whole(out, old, new):
     """Assert that what stands at the output's place is nothing, the old artifact or the new one."""
     if (out / "manifest.json").exists():
-        assert artifact.verify(out) == []
+        assert read.verify(out) == []
         held = {name: data for name, data in contents(out).items() if not name.startswith(".partial")}
         assert held in (old, new)
 
@@ -643,7 +653,10 @@ def check_kill(root, mode, number, new):
         in_child(lambda: (kill_before(number // 2), run(out, **flags)))
         whole(out, old, new)
     if number % 5 == 2:  # another run came between, discarded this one, and found its own input wrong
-        with contextlib.suppress(InputError), artifact.Staging.open(out, resume=False, overwrite=True, identity={}):
+        with (
+            contextlib.suppress(InputError),
+            artifact_staging.Staging.open(out, resume=False, overwrite=True, identity={}),
+        ):
             raise InputError("bad")
         assert not (root / "out.partial").exists()
         whole(out, old, new)
@@ -654,7 +667,7 @@ def check_kill(root, mode, number, new):
 
 
 def main(folder, mode, step):
-    artifact.SYNC_BYTES = 50
+    artifact_rows.SYNC_BYTES = 50
     root = Path(folder)
     run(root / "new" / "out")
     new, number, kills = contents(root / "new" / "out"), 0, 0
@@ -685,20 +698,20 @@ def test_any_flipped_bit_is_caught(made):
             flipped = bytearray(data)
             flipped[bit // 8] ^= 1 << bit % 8
             (made / name).write_bytes(flipped)
-            assert artifact.verify(made), (name, bit)
+            assert read.verify(made), (name, bit)
         (made / name).write_bytes(data)
-    assert artifact.verify(made) == []
+    assert read.verify(made) == []
 
 
 def test_what_is_missing_or_added_is_caught(made):
     (made / "image" / "extra.npy").write_bytes(b"x")
     (made / "image" / "labels.npy").unlink()
-    assert artifact.verify(made) == ["image/labels.npy: missing", "image/extra.npy: not in the manifest"]
+    assert read.verify(made) == ["image/labels.npy: missing", "image/extra.npy: not in the manifest"]
     (made / "manifest.json").unlink()
     with pytest.raises(InputError, match="no manifest"):
-        artifact.verify(made)
+        read.verify(made)
     with pytest.raises(InputError, match="no such folder"):
-        artifact.verify(made / "elsewhere")
+        read.verify(made / "elsewhere")
 
 
 @pytest.mark.parametrize("name", ["image/users.npy", "users.parquet", "manifest.json"])
@@ -707,8 +720,8 @@ def test_truncated_files_are_refused(made, name):
     for size in (0, 1, 9, 11, len(data) // 2, len(data) - 1):
         (made / name).write_bytes(data[:size])
         with pytest.raises(InputError):
-            artifact.load(made)
-        assert artifact.verify(made)
+            read.load(made)
+        assert read.verify(made)
 
 
 def reseal(folder, change):
@@ -716,7 +729,7 @@ def reseal(folder, change):
     path = folder / "manifest.json"
     body = json.loads(path.read_bytes())
     change(body)
-    path.write_bytes(artifact.seal(body))
+    path.write_bytes(format.seal(body))
 
 
 def entry(body, name="image/users.npy"):
@@ -769,10 +782,10 @@ HOSTILE = {
 def test_hostile_manifests_are_refused(made, change):
     reseal(made, change)
     with pytest.raises(InputError) as caught:
-        artifact.load(made)
+        read.load(made)
     assert len(str(caught.value)) < 500
     assert "\x1b" not in str(caught.value)
-    assert artifact.verify(made)
+    assert read.verify(made)
 
 
 @pytest.mark.parametrize(
@@ -794,15 +807,15 @@ def test_hostile_manifests_are_refused(made, change):
 def test_what_is_not_json_is_refused(made, data):
     (made / "manifest.json").write_bytes(data)
     with pytest.raises(InputError):
-        artifact.load(made)
-    assert artifact.verify(made)
+        read.load(made)
+    assert read.verify(made)
 
 
 def test_a_huge_manifest_is_not_read(made, monkeypatch):
     with open(made / "manifest.json", "ab") as file:
-        file.truncate(artifact.MANIFEST_BYTES + 1)
+        file.truncate(format.MANIFEST_BYTES + 1)
     with pytest.raises(InputError, match="larger than"):
-        artifact.load(made)
+        read.load(made)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "users.parquet", "image/users.npy", "image"])
@@ -810,14 +823,14 @@ def test_links_are_not_followed(made, tmp_path, name):
     os.rename(made / name, tmp_path / "elsewhere")
     (made / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InputError):
-        artifact.load(made)
+        read.load(made)
 
 
 def test_pipes_are_not_read(made):
     (made / "image" / "users.npy").unlink()
     os.mkfifo(made / "image" / "users.npy")
     with pytest.raises(InputError, match="not a regular file"):
-        artifact.load(made)
+        read.load(made)
 
 
 def npy(header, data=b"", version=b"\x01\x00"):
@@ -848,7 +861,7 @@ def test_hostile_arrays_are_refused(made, data):
     sha = hashlib.sha256(data).hexdigest()
     reseal(made, lambda body: entry(body, "image/labels.npy").update(bytes=len(data), sha256=sha))
     with pytest.raises(InputError, match="not an array"):
-        artifact.load(made)
+        read.load(made)
 
 
 def test_hostile_tables_are_refused_when_they_are_read(made):
@@ -861,24 +874,24 @@ def test_hostile_tables_are_refused_when_they_are_read(made):
         data = (made / "users.parquet").read_bytes()
         facts = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         reseal(made, lambda body, facts=facts: entry(body, "users.parquet").update(facts))
-        found = artifact.load(made)
+        found = read.load(made)
         with pytest.raises(InputError, match=r"users\.parquet"):
             _ = found.user_ids
 
 
 @pytest.mark.parametrize("name", ["image", "text_2", "bert-base.v1", "画像", "é"])
 def test_modality_names(name):
-    artifact.check_modality(name)
+    format.check_modality(name)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", ".partial", "scratch", "manifest.json", "a\n", "x" * 65])
 def test_modality_names_that_are_no_folders(name, out):
     with pytest.raises(InputError, match="choose another name"):
-        artifact.check_modality(name)
+        format.check_modality(name)
 
 
 def test_nothing_is_saved_outside(out):
-    with artifact.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
+    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
         for name in ("../x.npy", "/x.npy", "image/../../x.npy", "scratch/../../x.npy", ""):
             with pytest.raises(InputError):
                 staging.save(name, np.zeros(1))
@@ -894,14 +907,14 @@ json_values = st.recursive(
 @given(st.dictionaries(st.text(), json_values, max_size=5), st.data())
 @hypothesis_settings(max_examples=60, deadline=None)
 def test_a_seal_holds_anything_and_shows_any_change(body, data):
-    sealed = artifact.seal(body)
-    opened = artifact.unseal(sealed)
+    sealed = format.seal(body)
+    opened = format.unseal(sealed)
     assert opened is not None
-    assert artifact.seal(opened) == sealed
+    assert format.seal(opened) == sealed
     bit = data.draw(st.integers(0, 8 * len(sealed) - 1))
     flipped = bytearray(sealed)
     flipped[bit // 8] ^= 1 << bit % 8
-    assert artifact.unseal(bytes(flipped)) is None
+    assert format.unseal(bytes(flipped)) is None
 
 
 @given(
@@ -916,7 +929,7 @@ def test_a_seal_holds_anything_and_shows_any_change(body, data):
 @hypothesis_settings(max_examples=60, deadline=None)
 def test_any_manifest_is_answered_with_problems_not_with_a_crash(tmp_path_factory, body):
     root = str(tmp_path_factory.getbasetemp())
-    found = list(artifact._problems(root, body if isinstance(body, dict) else {"files": body, "modalities": body}))
+    found = list(read.problems(root, body if isinstance(body, dict) else {"files": body, "modalities": body}))
     assert all(isinstance(problem, str) and problem.isprintable() for problem in found)
 
 

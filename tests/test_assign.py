@@ -10,11 +10,10 @@ import pandas as pd
 import pytest
 
 import gpu_init
-from gpu_init import artifact
+from gpu_init.artifact import read
 from gpu_init.cli import main
-from gpu_init.progress import Progress
-
-from . import oracle
+from gpu_init.show.progress import Progress
+from tests import oracle
 
 USERS, ITEMS, WIDTH = 300, 60, 8
 
@@ -75,7 +74,7 @@ def test_same_users_same_bytes(place, form):
     users = half(place)
     assert assign(place, "full", "new", "new.parquet") == 0
     made = gpu_init.load(place / "new")
-    assert artifact.verify(made.path) == []
+    assert read.verify(made.path) == []
     np.testing.assert_array_equal(made.user_ids, users)
     seen = users < USERS
     np.testing.assert_array_equal(made["image"].users[seen], full["image"].users[users[seen]])

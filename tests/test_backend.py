@@ -16,14 +16,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpu_init
-from gpu_init import backend, cli, kmeans, method, partitions
-from gpu_init.backend import CpuBackend, in_blocks, row_groups, select, text_parts
-from gpu_init.blend import NORM_ROWS
+from gpu_init import cli
+from gpu_init.backend import cuda as backend_cuda
+from gpu_init.backend import doctor
+from gpu_init.backend import select as backend_select
+from gpu_init.backend.batches import row_groups, text_parts
+from gpu_init.backend.cpu import CpuBackend
+from gpu_init.backend.interface import in_blocks
+from gpu_init.backend.select import select
+from gpu_init.cluster import partitions
 from gpu_init.errors import InputError, ResourceError
 from gpu_init.kernels import cuda
-
-from . import cuda_jobs as jobs
-from . import shim, stand_ins
+from gpu_init.method import blend as method_blend
+from gpu_init.method import clusters, points
+from gpu_init.method.norms import NORM_ROWS
+from tests import cuda_jobs as jobs
+from tests import shim, stand_ins
 
 TIKTOK = Path(__file__).resolve().parents[2] / "shared" / "data" / "tiktok"
 NAMES = [name for names in cuda.instances().values() for name in names if "Half," not in name and "Bfloat" not in name]
@@ -67,8 +75,8 @@ def test_the_tiktok_job_agrees(cupy, monkeypatch, tmp_path, flags):
 @pytest.mark.parametrize("kind", jobs.USERS)
 @pytest.mark.parametrize("ending", jobs.WRITERS)
 def test_files_are_read_alike(cupy, monkeypatch, tmp_path, ending, kind, weighted):
-    monkeypatch.setattr(backend, "DEVICE_TEXT_BYTES", 300)
-    monkeypatch.setattr(backend, "DEVICE_ROWS", 16)
+    monkeypatch.setattr(backend_cuda, "DEVICE_TEXT_BYTES", 300)
+    monkeypatch.setattr(backend_cuda, "DEVICE_ROWS", 16)
     jobs.check_reader(tmp_path, ending, kind, weighted)
 
 
@@ -93,13 +101,13 @@ def test_given_users_are_read_alike(cupy, tmp_path):
 
 
 def test_both_kmeans_find_clusters_as_good(cupy, monkeypatch):
-    monkeypatch.setattr(kmeans, "SAMPLE_ROWS", 2048)
+    monkeypatch.setattr(points, "SAMPLE_ROWS", 2048)
     jobs.check_inertia(monkeypatch)
     assert len(stand_ins.KMeans.fitted) == 1
 
 
 def test_the_factored_form_gives_the_same_bytes(cupy, monkeypatch, tmp_path):
-    monkeypatch.setattr(kmeans, "SAMPLE_ROWS", 512)
+    monkeypatch.setattr(points, "SAMPLE_ROWS", 512)
     jobs.check_same_bytes(monkeypatch, tmp_path, users=2000)
 
 
@@ -150,7 +158,7 @@ def test_the_library_clusters_the_means_where_they_fit(cupy, capsys, tmp_path):
 
 def test_where_they_do_not_fit_one_line_says_so(monkeypatch, programs, capsys, tmp_path):
     stand_ins.install(monkeypatch, programs, stand_ins.Cupy(free=1 << 17))
-    monkeypatch.setattr(kmeans, "SAMPLE_ROWS", 512)
+    monkeypatch.setattr(points, "SAMPLE_ROWS", 512)
     jobs.write_job(tmp_path, users=1500)
     made = jobs.run(tmp_path / "out", tmp_path, "--backend=cuda", "--clusters=3")
     assert not stand_ins.KMeans.fitted
@@ -162,11 +170,11 @@ def test_where_they_do_not_fit_one_line_says_so(monkeypatch, programs, capsys, t
 
 
 def test_room_is_asked_for_twice_the_matrix(cupy, monkeypatch):
-    monkeypatch.setattr(backend, "LIBRARY_FASTER", 1 << 40)
+    monkeypatch.setattr(backend_cuda, "LIBRARY_FASTER", 1 << 40)
     device = select("cuda")
     said = []
     device.say = said.append
-    users = int(0.9 * stand_ins.GPU_BYTES) // (2 * 4 * 100 + backend.LIBRARY_ROW_BYTES)
+    users = int(0.9 * stand_ins.GPU_BYTES) // (2 * 4 * 100 + backend_cuda.LIBRARY_ROW_BYTES)
     for wanted in ("auto", "cuml"):
         assert device.takes_matrix(users, 100, 8, wanted)
     assert not device.takes_matrix(users + 1, 100, 8, "auto")
@@ -180,7 +188,7 @@ def test_room_is_asked_for_twice_the_matrix(cupy, monkeypatch):
 
 
 def test_shapes_that_crash_the_library_are_kept_from_it(cupy, monkeypatch):
-    monkeypatch.setattr(backend, "LIBRARY_FASTER", 1 << 40)
+    monkeypatch.setattr(backend_cuda, "LIBRARY_FASTER", 1 << 40)
     device = select("cuda")
     assert device.takes_matrix(2**20, 2**10, 8, "auto")
     for shape in ((2**21, 2**10, 8), (2**20, 8, 2**11)):
@@ -193,9 +201,9 @@ def test_the_library_runs_where_it_is_faster_or_asked_for(cupy):
     device = select("cuda")
     said = []
     device.say = said.append
-    assert device.takes_matrix(backend.LIBRARY_FASTER // 64, 64, 8, "auto")
-    assert not device.takes_matrix(backend.LIBRARY_FASTER // 64 + 1, 64, 8, "auto")
-    assert device.takes_matrix(backend.LIBRARY_FASTER // 64 + 1, 64, 8, "cuml")
+    assert device.takes_matrix(backend_cuda.LIBRARY_FASTER // 64, 64, 8, "auto")
+    assert not device.takes_matrix(backend_cuda.LIBRARY_FASTER // 64 + 1, 64, 8, "auto")
+    assert device.takes_matrix(backend_cuda.LIBRARY_FASTER // 64 + 1, 64, 8, "cuml")
     assert not device.takes_matrix(10, 64, 8, "own")
     assert not said
 
@@ -205,7 +213,7 @@ def test_a_device_has_kernels_of_its_own(cupy, monkeypatch):
     for wanted in (None, "numpy", "numba"):
         monkeypatch.setenv("GPU_INIT_KERNELS", wanted) if wanted else monkeypatch.delenv("GPU_INIT_KERNELS", False)
         for seconds in (0, 1e9):
-            assert backend.for_work(device, seconds) is device
+            assert backend_select.for_work(device, seconds) is device
     device.prepare(True, True, True)
     assert device.kernels.name == "cuda"
 
@@ -283,14 +291,14 @@ def test_a_job_goes_on_with_half_the_rows(cupy, monkeypatch, capsys, tmp_path, d
     flags = ("--backend=cuda", "--clusters=3", "--users=9500", f"--dtype={dtype}")
     whole = jobs.run(tmp_path / "whole", tmp_path, *flags)
     capsys.readouterr()
-    blend = method.blend
+    blend = clusters.blend
 
     def fails(device, interactions, plan, part, *out):
         if part.stop - part.start > NORM_ROWS:
             raise RuntimeError("CUDA error: cudaErrorMemoryAllocation out of memory")
         return blend(device, interactions, plan, part, *out)
 
-    monkeypatch.setattr(method, "blend", fails)
+    monkeypatch.setattr(method_blend, "blend", fails)
     halved = jobs.run(tmp_path / "halved", tmp_path, *flags)
     for name in whole:
         np.testing.assert_array_equal(halved[name].users, whole[name].users)
@@ -316,7 +324,7 @@ def test_failures_of_the_device_end_with_3(cupy, monkeypatch, capsys, tmp_path, 
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(method, "blend", fails)
+    monkeypatch.setattr(method_blend, "blend", fails)
     with pytest.raises(ResourceError, match=said) as caught, select("cuda").explained():
         fails()
     assert len(str(caught.value).splitlines()) == 2
@@ -422,12 +430,12 @@ def test_a_broken_file_is_named(cupy, tmp_path, name):
 
 
 def missing(monkeypatch, **found):
-    """What `_missing_for_cuda` says of a machine."""
+    """What `missing_for_cuda` says of a machine."""
     found = {"driver": (12, 9), "cupy": ["cupy-cuda12x"], "importable": True, **found}
-    monkeypatch.setattr(backend, "_driver_version", lambda: found["driver"])
-    monkeypatch.setattr(backend, "_distributions", lambda name: found["cupy"] if name == "cupy" else [])
-    monkeypatch.setattr(backend, "_importable", lambda name: found["importable"] is True or name in found["importable"])
-    return backend._missing_for_cuda()
+    monkeypatch.setattr(doctor, "_driver_version", lambda: found["driver"])
+    monkeypatch.setattr(doctor, "distributions", lambda name: found["cupy"] if name == "cupy" else [])
+    monkeypatch.setattr(doctor, "_importable", lambda name: found["importable"] is True or name in found["importable"])
+    return doctor.missing_for_cuda()
 
 
 def test_nothing_is_missing(cupy, monkeypatch):
@@ -460,7 +468,7 @@ def test_what_is_missing_comes_with_the_fix(cupy, monkeypatch, capsys, tmp_path,
     assert len(said.splitlines()) == 2
     assert what in said
     assert fix in said
-    assert backend.select("auto").why == found.what
+    assert backend_select.select("auto").why == found.what
 
 
 @pytest.mark.parametrize(

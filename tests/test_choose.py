@@ -8,10 +8,11 @@ import scipy.sparse
 from sklearn.metrics import calinski_harabasz_score, silhouette_score
 
 import gpu_init
-from gpu_init import artifact, choose, kmeans
-from gpu_init.backend import select
+from gpu_init.artifact import read
+from gpu_init.backend.select import select
 from gpu_init.cli import main
-from gpu_init.progress import Progress
+from gpu_init.method import choose, points
+from gpu_init.show.progress import Progress
 
 BACKEND = select("cpu")
 GROUPS = 12
@@ -29,7 +30,7 @@ def parted(rng, count, width, apart, shares=None):
 
 
 def chosen(rows, seed=0):
-    return choose.choose(BACKEND, kmeans.Dense(BACKEND, rows.astype(np.float32)), seed)
+    return choose.choose(BACKEND, points.Dense(BACKEND, rows.astype(np.float32)), seed)
 
 
 UNEVEN = 1 / np.arange(1.0, GROUPS + 1)
@@ -129,7 +130,7 @@ def test_a_job_says_what_was_asked_and_what_came(tmp_path, capsys, monkeypatch):
         main([*job, f"--out={tmp_path}/again"])
     monkeypatch.setattr(Progress, "step", step)
     assert main([*job, f"--out={tmp_path}/again", "--resume"]) == 0
-    assert artifact.verify(tmp_path / "again") == []
+    assert read.verify(tmp_path / "again") == []
     again = gpu_init.load(tmp_path / "again").manifest
     assert again["files"] == manifest["files"]
     assert again["modalities"] == manifest["modalities"]

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from gpu_init.backend import select
-from gpu_init.blend import NORM_ROWS, Blend, lambdas
+from gpu_init.backend.select import select
 from gpu_init.config import Settings
-from gpu_init.features import Modality
-from gpu_init.interactions import from_matrix
 from gpu_init.kernels import Csr, columns
 from gpu_init.kernels.columns import ColumnKernels, Columns
-from gpu_init.method import weighting
+from gpu_init.method.blend import Blend
+from gpu_init.method.lambdas import lambdas
+from gpu_init.method.matrix import from_matrix
+from gpu_init.method.modality import Modality
+from gpu_init.method.norms import NORM_ROWS
+from gpu_init.method.weighting import weighting
 
 USERS, ITEMS, WIDTH = 60, 30, 40
 

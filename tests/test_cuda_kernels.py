@@ -18,16 +18,17 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import gpu_init.backend
-from gpu_init import kmeans
+import gpu_init
+from gpu_init.backend import cpu as backend_cpu
+from gpu_init.backend.select import select
 from gpu_init.errors import InputError, ResourceError
 from gpu_init.kernels import Csr, ahead, cuda
 from gpu_init.kernels.reference import ReferenceKernels
-
-from . import cuda_checks as checks
-from . import shim
-from .gpu.conftest import missing as no_device_because
-from .nvrtc import Nvrtc, libraries
+from gpu_init.method import kmeans, points
+from tests import cuda_checks as checks
+from tests import shim
+from tests.gpu.conftest import missing as no_device_because
+from tests.nvrtc import Nvrtc, libraries
 
 NAMES = [name for names in cuda.instances().values() for name in names]
 ARCHITECTURES = (80, 90)
@@ -249,7 +250,7 @@ def test_the_whole_method_runs_on_them(where, monkeypatch, cluster_on):
     features[::7] = np.nan
     settings = {"clusters": 3, "cluster_on": cluster_on, "scale": "items", "weighting": "sym", "backend": "cpu"}
     expected = gpu_init.initialize(matrix, {"text": features}, **settings)["text"]
-    monkeypatch.setattr(gpu_init.backend, "cpu_kernels", lambda *_: where.kernels)
+    monkeypatch.setattr(backend_cpu, "cpu_kernels", lambda *_: where.kernels)
     found = gpu_init.initialize(matrix, {"text": features}, **settings)["text"]
     np.testing.assert_array_equal(found.labels, expected.labels)
     np.testing.assert_allclose(found.centroids, expected.centroids, rtol=1e-6)
@@ -284,10 +285,10 @@ def test_kmeans_runs_on_them(where, form):
     arrays = (csr, features, 1.0 / np.diff(csr.indptr), np.ones(80))
     found = {}
     for name in ("numba", "cuda"):
-        cpu = gpu_init.backend.select("cpu")
+        cpu = select("cpu")
         if name == "cuda":
             cpu.kernels = where.kernels
-        found[name] = kmeans.fit(cpu, getattr(kmeans, form)(cpu, *arrays), 4, seed=0)
+        found[name] = kmeans.fit(cpu, getattr(points, form)(cpu, *arrays), 4, seed=0)
     np.testing.assert_array_equal(found["cuda"].labels, found["numba"].labels)
     np.testing.assert_allclose(found["cuda"].centroids, found["numba"].centroids, rtol=1e-5, atol=1e-6)
 

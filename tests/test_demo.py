@@ -135,8 +135,8 @@ def test_recall_equals_the_plain_way(seed, k):
         for name, (_, f) in vectors.items()
     }
     recall = demo.evaluate(vectors, seen, unseen, k=k)
-    assert recall["gpu-init"] == _plain({n: (x, f) for n, (x, f) in vectors.items()}, seen, unseen, k)
-    assert recall["local means alone"] == _plain({n: (local[n], f) for n, (_, f) in vectors.items()}, seen, unseen, k)
+    assert recall["gpu-init"] == plain({n: (x, f) for n, (x, f) in vectors.items()}, seen, unseen, k)
+    assert recall["local means alone"] == plain({n: (local[n], f) for n, (_, f) in vectors.items()}, seen, unseen, k)
 
 
 def _plain_mean(features, own):
@@ -144,7 +144,7 @@ def _plain_mean(features, own):
     return rows.mean(axis=0) if len(rows) else np.nanmean(features, axis=0)
 
 
-def _plain(vectors, seen, unseen, k):
+def plain(vectors, seen, unseen, k):
     scores = sum((x - np.nanmean(f, axis=0)) @ np.nan_to_num(f - np.nanmean(f, axis=0)).T for x, f in vectors.values())
     scores[seen] = -np.inf
     found = [(scores[user] >= scores[user, item]).sum() <= k for user, item in zip(*unseen, strict=True)]

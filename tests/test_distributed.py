@@ -21,7 +21,10 @@ import pytest
 import scipy.sparse
 
 import gpu_init
-from gpu_init import artifact, cli, distributed, partitions
+from gpu_init import cli
+from gpu_init.artifact import read
+from gpu_init.cluster import partitions
+from gpu_init.cluster import workers as cluster_workers
 from gpu_init.config import JobConfig, Settings
 from gpu_init.errors import ResourceError
 from gpu_init.kernels import Csr
@@ -79,7 +82,7 @@ def arguments(data, out, *flags, log="log", features=("image.npy", "text.npy")):
 def assert_same(one, other):
     """Labels but for a few between two centroids, vectors to rounding."""
     ours, theirs = gpu_init.load(one), gpu_init.load(other)
-    assert artifact.verify(other) == []
+    assert read.verify(other) == []
     for name in ours:
         assert (ours[name].labels != theirs[name].labels).mean() < 1e-4
         np.testing.assert_allclose(ours[name].centroids, theirs[name].centroids, atol=1e-5)
@@ -160,8 +163,8 @@ def test_a_job_over_workers_makes_what_one_process_makes(job, cluster, data, tmp
     ],
 )
 def test_features_that_do_not_fit_are_taken_in_slices_of_columns(flags, cluster, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed.Workers, "room", lambda self, backend: 4 * ITEMS * 17)
-    monkeypatch.setattr(distributed, "CUT_BYTES", 10_000)
+    monkeypatch.setattr(cluster_workers.Workers, "room", lambda self, backend: 4 * ITEMS * 17)
+    monkeypatch.setattr(cluster_workers, "CUT_BYTES", 10_000)
     assert cli.main(arguments(data, tmp_path / "one", *flags, features=("image.npy",))) == 0
     flags += (f"--scheduler={cluster.scheduler_address}",)
     assert cli.main(arguments(data, tmp_path / "many", *flags, features=("image.npy",))) == 0
@@ -172,11 +175,11 @@ def test_features_that_do_not_fit_are_taken_in_slices_of_columns(flags, cluster,
 
 
 def test_slices_of_columns_are_lines_long_and_as_few_as_fit():
-    assert distributed.column_bounds(100, 40, 10**6) == (0, 40)
-    assert distributed.column_bounds(100, 40, 4 * 100 * 40) == (0, 40)
-    assert distributed.column_bounds(100, 40, 4 * 100 * 39) == (0, 32, 40)
-    assert distributed.column_bounds(100, 40, 4 * 100 * 31) == (0, 16, 32, 40)
-    assert distributed.column_bounds(100, 40, 1) == (0, 16, 32, 40)
+    assert cluster_workers.column_bounds(100, 40, 10**6) == (0, 40)
+    assert cluster_workers.column_bounds(100, 40, 4 * 100 * 40) == (0, 40)
+    assert cluster_workers.column_bounds(100, 40, 4 * 100 * 39) == (0, 32, 40)
+    assert cluster_workers.column_bounds(100, 40, 4 * 100 * 31) == (0, 16, 32, 40)
+    assert cluster_workers.column_bounds(100, 40, 1) == (0, 16, 32, 40)
 
 
 def test_parts_join_to_the_same_in_runs_of_any_length():
@@ -186,19 +189,21 @@ def test_parts_join_to_the_same_in_runs_of_any_length():
     for count in range(1, 30):
         whole = partitions.joined(join, map(str, range(count)))
         for workers in range(1, 9):
-            length = distributed.run_length(count, workers)
+            length = cluster_workers.run_length(count, workers)
             runs = [range(first, min(first + length, count)) for first in range(0, count, length)]
             most = length * -(-len(runs) // workers)
-            assert min(most, count) <= max(distributed.EVEN * count / workers, -(-count // workers))
+            assert min(most, count) <= max(cluster_workers.EVEN * count / workers, -(-count // workers))
             each = [partitions.joined(join, map(str, run)) for run in runs]
-            groups = [each[first : first + distributed.FAN_IN] for first in range(0, len(each), distributed.FAN_IN)]
+            groups = [
+                each[first : first + cluster_workers.FAN_IN] for first in range(0, len(each), cluster_workers.FAN_IN)
+            ]
             assert partitions.joined(join, [partitions.joined(join, group) for group in groups]) == whole
-    assert [distributed.run_length(8, workers) for workers in (1, 2, 3, 4, 8, 9)] == [16, 4, 1, 2, 1, 1]
+    assert [cluster_workers.run_length(8, workers) for workers in (1, 2, 3, 4, 8, 9)] == [16, 4, 1, 2, 1, 1]
 
 
 def test_runs_of_parts_are_dealt_in_turn_and_stay_where_they_are():
     there = {"a": 1, "b": 1}
-    workers = distributed.Workers(None, SimpleNamespace(nthreads=lambda: there))
+    workers = cluster_workers.Workers(None, SimpleNamespace(nthreads=lambda: there))
     work = partitions.Work(JobConfig("", {}, "", Settings()), "cpu", "numpy", "run", "", tuple(range(13)), ITEMS)
 
     def places():
@@ -226,8 +231,8 @@ def test_batches_of_any_size_come_to_the_same_bytes(cluster, data, tmp_path, mon
     one, other, resumed = (
         arguments(data, tmp_path / name, *flags, features=("image.npy",)) for name in ("one", "other", "resumed")
     )
-    monkeypatch.setattr(distributed, "PIECE_ROWS", 10_000)
-    shuffle, batches = distributed.Workers.shuffle, []
+    monkeypatch.setattr(cluster_workers, "PIECE_ROWS", 10_000)
+    shuffle, batches = cluster_workers.Workers.shuffle, []
 
     def noted(self, work, calls, axis_rows, batch):
         batches.append(batch)
@@ -236,20 +241,22 @@ def test_batches_of_any_size_come_to_the_same_bytes(cluster, data, tmp_path, mon
     def enough():
         raise ResourceError("this is enough")
 
-    monkeypatch.setattr(distributed.Workers, "shuffle", noted)
-    monkeypatch.setattr(distributed, "BATCH_PIECES", 100)
+    monkeypatch.setattr(cluster_workers.Workers, "shuffle", noted)
+    monkeypatch.setattr(cluster_workers, "BATCH_PIECES", 100)
     assert cli.main(one) == 0
     assert batches == [(0, 15)]
-    monkeypatch.setattr(distributed, "BATCH_PIECES", 3)
-    monkeypatch.setattr(distributed, "BATCHES", 100)
+    monkeypatch.setattr(cluster_workers, "BATCH_PIECES", 3)
+    monkeypatch.setattr(cluster_workers, "BATCHES", 100)
     assert cli.main(other) == 0
     assert batches[1:] == [(0, 6), (6, 12), (12, 15)]
     resumed.append("--resume")
     batches.clear()
-    monkeypatch.setattr(distributed.Workers, "shuffle", lambda self, *given: enough if batches else noted(self, *given))
+    monkeypatch.setattr(
+        cluster_workers.Workers, "shuffle", lambda self, *given: enough if batches else noted(self, *given)
+    )
     assert cli.main(resumed) == 3
-    monkeypatch.setattr(distributed.Workers, "shuffle", noted)
-    monkeypatch.setattr(distributed, "BATCH_PIECES", 4)
+    monkeypatch.setattr(cluster_workers.Workers, "shuffle", noted)
+    monkeypatch.setattr(cluster_workers, "BATCH_PIECES", 4)
     batches.clear()
     assert cli.main(resumed) == 0
     assert batches == [(6, 14), (14, 15)]

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import gpu_init
-from gpu_init import cli, export
+from gpu_init import cli
+from gpu_init.artifact import export
 from gpu_init.errors import InputError
 
 USERS, ITEMS, WIDTH = 90, 40, 12

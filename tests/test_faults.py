@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpu_init import artifact, cli, memory, storage
+from gpu_init import cli, memory
+from gpu_init.artifact import read, rows, staging
 from gpu_init.errors import InputError, ResourceError
+from gpu_init.files import storage
 from tests import faults
 from tests.test_artifact import contents, fail_after
 from tests.test_artifact import run as write
@@ -64,7 +66,7 @@ def mount(tmp_path):
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("old", [False, True])
 def test_a_disk_that_is_full_at_any_write_is_said_and_the_run_resumed(mount, tmp_path, monkeypatch, inside, old):
-    monkeypatch.setattr(artifact, "SYNC_BYTES", 50)
+    monkeypatch.setattr(rows, "SYNC_BYTES", 50)
     write(tmp_path / "new")
     write(tmp_path / "old", seed=7)
     new, before = contents(tmp_path / "new"), contents(tmp_path / "old")
@@ -85,7 +87,7 @@ def test_a_disk_that_is_full_at_any_write_is_said_and_the_run_resumed(mount, tmp
             if old:
                 held = {name: data for name, data in contents(out).items() if not name.startswith(".partial")}
                 assert held == before
-                assert artifact.verify(out) == []
+                assert read.verify(out) == []
         else:
             break
     assert failures >= 3
@@ -117,7 +119,7 @@ def test_a_job_that_does_not_fit_on_the_disk_ends_before_its_work(mount, job, ca
 
 @pytest.mark.parametrize("name", ["write", "fsync", "fdatasync", "replace"])
 def test_a_disk_that_breaks_is_said_and_the_run_resumed(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact, "SYNC_BYTES", 50)
+    monkeypatch.setattr(rows, "SYNC_BYTES", 50)
     write(tmp_path / "new")
     for calls in (0, 5):
         with monkeypatch.context() as patch:
@@ -199,7 +201,7 @@ def test_an_allocation_that_fails_ends_the_job_with_its_code(job, monkeypatch, c
             assert "memory" in err or "Unable to allocate" in err
     assert failures >= 5
     assert run(job, capfd)[0] == 0
-    assert artifact.verify(job.path("out")) == []
+    assert read.verify(job.path("out")) == []
 
 
 @pytest.mark.parametrize("limit", [300, 1000])
@@ -220,7 +222,7 @@ def test_a_resumed_run_says_so(job, monkeypatch, capfd):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifact.Staging, "commit", fail)
+        patch.setattr(staging.Staging, "commit", fail)
         assert run(job, capfd)[0] == 3
     job.flags.update(resume=True, log_format="json")
     code, err = run(job, capfd)
@@ -234,7 +236,8 @@ def test_a_resumed_run_says_so(job, monkeypatch, capfd):
 
 SLOWLY = """
 import time
-from gpu_init import cli, method
+from gpu_init import cli
+from gpu_init.method import clusters as method
 real = method.clusters
 
 def clusters(*given, **named):

@@ -27,10 +27,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.decomposition import PCA
 
-from gpu_init import features, memory
-from gpu_init.backend import CpuBackend
+from gpu_init import memory
+from gpu_init.backend.cpu import CpuBackend
 from gpu_init.errors import GpuInitError, InputError, ResourceError
-from gpu_init.features import Modality
+from gpu_init.inputs import features
+from gpu_init.method import modality as method_modality
+from gpu_init.method import projection as method_projection
+from gpu_init.method.modality import Modality
 
 TIKTOK = Path(__file__).parents[2] / "shared" / "data" / "tiktok"
 CPU = CpuBackend("tests")
@@ -147,7 +150,7 @@ def test_fortran_order_and_big_endian(tmp_path, rng, save):
         save(path, stored)
         table = features.read("m", str(path))
         same(table, values)
-        modality = features.align(CPU, table, features.check(table.values, "f"), None)
+        modality = features.align(CPU, table, method_modality.check(table.values, "f"), None)
         assert modality.values.flags.c_contiguous
         np.testing.assert_array_equal(modality.values, values)
 
@@ -556,7 +559,7 @@ def test_damaged_files_give_a_table_or_an_error(tmp_path, rng):
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
                     with suppress(GpuInitError):
-                        features.check(features.read("m", str(damaged)).values, "m")
+                        method_modality.check(features.read("m", str(damaged)).values, "m")
         damaged.unlink()
 
 
@@ -580,9 +583,9 @@ def test_missing_rows_are_those_all_nan(values, missing):
     if len(partly) or nan.all():
         words = f"row {partly[0]} is NaN" if len(partly) else f"all {len(values)} rows"
         with pytest.raises(InputError, match=f"image: {words}"):
-            features.check(values, "image")
+            method_modality.check(values, "image")
     else:
-        np.testing.assert_array_equal(features.check(values, "image"), ~nan.any(axis=1))
+        np.testing.assert_array_equal(method_modality.check(values, "image"), ~nan.any(axis=1))
     np.testing.assert_array_equal(values, before)
 
 
@@ -597,12 +600,12 @@ def test_values_out_of_range(dtype, value, words):
     values[10] = np.nan
     values[901, 2001] = value
     with pytest.raises(InputError, match=rf"image: row 901, column 2001 is {words}"):
-        features.check(values, "image")
+        method_modality.check(values, "image")
     values[901, 2001] = np.nan
     with pytest.raises(InputError, match="image: row 901 is NaN in 1 of 3000 columns"):
-        features.check(values, "image")
+        method_modality.check(values, "image")
     values[901] = np.finfo(dtype).max if dtype is np.float16 else 1e15
-    assert features.check(values, "image").sum() == 999
+    assert method_modality.check(values, "image").sum() == 999
 
 
 # Modalities.
@@ -613,7 +616,7 @@ def test_align_by_row_shares_memory_with_a_mapped_file(tmp_path, rng):
     values[3] = np.nan
     np.save(tmp_path / "f.npy", values)
     table = features.read("m", str(tmp_path / "f.npy"))
-    modality = features.align(CPU, table, features.check(table.values, "m"), None)
+    modality = features.align(CPU, table, method_modality.check(table.values, "m"), None)
     assert np.shares_memory(modality.values, table.values)
     assert (modality.name, modality.n_present) == ("m", 6)
     np.testing.assert_array_equal(modality.present, np.arange(7) != 3)
@@ -625,7 +628,7 @@ def test_align_places_rows(rng, dtype):
     values[4] = np.nan
     table = features.FeatureTable("m", "f", values, None)
     rows = rng.permutation(6000)[:5000]
-    modality = features.align(CPU, table, features.align_mask(features.check(values, "m"), rows, 6000), rows)
+    modality = features.align(CPU, table, features.align_mask(method_modality.check(values, "m"), rows, 6000), rows)
     assert modality.values.dtype == np.float32
     assert modality.values.flags.c_contiguous
     np.testing.assert_array_equal(modality.values[rows], values)
@@ -654,7 +657,7 @@ def test_read_rows(tmp_path, rng):
 
 def test_from_numpy_without_a_copy(rng):
     values = sample(rng)
-    modality = features.from_array(CPU, "m", values)
+    modality = method_modality.from_array(CPU, "m", values)
     assert np.shares_memory(modality.values, values)
     assert modality.n_present == 7
     for other in (
@@ -664,13 +667,13 @@ def test_from_numpy_without_a_copy(rng):
         values[::-1][::-1],
         bfloat16(values).view("V2"),
     ):
-        modality = features.from_array(CPU, "m", other)
+        modality = method_modality.from_array(CPU, "m", other)
         np.testing.assert_array_equal(modality.values, values)
         assert modality.values.flags.c_contiguous
         assert modality.values.dtype == np.float32
     packed = np.zeros(7, [("pad", "u1"), ("x", "f4", 5)])
     packed["x"] = values
-    assert features.from_array(CPU, "m", packed["x"]).values.flags.aligned
+    assert method_modality.from_array(CPU, "m", packed["x"]).values.flags.aligned
 
 
 def test_from_torch(rng):
@@ -678,11 +681,11 @@ def test_from_torch(rng):
     values = sample(rng)
     values[2] = np.nan
     tensor = torch.from_numpy(values)
-    modality = features.from_array(CPU, "m", tensor)
+    modality = method_modality.from_array(CPU, "m", tensor)
     assert np.shares_memory(modality.values, values)
-    assert np.shares_memory(features.from_array(CPU, "m", torch.nn.Parameter(tensor)).values, values)
+    assert np.shares_memory(method_modality.from_array(CPU, "m", torch.nn.Parameter(tensor)).values, values)
     for other in (tensor.bfloat16(), tensor.half(), tensor.double(), tensor.T.contiguous().T):
-        modality = features.from_array(CPU, "m", other)
+        modality = method_modality.from_array(CPU, "m", other)
         np.testing.assert_array_equal(modality.values, values)
         assert modality.n_present == 6
     for wrong, words in [
@@ -691,7 +694,7 @@ def test_from_torch(rng):
         (torch.ones(2, 2).int(), "int32"),
     ]:
         with pytest.raises(InputError, match=rf"modality m: .*{words}"):
-            features.from_array(CPU, "m", wrong)
+            method_modality.from_array(CPU, "m", wrong)
 
 
 @pytest.mark.parametrize(
@@ -711,7 +714,7 @@ def test_from_torch(rng):
 )
 def test_wrong_arrays_in_memory(array, words):
     with pytest.raises(InputError, match=rf"modality m: .*{words}"):
-        features.from_array(CPU, "m", array)
+        method_modality.from_array(CPU, "m", array)
 
 
 # Projection.
@@ -736,8 +739,8 @@ def correlated(rng, rows=3000, width=20, missing=0.1):
 @pytest.mark.parametrize("dim", [1, 7, 20])
 def test_projection_is_the_principal_components(rng, dim, whiten):
     modality = correlated(rng)
-    projection = features.fit_projection(CPU, modality, dim, whiten)
-    projected = features.project(CPU, modality, projection)
+    projection = method_projection.fit_projection(CPU, modality, dim, whiten)
+    projected = method_projection.project(CPU, modality, projection)
     X = modality.values[modality.present].astype(np.float64)
     _, singular, rotation = np.linalg.svd(X - X.mean(axis=0), full_matrices=False)
     np.testing.assert_allclose(projection.mean, X.mean(axis=0), rtol=1e-12)
@@ -763,22 +766,22 @@ def test_directions_that_do_not_vary_bound_dim(rng):
     values = modality.values.copy()
     values[:, 3:] = values[:, :1]
     modality = modality_of(values)
-    assert features.fit_projection(CPU, modality, 3, True).components.shape == (8, 3)
+    assert method_projection.fit_projection(CPU, modality, 3, True).components.shape == (8, 3)
     with pytest.raises(InputError, match="dim 4 is above the 3 independent directions of modality m"):
-        features.fit_projection(CPU, modality, 4, False)
+        method_projection.fit_projection(CPU, modality, 4, False)
     with pytest.raises(InputError, match="dim 9 is above the 8 dimensions of modality m"):
-        features.fit_projection(CPU, modality, 9, False)
+        method_projection.fit_projection(CPU, modality, 9, False)
     with pytest.raises(InputError, match="dim 5 is above the 1 independent"):
-        features.fit_projection(CPU, modality_of(values[:2]), 5, False)
+        method_projection.fit_projection(CPU, modality_of(values[:2]), 5, False)
     with pytest.raises(InputError, match="one item"):
-        features.fit_projection(CPU, modality_of(values[:1]), 1, False)
+        method_projection.fit_projection(CPU, modality_of(values[:1]), 1, False)
     with pytest.raises(InputError, match="the 0 independent"):
-        features.fit_projection(CPU, modality_of(np.full((7001, 4), 0.1)), 1, True)
+        method_projection.fit_projection(CPU, modality_of(np.full((7001, 4), 0.1)), 1, True)
 
 
 def test_ties_in_the_largest_loading_take_the_first():
     modality = modality_of([[1, -1], [-1, 1], [2, -2], [-2, 2]])
-    projection = features.fit_projection(CPU, modality, 1, False)
+    projection = method_projection.fit_projection(CPU, modality, 1, False)
     np.testing.assert_allclose(projection.components, [[np.sqrt(0.5)], [-np.sqrt(0.5)]])
 
 
@@ -786,12 +789,12 @@ def test_projection_gives_the_same_bytes_with_any_number_of_threads(tmp_path):
     code = (
         "import hashlib, sys; sys.path.insert(0, sys.argv[1])\n"
         "import numpy as np\n"
-        "from gpu_init import features\n"
-        "from gpu_init.backend import CpuBackend\n"
-        "from gpu_init.features import Modality\n"
+        "from gpu_init.method import projection\n"
+        "from gpu_init.backend.cpu import CpuBackend\n"
+        "from gpu_init.method.modality import Modality\n"
         "values = np.random.default_rng(0).standard_normal((5000, 200), np.float32)\n"
         "m, b = Modality('m', values, np.arange(5000) % 7 > 0, 4285), CpuBackend('')\n"
-        "print(hashlib.sha256(features.project(b, m, features.fit_projection(b, m, 100, True)).values).hexdigest())\n"
+        "print(hashlib.sha256(projection.project(b, m, projection.fit_projection(b, m, 100, True)).values).hexdigest())\n"
     )
     found = set()
     for threads in ("1", "2"):
@@ -806,8 +809,8 @@ def test_projection_gives_the_same_bytes_with_any_number_of_threads(tmp_path):
 @pytest.mark.parametrize("whiten", [False, True])
 def test_tiktok(name, whiten):
     table = features.read(name, str(TIKTOK / f"{name}_feat.npy"))
-    modality = features.align(CPU, table, features.check(table.values, name), None)
-    found = features.project(CPU, modality, features.fit_projection(CPU, modality, 64, whiten)).values
+    modality = features.align(CPU, table, method_modality.check(table.values, name), None)
+    found = method_projection.project(CPU, modality, method_projection.fit_projection(CPU, modality, 64, whiten)).values
     X = table.values.astype(np.float64)
     with CPU.deterministic():  # one thread: several can be far slower on a busy machine
         _, singular, rotation = np.linalg.svd(X - X.mean(axis=0), full_matrices=False)

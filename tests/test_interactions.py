@@ -17,18 +17,20 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import gpu_init.backend
-import gpu_init.interactions
 import gpu_init.kernels.build
-from gpu_init import axes
-from gpu_init.backend import CpuBackend
+from gpu_init.backend import cpu as backend_cpu
+from gpu_init.backend.cpu import CpuBackend
 from gpu_init.errors import InputError
-from gpu_init.interactions import Columns, ItemAxis, build, find_column, from_matrix, read, read_user_ids
+from gpu_init.inputs import axes
+from gpu_init.inputs import interactions as inputs_interactions
+from gpu_init.inputs.axes import ItemAxis
+from gpu_init.inputs.interactions import read
+from gpu_init.inputs.tables import Columns, find_column, read_user_ids
 from gpu_init.kernels.build import Rows
 from gpu_init.kernels.ids import Numbers, Texts
+from gpu_init.method.matrix import build, from_matrix
 from gpu_init.where import parse
-
-from .conftest import with_threads
+from tests.conftest import with_threads
 
 CPU = CpuBackend("test")
 
@@ -667,9 +669,9 @@ USER_IDS = {
 )
 @pytest.mark.parametrize("join", [False, True])
 def test_streaming_gives_what_holding_gives(tmp_path, rng, monkeypatch, kind, formats, join, held):
-    monkeypatch.setattr(gpu_init.backend, "PARQUET_BATCH_ROWS", 13)
-    monkeypatch.setattr(gpu_init.backend, "TEXT_BLOCK_BYTES", 200)
-    monkeypatch.setattr(gpu_init.interactions, "_HELD_ROWS", held)
+    monkeypatch.setattr(backend_cpu, "PARQUET_BATCH_ROWS", 13)
+    monkeypatch.setattr(backend_cpu, "TEXT_BLOCK_BYTES", 200)
+    monkeypatch.setattr(inputs_interactions, "_HELD_ROWS", held)
     n = 60
     for number, name in enumerate(formats):
         part = frame(
@@ -720,8 +722,10 @@ def test_matrices_give_what_their_entries_give(rng):
 
 MEASURE = """
 import resource, sys
-from gpu_init.backend import CpuBackend
-from gpu_init.interactions import Columns, ItemAxis, read
+from gpu_init.backend.cpu import CpuBackend
+from gpu_init.inputs.axes import ItemAxis
+from gpu_init.inputs.interactions import read
+from gpu_init.inputs.tables import Columns
 read(CpuBackend(""), sys.argv[1], Columns(), ItemAxis(1000), None)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 csr = read(CpuBackend(""), sys.argv[2], Columns(), ItemAxis(1000), None).interactions.csr

@@ -21,9 +21,8 @@ from gpu_init.errors import InputError
 from gpu_init.kernels import NUMPY_SECONDS, Csr, compiled, costs, cpu, cpu_kernels, kernels_for, threads
 from gpu_init.kernels.cpu import NumbaKernels
 from gpu_init.kernels.reference import ReferenceKernels
-
-from . import oracle
-from .conftest import random_csr, with_threads
+from tests import oracle
+from tests.conftest import random_csr, with_threads
 
 
 def in_blocks():

@@ -9,12 +9,12 @@ import pytest
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from gpu_init import kmeans, method
-from gpu_init.backend import CpuBackend
+from gpu_init.backend.cpu import CpuBackend
 from gpu_init.kernels import Csr
-
-from . import oracle
-from .conftest import random_csr
+from gpu_init.method import kmeans
+from gpu_init.method import points as method_points
+from tests import oracle
+from tests.conftest import random_csr
 
 CPU = CpuBackend("test")
 
@@ -26,7 +26,9 @@ def one_thread():
         yield
 
 
-def users(rng, count=3000, items=200, width=10, weighted=True, shift=0.0, missing=0.2, groups=0, form=kmeans.Factored):
+def users(
+    rng, count=3000, items=200, width=10, weighted=True, shift=0.0, missing=0.2, groups=0, form=method_points.Factored
+):
     """A factored problem and its rows in float64."""
     csr = random_csr(rng, count, items, weighted=weighted)
     features = (rng.standard_normal((items, width)) + shift).astype(np.float32)
@@ -45,14 +47,14 @@ def users(rng, count=3000, items=200, width=10, weighted=True, shift=0.0, missin
         (row_scale[rows] * weights * item_scale[csr.indices])[:, None] * features[csr.indices].astype(np.float64),
     )
     features[absent] = np.nan
-    if form is kmeans.Dense:
-        return kmeans.Dense(CPU, M[degrees > 0].astype(np.float32)), M[degrees > 0]
+    if form is method_points.Dense:
+        return method_points.Dense(CPU, M[degrees > 0].astype(np.float32)), M[degrees > 0]
     return form(CPU, csr, features, row_scale, item_scale), M[degrees > 0]
 
 
 def of_rows(points, labels):
     """Labels of the rows alone; those of cold users are -1."""
-    if isinstance(points, kmeans.Dense):
+    if isinstance(points, method_points.Dense):
         return labels
     assert (np.delete(labels, points.users) == -1).all()
     return labels[points.users]
@@ -73,14 +75,14 @@ def plain(M, centroids, tolerance=0.0, steps=300):
         centroids = means
 
 
-FORMS = [kmeans.Dense, kmeans.Tiled, kmeans.Factored]
+FORMS = [method_points.Dense, method_points.Tiled, method_points.Factored]
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(kmeans, "BLOCK_ROWS", 500)
-    monkeypatch.setattr(kmeans, "TILE_ROWS", 1000)
-    monkeypatch.setattr(kmeans, "LOOK_ROWS", 1700)
+    monkeypatch.setattr(method_points, "BLOCK_ROWS", 500)
+    monkeypatch.setattr(method_points, "TILE_ROWS", 1000)
+    monkeypatch.setattr(method_points, "LOOK_ROWS", 1700)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -94,7 +96,7 @@ def test_a_step_is_the_definition(rng, small_blocks, form, weighted, shift, miss
     labels, sums = of_rows(points, found.labels), found.sums()
     distances = oracle.squared_distances(M, start)
     # a matrix of float32 whose rows have a length of 3000 has lost these digits
-    tolerance = 1e-3 if shift and form is kmeans.Dense else 1e-6
+    tolerance = 1e-3 if shift and form is method_points.Dense else 1e-6
     assert found.labels.dtype == np.int32
     assert found.inertia == pytest.approx(distances.min(axis=1).sum(), rel=tolerance)
     oracle.assert_nearest(M, start, labels)
@@ -176,7 +178,7 @@ def test_a_pass_that_leaves_a_cluster_empty_is_not_the_last():
     # Both rows of the second cluster go over to the others, whose centroids have come near; and the inertia is nearly
     # all in the last cluster, so that this pass does not lower it by much.
     M = np.array([[4.9]] * 9 + [[6.0], [14.0]] + [[15.1]] * 9 + [[4000.0], [6000.0]], np.float32)
-    start, points = np.array([[0.0], [10.0], [20.0], [5000.0]], np.float32), kmeans.Dense(CPU, M)
+    start, points = np.array([[0.0], [10.0], [20.0], [5000.0]], np.float32), method_points.Dense(CPU, M)
     first = points.step(start)
     assert first.counts.all()
     assert not points.step(kmeans._means(points.offset, start, first.sums(), first.counts)).counts.all()
@@ -192,7 +194,7 @@ def test_a_pass_that_leaves_a_cluster_empty_is_not_the_last():
 def test_a_cluster_left_empty_takes_the_farthest_row(rng):
     M = np.concatenate([rng.standard_normal((50, 3)), [[90.0, 0, 0]]]).astype(np.float32)
     start = np.array([[0, 0, 0], [1e4, 1e4, 1e4]], np.float32)  # nobody is nearest to the second
-    centroids, labels, _, stopped = kmeans.lloyd(CPU, kmeans.Dense(CPU, M), start)
+    centroids, labels, _, stopped = kmeans.lloyd(CPU, method_points.Dense(CPU, M), start)
     assert stopped == "labels"
     np.testing.assert_array_equal(np.bincount(labels), [50, 1])
     np.testing.assert_allclose(centroids[1], M[50], atol=1e-6)
@@ -200,13 +202,13 @@ def test_a_cluster_left_empty_takes_the_farthest_row(rng):
 
 def test_fewer_distinct_rows_than_clusters_ends():
     M = np.repeat(np.eye(2, dtype=np.float32), 5, axis=0)
-    found = kmeans.fit(CPU, kmeans.Dense(CPU, M), 4, seed=0)
+    found = kmeans.fit(CPU, method_points.Dense(CPU, M), 4, seed=0)
     assert found.inertia[-1] == 0
     assert found.stopped == "labels"
     assert np.bincount(found.labels, minlength=4).sum() == 10
 
 
-@pytest.mark.parametrize("form", [kmeans.Tiled, kmeans.Factored])
+@pytest.mark.parametrize("form", [method_points.Tiled, method_points.Factored])
 @pytest.mark.parametrize("tolerance", [0.0, 1e-3])
 def test_rows_that_only_rounding_tells_apart_end_soon(rng, form, tolerance):
     """Users of the same items, or of items that are the same, in other weights."""
@@ -223,7 +225,7 @@ def test_rows_that_only_rounding_tells_apart_end_soon(rng, form, tolerance):
 
 def test_a_sample_is_gone_through_in_float32(rng):
     rows = rng.standard_normal((300, 6)).astype(np.float32)
-    sample, whole = kmeans.Sample(CPU, rows), kmeans.Dense(CPU, rows)
+    sample, whole = method_points.Sample(CPU, rows), method_points.Dense(CPU, rows)
     assert sample.rows(np.array([3, 1])).dtype == np.float32
     assert whole.rows(np.array([3, 1])).dtype == np.float64
     assert not sample.offset.any()
@@ -236,9 +238,9 @@ def test_a_sample_is_gone_through_in_float32(rng):
 @pytest.mark.parametrize(
     ("kernels", "form", "width"),
     [
-        ("numba", kmeans.Tiled, 128),
-        ("numba", kmeans.Factored, 1024),
-        ("numpy", kmeans.Factored, 128),
+        ("numba", method_points.Tiled, 128),
+        ("numba", method_points.Factored, 1024),
+        ("numpy", method_points.Factored, 128),
     ],
 )
 def test_memory_is_as_planned(rng, kernels, form, width):
@@ -255,7 +257,7 @@ def test_memory_is_as_planned(rng, kernels, form, width):
     kmeans.fit(device, points, clusters, seed=0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    planned = kmeans.needed_bytes(form.form, count, items, clusters, width)
+    planned = method_points.needed_bytes(form.form, count, items, clusters, width)
     if kernels == "numpy":  # a few of its blocks are there at a time, whatever the sizes of the job
         planned += 4 * 8 * device.kernels.block_values
     assert peak <= planned, f"{peak / planned:.2f} times what is planned"
@@ -265,9 +267,9 @@ def test_memory_is_as_planned(rng, kernels, form, width):
 @pytest.mark.parametrize("groups", [0, 6])
 @pytest.mark.parametrize("tolerance", [0.0, 1e-3])
 def test_fit_goes_from_samples_to_all_rows(rng, small_blocks, monkeypatch, form, groups, tolerance):
-    monkeypatch.setattr(kmeans, "sample_size", lambda clusters: 250)
+    monkeypatch.setattr(method_points, "sample_size", lambda clusters: 250)
     points, M = users(rng, count=6000, groups=groups, form=form)
-    assert len(kmeans.sample_sizes(len(M), 8, 10)) == 2
+    assert len(method_points.sample_sizes(len(M), 8, 10)) == 2
     found = kmeans.fit(CPU, points, 8, seed=0, tolerance=tolerance)
     assert (found.form, found.library) == (form.form, False)
     assert found.stopped == ("tolerance" if tolerance else "labels")
@@ -287,9 +289,9 @@ def test_the_forms_agree(rng, small_blocks, kernels):
     device = CPU.with_kernels(kernels)
     arrays = (device, points._csr, points._features, points._row_scale, points._item_scale)
     expected = kmeans.fit(CPU, points, 7, seed=0)
-    factored = kmeans.fit(device, kmeans.Factored(*arrays), 7, seed=0)
-    tiled = kmeans.fit(device, kmeans.Tiled(*arrays), 7, seed=0)
-    dense = kmeans.fit(device, kmeans.Dense(device, M, points.offset), 7, seed=0)
+    factored = kmeans.fit(device, method_points.Factored(*arrays), 7, seed=0)
+    tiled = kmeans.fit(device, method_points.Tiled(*arrays), 7, seed=0)
+    dense = kmeans.fit(device, method_points.Dense(device, M, points.offset), 7, seed=0)
     for other in (factored, tiled):
         np.testing.assert_array_equal(expected.labels, other.labels)
     np.testing.assert_array_equal(of_rows(points, expected.labels), dense.labels)
@@ -299,7 +301,7 @@ def test_the_forms_agree(rng, small_blocks, kernels):
 
 
 def test_passes_start_from_the_centroids_of_a_library(rng):
-    points, M = users(rng, form=kmeans.Dense)
+    points, M = users(rng, form=method_points.Dense)
     start = M[:6].astype(np.float32)
     found = kmeans.fit(CPU, points, 6, seed=0, start=start)
     assert found.library
@@ -311,14 +313,14 @@ def test_as_good_as_scikit_learn(rng, groups):
     M = rng.standard_normal((20_000, 16))
     if groups:
         M += rng.standard_normal((groups, 16))[rng.integers(0, groups, len(M))]
-    points = kmeans.Dense(CPU, M.astype(np.float32))
+    points = method_points.Dense(CPU, M.astype(np.float32))
     theirs = np.mean([KMeans(8, n_init=1, random_state=seed).fit(M).inertia_ for seed in range(5)])
     ours = np.mean([kmeans.fit(CPU, points, 8, seed).inertia[-1] for seed in range(5)])
     assert ours <= 1.01 * theirs
 
 
 def test_the_best_of_several_starts(rng):
-    points, M = users(rng, count=4000, groups=10, form=kmeans.Dense)
+    points, M = users(rng, count=4000, groups=10, form=method_points.Dense)
     single = [kmeans.fit(CPU, points, 10, seed).inertia[-1] for seed in range(6)]
     found = kmeans.fit(CPU, points, 10, seed=0, restarts=10)
     assert found.inertia[-1] <= np.median(single)
@@ -339,13 +341,13 @@ def test_the_best_of_several_starts(rng):
     ],
 )
 def test_the_form_that_costs_least(users_, items, pairs, clusters, width, memory, form):
-    assert method.kmeans_form(users_, items, pairs, clusters, width, memory) == form
+    assert method_points.kmeans_form(users_, items, pairs, clusters, width, memory) == form
 
 
 def test_seeds_are_rows_of_different_groups(rng):
     groups = np.repeat(np.arange(6), 500)
     M = (50 * rng.standard_normal((6, 10))[groups] + rng.standard_normal((3000, 10))).astype(np.float32)
-    points = kmeans.Dense(CPU, M)
+    points = method_points.Dense(CPU, M)
     for seed in range(5):
         found = kmeans.seeds(CPU, points, 6, np.random.default_rng(seed))
         distances = oracle.squared_distances(M, found)
@@ -355,7 +357,7 @@ def test_seeds_are_rows_of_different_groups(rng):
 
 
 def test_squared_distances(rng):
-    points, M = users(rng, count=300, shift=5.0, form=kmeans.Dense)
+    points, M = users(rng, count=300, shift=5.0, form=method_points.Dense)
     others = np.array([3, 0])
     expected = ((M[:, None] - M[others]) ** 2).sum(axis=2)
     np.testing.assert_allclose(points.squared_distances(others), expected, rtol=1e-4, atol=1e-4)
@@ -373,4 +375,4 @@ def test_squared_distances(rng):
     ],
 )
 def test_sizes_of_the_samples(count, clusters, width, sizes):
-    assert kmeans.sample_sizes(count, clusters, width) == sizes
+    assert method_points.sample_sizes(count, clusters, width) == sizes

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 import gpu_init
 from gpu_init.errors import InputError
-
-from . import oracle
+from tests import oracle
 
 
 def catalogue(seed=0, users=400, items=80, width=12, weighted=True):

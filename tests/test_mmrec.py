@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import gpu_init
+from gpu_init.artifact.read import ModalityArrays
 from gpu_init.errors import InputError
 from tests import small_library as small
 
@@ -63,7 +64,7 @@ def modalities(**widths):
         labels[-1] = -1
         mask = np.ones(ITEMS, bool)
         users, items = (rng.standard_normal((n, width)).astype(np.float32) for n in (USERS, ITEMS))
-        return gpu_init.artifact.ModalityArrays(users, users[:2], labels, items, mask)
+        return ModalityArrays(users, users[:2], labels, items, mask)
 
     return {name: one(width) for name, width in widths.items()}
 

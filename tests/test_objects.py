@@ -16,8 +16,10 @@ import pandas as pd
 import pytest
 
 import gpu_init
-from gpu_init import artifact, cli, objects, remote
+from gpu_init import cli
+from gpu_init.artifact import format, objects, read
 from gpu_init.errors import InputError, ResourceError
+from gpu_init.files import remote
 from tests import store
 
 pytestmark = pytest.mark.skipif(
@@ -46,7 +48,7 @@ def bucket(proxy, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
-    for cached in (remote._copy, remote._copies, artifact._copied):
+    for cached in (remote._copy, remote._copies, read._copied):
         cached.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
     proxy.fault = lambda number, method, path: None
@@ -89,7 +91,7 @@ def arguments(root, out, *flags, log="log", suffix="npy"):
 
 def contents(folder):
     """Every file of an artifact on a disk but the manifest."""
-    paths = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != artifact.MANIFEST]
+    paths = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != format.MANIFEST]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
@@ -97,7 +99,7 @@ def stored(bucket, name="out"):
     """The same of one in the store, where it has to be whole, and nothing beside it."""
     root = f"{store.BUCKET}/{name}/"
     found = {path.removeprefix(root): bucket.cat_file(path) for path in bucket.find(root)}
-    manifest = artifact.parse_manifest(name, found.pop(artifact.MANIFEST))
+    manifest = format.parse_manifest(name, found.pop(format.MANIFEST))
     assert set(manifest["files"]) == set(found)
     return found
 
@@ -131,7 +133,7 @@ def test_the_artifact_is_opened_inspected_reported_and_assigned_by_from_the_stor
     assert cli.main(arguments(f"{ROOT}/data", f"{ROOT}/out")) == 0
     before = proxy.sent
     assert cli.main(["inspect", f"{ROOT}/out"]) == 0
-    assert proxy.sent - before < 2 * bucket.size(f"{store.BUCKET}/out/{artifact.MANIFEST}")
+    assert proxy.sent - before < 2 * bucket.size(f"{store.BUCKET}/out/{format.MANIFEST}")
     made = gpu_init.load(f"{ROOT}/out")
     assert made.path == f"{ROOT}/out"
     assert made["image"].users.shape == (USERS, WIDTH)
@@ -150,8 +152,8 @@ def test_the_artifact_is_opened_inspected_reported_and_assigned_by_from_the_stor
     assert len(pd.read_parquet(tmp_path / "tables" / "users.parquet")) == USERS
     content = bucket.cat_file(f"{store.BUCKET}/out/image/users.npy")
     bucket.pipe_file(f"{store.BUCKET}/out/image/users.npy", content[:-1] + bytes([content[-1] ^ 1]))
-    artifact._copied.cache_clear()
-    assert "sha256" in artifact.verify(f"{ROOT}/out")[0]
+    read._copied.cache_clear()
+    assert "sha256" in read.verify(f"{ROOT}/out")[0]
 
 
 def stored_but_report(bucket):
@@ -261,7 +263,7 @@ def test_an_older_run_gives_way_to_a_newer_one(data, bucket, tmp_path, monkeypat
 
     def overtaken(url, data):
         write(url, data)
-        if url.endswith(artifact.JOURNAL) and not done:
+        if url.endswith(format.JOURNAL) and not done:
             done.append(url)
             elsewhere(tmp_path, monkeypatch)
             assert cli.main(arguments(f"{ROOT}/data", f"{ROOT}/out")) == 0
@@ -292,7 +294,7 @@ def test_what_stands_there_is_replaced_only_when_asked(data, bucket, tmp_path, c
     assert stored(bucket) == before
     bucket.pipe_file(f"{store.BUCKET}/out/mine", b"")
     assert cli.main([*job, "--overwrite"]) == 2
-    bucket.rm_file(f"{store.BUCKET}/out/{artifact.MANIFEST}")
+    bucket.rm_file(f"{store.BUCKET}/out/{format.MANIFEST}")
     capsys.readouterr()
     assert cli.main(job) == 2
     assert "not empty and not an artifact" in capsys.readouterr().err
@@ -327,11 +329,11 @@ def test_a_run_killed_while_it_replaces_another_is_ended_by_the_next(at, data, b
         with pytest.raises(KilledError):
             cli.main(job)
     monkeypatch.setattr(remote, "_call", call)
-    if bucket.exists(f"{store.BUCKET}/out/{artifact.MANIFEST}"):
-        assert artifact.verify(f"{ROOT}/out") == []
+    if bucket.exists(f"{store.BUCKET}/out/{format.MANIFEST}"):
+        assert read.verify(f"{ROOT}/out") == []
     if at % 2:
         elsewhere(tmp_path, monkeypatch)
-    artifact._copied.cache_clear()
+    read._copied.cache_clear()
     assert cli.main([*job, "--resume"] if at % 3 else job) == 0
     assert cli.main(arguments(data, tmp_path / "here")) == 0
     assert stored(bucket) == contents(tmp_path / "here")
@@ -360,9 +362,9 @@ def test_killed_processes_are_resumed_to_the_same_bytes(kills, data, bucket, tmp
         time.sleep(whole * dice.uniform(0.3, 1.0))
         process.send_signal(signal.SIGKILL if number % 2 else signal.SIGTERM)
         assert process.wait() in (0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)
-        if bucket.exists(f"{store.BUCKET}/out/{artifact.MANIFEST}"):
-            artifact._copied.cache_clear()
-            assert artifact.verify(f"{ROOT}/out") == []
+        if bucket.exists(f"{store.BUCKET}/out/{format.MANIFEST}"):
+            read._copied.cache_clear()
+            assert read.verify(f"{ROOT}/out") == []
             if number % 3 == 0:  # what the run had yet to remove is the next one's to remove
                 continue
             bucket.rm(f"{store.BUCKET}/out", recursive=True)

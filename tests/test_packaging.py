@@ -18,128 +18,119 @@ import gpu_init
 
 ROOT = Path(__file__).parents[1]
 
-# Who knows whom (design, section 5). A module may import what it knows, what those know, and the ground floor.
-GROUND = {"config", "errors", "ids", "lines", "memory", "npy", "progress", "remote", "storage", "version", "where"}
-KNOWS = {
-    "__init__": {"artifact", "method"},
-    "__main__": {"cli"},
-    "cli": {"demo", "distributed", "export", "job", "report", "summary", "tune"},
-    "tune": {"charts", "job"},
-    "report": {"artifact", "charts"},
-    "charts": set(),
-    "mmrec": {"job", "torch"},
-    "distributed": {"partitions"},
-    "partitions": {"job"},
-    "job": {"describe", "method", "objects"},
-    "describe": {"artifact", "blend"},
-    "method": {"blend", "choose", "features", "interactions", "spectral"},
-    "spectral": {"kmeans"},
-    "choose": {"kmeans"},
-    "kmeans": {"backend", "interactions"},
-    "blend": {"backend", "features", "interactions"},
-    "features": {"backend"},
-    "interactions": {"axes", "recency", "tables"},
-    "recency": {"backend"},
-    "axes": {"kernels"},
-    "tables": {"backend"},
-    "artifact": set(),
-    "objects": {"artifact"},
-    "export": {"artifact"},
-    "torch": {"artifact"},
-    "summary": {"artifact"},
-    "demo": {"artifact"},
-    "backend": {"kernels"},
-    "kernels": set(),
-    **{module: set() for module in GROUND},
-}
+# Floors from the ground up. A module imports what lies on its own floor or below, and nothing in a circle.
+FLOORS = (
+    ("errors", "version", "settings", "ids", "where", "memory"),
+    ("files",),
+    ("kernels",),
+    ("backend",),
+    ("method",),
+    ("artifact", "inputs", "show", "config"),
+    ("budget", "manifest", "parts"),
+    ("run", "assign", "tune", "api"),
+    ("cluster",),
+    ("torch", "mmrec"),
+    ("demo", "cli", "__main__"),
+)
+FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 DEVICE_LIBRARIES = ("cudf", "cuml", "cupy", "cupyx", "numba", "rmm", "sklearn.cluster")
+MOST_LINES = 600
 
 
 def sources():
-    return {
-        **{path: path.stem for path in (ROOT / "gpu_init").glob("*.py")},
-        **dict.fromkeys((ROOT / "kernels").glob("*.py"), "kernels"),
+    """Each module's dotted name below `gpu_init`, and its file; but for `gpu_init/__init__.py`, which has no floor."""
+    top = ROOT / "gpu_init"
+    found = {
+        ".".join(path.relative_to(top).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (*top.rglob("*.py"), *(top / "kernels").glob("*.py"))
     }
+    return {module: path for module, path in found.items() if module != "__init__"}
 
 
 def imports(path, module):
     """Give the absolute dotted names that a file imports, those inside functions too."""
-    package = "gpu_init.kernels" if module == "kernels" else "gpu_init"
+    package = ["gpu_init", *module.split(".")][: None if path.name == "__init__.py" else -1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            parents = package[: len(package) + 1 - node.level] if node.level else []
             base = ".".join([*parents, *filter(None, [node.module])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
             yield from (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
 
 
-def own(name):
-    """Module of this package that a dotted name means, or None for others' packages."""
-    first, _, rest = name.partition(".")
-    if first != "gpu_init":
-        return None
-    second = rest.split(".")[0]
-    return second if second in set(sources().values()) else "__init__"
+def own(name, modules):
+    """Module of this package that a dotted name means, or None for others' packages and `gpu_init` itself."""
+    first, *parts = name.split(".")
+    names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((one for one in names if one in modules), None) if first == "gpu_init" else None
 
 
-def known(module):
-    below = set().union(*(known(other) | {other} for other in KNOWS[module]))
-    return below | GROUND
+def graph():
+    """Each module, and the others that it imports."""
+    modules = sources()
+    return {
+        module: {own(name, modules) for name in imports(path, module)} - {None, module}
+        for module, path in modules.items()
+    }
 
 
-def test_every_module_has_its_place():
-    assert set(sources().values()) == set(KNOWS), "keep KNOWS in step with the modules and with the design"
+def test_every_module_has_its_floor():
+    assert {module.split(".")[0] for module in sources()} == set(FLOOR), "keep FLOORS in step with the modules"
 
 
 def test_no_import_runs_upward():
     wrong = [
-        f"{path.relative_to(ROOT)} imports {other}"
-        for path, module in sources().items()
-        for other in {own(name) for name in imports(path, module)} - {None, module}
-        if other not in known(module)
+        f"{module} imports {other}"
+        for module, others in graph().items()
+        for other in others
+        if FLOOR[other.split(".")[0]] > FLOOR[module.split(".")[0]]
     ]
     assert not wrong
 
 
 def test_no_import_runs_in_a_circle():
-    graph = {module: set() for module in KNOWS}
-    for path, module in sources().items():
-        graph[module] |= {own(name) for name in imports(path, module)} - {None, module}
-    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(graph)
+    assert len(list(graphlib.TopologicalSorter(graph()).static_order())) == len(sources())
 
 
 def test_devices_are_known_to_backend_and_kernels_only():
     wrong = [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for path, module in sources().items()
-        if module not in ("backend", "kernels")
+        f"{module} imports {name}"
+        for module, path in sources().items()
+        if module.split(".")[0] not in ("backend", "kernels")
         for name in imports(path, module)
         if any(f"{name}.".startswith(f"{library}.") for library in DEVICE_LIBRARIES)
     ]
     assert not wrong
 
 
+def test_no_module_is_long():
+    files = [*sources().values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert not {str(path.relative_to(ROOT)): length for path, length in lengths.items() if length > MOST_LINES}
+
+
 def test_the_reading_of_imports_sees_every_form(tmp_path):
     path = tmp_path / "x.py"
     path.write_text(
-        "import cupy.linalg\nfrom . import job\nfrom .config import load\nfrom gpu_init.ids import normalize\n"
+        "import cupy.linalg\nfrom . import run\nfrom .config import load\nfrom gpu_init.ids import normalize\n"
         "def f():\n    from sklearn import cluster\n    importlib.import_module('cudf')\n"
     )
     names = set(imports(path, "x"))
     assert names == {
         "cupy.linalg",
-        "gpu_init.job",
+        "gpu_init.run",
         "gpu_init.config.load",
         "gpu_init.ids.normalize",
         "sklearn.cluster",
         "cudf",
     }
-    assert {own(name) for name in imports(path, "x")} == {None, "job", "config", "ids"}
+    assert {own(name, sources()) for name in names} == {None, "run", "config", "ids"}
     path.write_text("from gpu_init.errors import InputError\nfrom .csr import Csr\nfrom ..backend import select\n")
-    assert {own(name) for name in imports(path, "kernels")} == {"errors", "kernels", "backend"}
+    found = {own(name, sources()) for name in imports(path, "kernels.x")}
+    assert found == {"errors", "kernels.csr", "backend.select"}
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +141,7 @@ def wheel(tmp_path_factory):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     for name in ("gpu_init", "kernels"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     try:
         ready = int(importlib.metadata.version("setuptools").split(".")[0]) >= 77
     except importlib.metadata.PackageNotFoundError:
@@ -168,7 +159,7 @@ def test_wheel_holds_the_package_the_kernels_and_nothing_else(wheel):
         names = set(archive.namelist())
     info = f"gpu_init-{gpu_init.__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {"gpu_init", info}
-    modules = {f"gpu_init/{path.name}" for path in (ROOT / "gpu_init").glob("*.py")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "gpu_init").rglob("*.py")}
     kernels = {
         f"gpu_init/kernels/{path.name}"
         for path in (ROOT / "kernels").iterdir()

@@ -10,17 +10,17 @@ import pytest
 import scipy.sparse
 
 import gpu_init
-from gpu_init.backend import select
-from gpu_init.blend import Blend, lambda_statistics, lambdas
+from gpu_init.backend.select import select
 from gpu_init.cli import main
 from gpu_init.config import Settings
 from gpu_init.errors import InputError
-from gpu_init.features import from_array
-from gpu_init.interactions import from_matrix
-from gpu_init.method import weighting
-
-from . import oracle
-from .test_method import catalogue
+from gpu_init.method.blend import Blend
+from gpu_init.method.lambdas import lambda_statistics, lambdas
+from gpu_init.method.matrix import from_matrix
+from gpu_init.method.modality import from_array
+from gpu_init.method.weighting import weighting
+from tests import oracle
+from tests.test_method import catalogue
 
 
 def found(R, F, lam, *, centroids=None, labels=None, item_labels=None, block_rows=4096, **settings):

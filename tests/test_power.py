@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gpu_init import artifact, storage
+from gpu_init.artifact import publish, rows
+from gpu_init.artifact import staging as artifact_staging
+from gpu_init.files import storage
 from tests.test_artifact import IDENTITY, contents, run, whole, work
 
 REAL = {name: getattr(os, name) for name in ("open", "write", "fsync", "fdatasync", "replace", "rename", "mkdir")}
@@ -230,10 +232,10 @@ def recorded(root, monkeypatch):
 @pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["new", "exchange", "two renames", "inside"])
 def test_whatever_a_power_loss_leaves_is_resumed_to_the_same_bytes(mode, step, tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact, "SYNC_BYTES", 50)
+    monkeypatch.setattr(rows, "SYNC_BYTES", 50)
     monkeypatch.setattr(os, "posix_fadvise", lambda *given: None)
     if mode == "inside":
-        monkeypatch.setattr(artifact, "_stays", os.path.isdir)
+        monkeypatch.setattr(publish, "_stays", os.path.isdir)
     if mode == "two renames":
         monkeypatch.setattr(storage, "exchange", lambda a, b: False)
         monkeypatch.setitem(globals(), "EXCHANGE", storage.exchange)
@@ -255,7 +257,7 @@ def test_whatever_a_power_loss_leaves_is_resumed_to_the_same_bytes(mode, step, t
         for kept, part in ((0, None), (1, None), (1, chance), (chance.random(), chance), (0, chance)):
             lay_out(root, disk(recorder.first, acts, kept, part))
             whole(root / "out", old, new)
-            with artifact.Staging.open(
+            with artifact_staging.Staging.open(
                 root / "out", resume=True, overwrite=True, identity={**IDENTITY, "seed": 0}
             ) as staging:
                 resumed += staging.resumed

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gpu_init.errors import InputError, Stopped
-from gpu_init.progress import Progress
+from gpu_init.show.progress import Progress
 
 
 class Terminal(io.StringIO):

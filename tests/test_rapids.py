@@ -171,7 +171,7 @@ def test_errors_for_want_of_memory_are_known(rapids):
     cupy = rapids["cupy"]
     assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)
     assert issubclass(cupy.cuda.runtime.CUDARuntimeError, RuntimeError)
-    from gpu_init.backend import _of_cuda
+    from gpu_init.backend.cuda import _of_cuda
 
     assert _of_cuda(cupy.cuda.compiler.CompileException("x", "", "a.cu", ()))
 
@@ -185,11 +185,11 @@ def test_strings_have_a_name_that_ids_know(rapids):
 
 
 def test_without_a_device_one_is_told_what_is_missing(rapids):
-    from gpu_init.backend import _driver_version, _missing_for_cuda
+    from gpu_init.backend.doctor import _driver_version, missing_for_cuda
 
     if _driver_version() is not None:
         pytest.skip("there is a driver")
-    assert "no NVIDIA driver" in _missing_for_cuda().what
+    assert "no NVIDIA driver" in missing_for_cuda().what
     with pytest.raises(rapids["cupy"].cuda.runtime.CUDARuntimeError):
         rapids["cupy"].cuda.runtime.getDeviceCount()
 

@@ -12,14 +12,13 @@ import pytest
 import scipy.sparse
 
 import gpu_init
-from gpu_init import artifact
-from gpu_init.artifact import SAMPLE_COLUMNS
-from gpu_init.backend import select
+from gpu_init.artifact import read
+from gpu_init.artifact.format import SAMPLE_COLUMNS
+from gpu_init.backend.select import select
 from gpu_init.cli import main
-from gpu_init.describe import TYPICAL, typical
-from gpu_init.features import from_array
-
-from .test_method import catalogue
+from gpu_init.method.describe import TYPICAL, typical
+from gpu_init.method.modality import from_array
+from tests.test_method import catalogue
 
 pytest.importorskip("plotly")
 
@@ -87,7 +86,7 @@ def test_the_page_is_whole_and_closed_to_markup(made, capsys):
     own = re.sub(r"<script>/\*\*.*?</script>", "", page, count=1, flags=re.DOTALL)  # all but plotly's code
     assert len(page) < 9 << 20
     assert not re.findall(r"<[^>]*(?:src|href)=[\"']?https?:", own)
-    assert artifact.verify(made / "out") == []
+    assert read.verify(made / "out") == []
     assert main(["inspect", str(made / "out"), "--verify"]) == 0
 
 
@@ -118,7 +117,7 @@ def test_wrong_input(made, capsys, flags, words):
 
 
 def test_without_plotly_the_remedy_is_said(made, capsys, monkeypatch):
-    monkeypatch.setattr("gpu_init.charts.available", lambda: False)
+    monkeypatch.setattr("gpu_init.show.charts.available", lambda: False)
     assert main(["report", str(made / "out")]) == 2
     assert "gpu-init[report]" in capsys.readouterr().err
 

@@ -9,15 +9,17 @@ import scipy.sparse
 from sklearn.metrics import adjusted_rand_score
 
 import gpu_init
-from gpu_init import artifact, kmeans, method, spectral
-from gpu_init.backend import CpuBackend
+from gpu_init.artifact import read
+from gpu_init.backend.cpu import CpuBackend
 from gpu_init.cli import main
 from gpu_init.config import Settings
 from gpu_init.errors import InputError, ResourceError
-from gpu_init.features import from_array
-from gpu_init.interactions import from_matrix
-
-from .conftest import with_threads
+from gpu_init.method import clusters as method_clusters
+from gpu_init.method import points as method_points
+from gpu_init.method import spectral, weighting
+from gpu_init.method.matrix import from_matrix
+from gpu_init.method.modality import from_array
+from tests.conftest import with_threads
 
 DEVICE = CpuBackend("test")
 
@@ -174,7 +176,7 @@ def features(items, seed=1):
 
 @pytest.mark.parametrize("form", ["dense", "tiled", "factored"])
 def test_groups_that_only_interactions_show(monkeypatch, form):
-    monkeypatch.setattr(method, "kmeans_form", lambda *_: form)
+    monkeypatch.setattr(method_points, "kmeans_form", lambda *_: form)
     R, taste = log(users=3000)
     F = features(R.shape[1])
     made = gpu_init.initialize(R, F, clusters=6, cluster_on="interactions", cluster_rank=6, backend="cpu", restarts=4)
@@ -212,11 +214,11 @@ def test_a_cluster_without_a_member_takes_the_mean_of_all():
     R, _ = log()
     made = from_matrix(DEVICE, R, "test")
     modality = from_array(DEVICE, "a", features(R.shape[1])["a"])
-    operator = method.weighting(DEVICE, made, modality.present, "mean")
+    operator = weighting.weighting(DEVICE, made, modality.present, "mean")
     labels = np.zeros(R.shape[0], np.int32)
     labels[:50] = 2
-    centroids, own = method.of_behaviour(DEVICE, made, modality, operator, labels, 3)
-    M = kmeans.Tiled(DEVICE, made.csr, modality.values, operator.mean_rows, operator.present, np.zeros(12))
+    centroids, own = method_clusters.of_behaviour(DEVICE, made, modality, operator, labels, 3)
+    M = method_points.Tiled(DEVICE, made.csr, modality.values, operator.mean_rows, operator.present, np.zeros(12))
     M = M.rows(np.arange(R.shape[0]))
     for label, expected in ((0, M[50:]), (1, M), (2, M[:50])):
         np.testing.assert_allclose(centroids[label], expected.mean(axis=0), atol=1e-5)
@@ -226,7 +228,7 @@ def test_a_cluster_without_a_member_takes_the_mean_of_all():
 def test_users_outside_take_the_label_of_the_shortest_centroid():
     R, _ = log()
     made, found = from_matrix(DEVICE, with_strays(R), "test"), embedded(with_strays(R))
-    clusters = method.behaviour(DEVICE, made, found, Settings(clusters=4, cluster_on="interactions"))
+    clusters = method_clusters.behaviour(DEVICE, made, found, Settings(clusters=4, cluster_on="interactions"))
     shortest = np.linalg.norm(clusters.centroids, axis=1).argmin()
     assert (clusters.labels[R.shape[0] :] == shortest).all()
     assert (clusters.labels >= 0).all()
@@ -263,14 +265,14 @@ def job(tmp_path, monkeypatch):
 
     def run(out, *more):
         assert main(["run", *flags, f"--out={out}", *more]) == 0
-        return artifact.load(out)
+        return read.load(out)
 
     return run
 
 
 def test_the_artifact_holds_what_places_users(job):
     made = job("out")
-    assert artifact.verify("out") == []
+    assert read.verify("out") == []
     placed = made.interactions
     assert placed.items.shape == (len(made.item_ids), 12)
     assert placed.centroids.shape == (4, 12)
@@ -293,8 +295,8 @@ def test_same_users_are_assigned_the_same_bytes(job, policy, more):
     assert main(["assign", "new", "--interactions=some.parquet", "--out=newer"]) == 0
     rows = {user: row for row, user in enumerate(whole.user_ids)}
     for out in ("new", "newer"):
-        made = artifact.load(out)
-        assert artifact.verify(out) == []
+        made = read.load(out)
+        assert read.verify(out) == []
         of = [rows[user] for user in made.user_ids]
         np.testing.assert_array_equal(made.interactions.labels, whole.interactions.labels[of])
         for name in whole:
@@ -315,7 +317,7 @@ def test_a_missing_array_is_a_problem(job):
 
     manifest = json.loads(pathlib.Path("out/manifest.json").read_text())
     del manifest["files"]["interactions/centroids.npy"]
-    problems = list(artifact._problems(str(pathlib.Path("out").resolve()), manifest))
+    problems = list(read.problems(str(pathlib.Path("out").resolve()), manifest))
     assert any("interactions/centroids.npy: missing" in problem for problem in problems)
 
 
@@ -333,19 +335,19 @@ def test_inspect_and_the_report_show_it(job, capsys):
 def test_a_stopped_run_goes_on_from_what_it_has(job, monkeypatch):
     """Stopped where a modality's clusters come; what was found of the interactions is not sought again."""
     whole = job("whole")
-    of_behaviour = method.of_behaviour
+    of_behaviour = method_clusters.of_behaviour
 
     def full(*_):
         raise ResourceError("no space is left")
 
-    monkeypatch.setattr(method, "of_behaviour", full)
+    monkeypatch.setattr(method_clusters, "of_behaviour", full)
     flags = ["--interactions=log.parquet", "--weight-column=w", "--cluster-on=interactions", "--cluster-rank=12"]
     flags += ["--features=a=a.parquet", "--features=b=b.parquet", "--clusters=4", "--out=out"]
     assert main(["run", *flags]) == 3
-    monkeypatch.setattr(method, "of_behaviour", of_behaviour)
-    monkeypatch.setattr(method, "embed", full)
+    monkeypatch.setattr(method_clusters, "of_behaviour", of_behaviour)
+    monkeypatch.setattr(method_clusters, "embed", full)
     made = job("out", "--resume")
-    assert artifact.verify("out") == []
+    assert read.verify("out") == []
     assert {name: one["sha256"] for name, one in made.manifest["files"].items()} == {
         name: one["sha256"] for name, one in whole.manifest["files"].items()
     }

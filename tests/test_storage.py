@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from gpu_init import storage
 from gpu_init.errors import InputError, ResourceError
+from gpu_init.files import storage
 
 
 def put(path, data=b"x"):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from gpu_init import summary
+from gpu_init.show import summary
 
 MANIFEST = {
     "format": "gpu-init artifact",

@@ -11,10 +11,9 @@ import pytest
 import scipy.sparse
 
 import gpu_init
-from gpu_init import artifact
+from gpu_init.artifact import read
 from gpu_init.cli import main
-
-from . import oracle
+from tests import oracle
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "tiktok"
 USERS, COLD = 9308, 10
@@ -26,7 +25,7 @@ def run(out, *flags):
     features = [f"--features={name}={DATA}/{name}_feat.npy" for name in ("image", "audio")]
     place = [f"--interactions={DATA}/tiktok.inter", f"--users={USERS}", "--where", "x_label == 0", "--out", str(out)]
     assert main(["run", *place, *features, *flags]) == 0
-    return artifact.load(out)
+    return read.load(out)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def test_artifact_is_the_method(tmp_path, train, weighting, cluster_on, projecti
     flags = [f"--weighting={weighting}", f"--cluster-on={cluster_on}", f"--scale={scale}", *PROJECTIONS[projection]]
     tolerance = 0.0 if scale == "none" else 1e-3
     made = run(tmp_path / "out", *flags, f"--tolerance={tolerance}")
-    assert artifact.verify(made.path) == []
+    assert read.verify(made.path) == []
     for name, one in made.items():
         F = raw(name)
         if projection != "raw":

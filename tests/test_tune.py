@@ -12,13 +12,15 @@ import pytest
 import scipy.sparse
 
 import gpu_init
-from gpu_init import config, demo, job, kernels, tune
-from gpu_init.backend import select
+from gpu_init import config, demo, kernels, tune
+from gpu_init.backend.select import select
 from gpu_init.cli import main
 from gpu_init.config import Settings
 from gpu_init.errors import InputError
+from gpu_init.inputs import interactions as inputs_interactions
+from gpu_init.inputs import read
 from gpu_init.kernels import costs
-from gpu_init.progress import Progress
+from gpu_init.show.progress import Progress
 
 USERS, ITEMS = 200, 90
 
@@ -98,12 +100,12 @@ def test_scores_are_those_of_the_vectors(place):
 
 
 def test_all_candidates_count_where_kernels_are_chosen(place, monkeypatch):
-    one = job.read_inputs(loaded(place), select("cpu"), Progress(None)).backend
+    one = read.read_inputs(loaded(place), select("cpu"), Progress(None)).backend
     assert one.kernels.name == "numpy"
     of_one = costs.fitting_seconds(USERS, ITEMS, len(log(1)), [12, 9], 8)
     monkeypatch.setattr(kernels, "NUMPY_SECONDS", 1.01 * of_one)
-    monkeypatch.setattr(job, "reading_seconds", lambda *_: 0.0)
-    assert job.read_inputs(loaded(place), select("cpu"), Progress(None)).backend.kernels.name == "numpy"
+    monkeypatch.setattr(inputs_interactions, "reading_seconds", lambda *_: 0.0)
+    assert read.read_inputs(loaded(place), select("cpu"), Progress(None)).backend.kernels.name == "numpy"
     data, _ = tune.read(loaded(place), select("cpu"), Progress(None))
     assert data.backend.kernels.name == "numba"
 
@@ -238,7 +240,7 @@ def test_many_users_are_sampled(place, monkeypatch):
     monkeypatch.setattr(tune, "MOST_USERS", 20)
     backend, progress = select("cpu"), Progress(None)
     data, held_out = tune.read(loaded(place), backend, progress)
-    assert isinstance(data, job.Data)
+    assert isinstance(data, read.Data)
     found = tune.rank(data, held_out, CANDIDATES[:1], 0, progress)
     assert len(found.users) == found.scores["recall@20"].shape[1] == 20
 

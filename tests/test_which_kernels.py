@@ -13,13 +13,15 @@ import pandas as pd
 import pytest
 
 import gpu_init
-from gpu_init import config, demo, interactions, job, kernels, tables
-from gpu_init.backend import CpuBackend, for_work, select
+from gpu_init import config, demo, kernels, manifest
+from gpu_init.backend.cpu import CpuBackend
+from gpu_init.backend.select import for_work, select
 from gpu_init.cli import main
+from gpu_init.inputs import interactions, tables
+from gpu_init.inputs import read as inputs_read
 from gpu_init.kernels import costs
-from gpu_init.progress import Progress
-
-from . import oracle
+from gpu_init.show.progress import Progress
+from tests import oracle
 
 ROOT = Path(__file__).resolve().parents[1]
 TIKTOK = ROOT.parent / "shared" / "data" / "tiktok"
@@ -152,7 +154,7 @@ def test_neither_cores_nor_what_is_compiled_decide(small, tmp_path, monkeypatch)
 def test_what_a_large_job_needs_is_compiled_while_it_reads(small, tmp_path, monkeypatch):
     asked, before_reading, reads = [], [], interactions.read
     monkeypatch.setattr(CpuBackend, "prepare", lambda _, *given: asked.append(given))
-    monkeypatch.setattr(job, "read", lambda *given: (before_reading.append(len(asked)), reads(*given))[1])
+    monkeypatch.setattr(inputs_read, "read", lambda *given: (before_reading.append(len(asked)), reads(*given))[1])
     run(tmp_path / "small", *small[0])
     monkeypatch.setattr(kernels, "NUMPY_SECONDS", 0)
     run(tmp_path / "large", *small[0])
@@ -178,16 +180,16 @@ def test_text_files_count_by_their_bytes(tmp_path, monkeypatch, packed):
 
 
 def test_the_call_from_python_follows_the_same_rule(monkeypatch):
-    from gpu_init import method
+    from gpu_init.method import kmeans
     from tests.test_method import catalogue
 
     R, F = catalogue()
     matrix = R.tocsr()
     matrix.sum_duplicates()
     seconds = costs.fitting_seconds(*matrix.shape, matrix.nnz, [one.shape[1] for one in F.values()], 8)
-    used, fit = [], method.kmeans.fit
+    used, fit = [], kmeans.fit
     monkeypatch.setattr(
-        method.kmeans, "fit", lambda device, *given: (used.append(device.kernels.name), fit(device, *given))[1]
+        kmeans, "fit", lambda device, *given: (used.append(device.kernels.name), fit(device, *given))[1]
     )
     for most in (seconds, 0.99 * seconds):
         monkeypatch.setattr(kernels, "NUMPY_SECONDS", most)
@@ -216,12 +218,12 @@ def loaded(arguments, out, **more):
 
 def test_an_identity_holds_only_what_is_forced(small, tmp_path, monkeypatch):
     asked = loaded(small[0], tmp_path / "out")
-    assert job.identity_of(asked, [], "cpu")["program"]["kernels"] is None
+    assert manifest.identity_of(asked, [], "cpu")["program"]["kernels"] is None
     for most in (0, 1e9):
         monkeypatch.setattr(kernels, "NUMPY_SECONDS", most)
-        assert job.identity_of(asked, [], "cpu")["program"]["kernels"] is None
+        assert manifest.identity_of(asked, [], "cpu")["program"]["kernels"] is None
     monkeypatch.setenv("GPU_INIT_KERNELS", "numba")
-    assert job.identity_of(asked, [], "cpu")["program"]["kernels"] == "numba"
+    assert manifest.identity_of(asked, [], "cpu")["program"]["kernels"] == "numba"
 
 
 def test_an_unfinished_run_goes_on_whatever_was_compiled_since(small, tmp_path, monkeypatch, capsys):

@@ -12,18 +12,17 @@ pytest.importorskip("pandas")
 pytest.importorskip("scipy")
 
 import gpu_init
-from gpu_init import backend
-from gpu_init.backend import select
+from gpu_init.backend import cuda, doctor
+from gpu_init.backend.select import select
 from gpu_init.errors import ResourceError
-
-from .. import cuda_jobs as jobs
+from tests import cuda_jobs as jobs
 
 TIKTOK = Path(__file__).resolve().parents[3] / "shared" / "data" / "tiktok"
 
 
 @pytest.fixture(autouse=True)
 def libraries():
-    missing = backend._missing_for_cuda()
+    missing = doctor.missing_for_cuda()
     if missing:
         pytest.skip(f"{missing.what}. {missing.fix}")
 
@@ -51,8 +50,8 @@ def test_the_tiktok_job_agrees(monkeypatch, tmp_path, dtype, flags):
 @pytest.mark.parametrize("parts", [False, True])
 def test_files_are_read_alike(monkeypatch, tmp_path, ending, kind, weighted, parts):
     if parts:
-        monkeypatch.setattr(backend, "DEVICE_TEXT_BYTES", 300)
-        monkeypatch.setattr(backend, "DEVICE_ROWS", 16)
+        monkeypatch.setattr(cuda, "DEVICE_TEXT_BYTES", 300)
+        monkeypatch.setattr(cuda, "DEVICE_ROWS", 16)
     jobs.check_reader(tmp_path, ending, kind, weighted)
 
 

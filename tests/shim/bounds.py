@@ -9,9 +9,8 @@ import sys
 import numpy as np
 
 from gpu_init.kernels import Csr, cuda
-
-from .. import cuda_checks as checks
-from . import Poisoned, Shim
+from tests import cuda_checks as checks
+from tests.shim import Poisoned, Shim
 
 NAMES = [name for names in cuda.instances().values() for name in names]
 

@@ -1,0 +1,1 @@
+"""The one place, with the kernels, that knows there are devices."""

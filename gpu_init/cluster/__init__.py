@@ -1,0 +1,1 @@
+"""The job over the workers of a Dask cluster."""

@@ -1,0 +1,1 @@
+"""Local and remote files, .npy arrays and lines of text."""

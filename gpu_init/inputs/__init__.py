@@ -1,0 +1,1 @@
+"""Interactions and features: from files to arrays, checked at the door."""

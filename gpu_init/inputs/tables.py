@@ -1,0 +1,394 @@
+"""Tables of interactions: which column is what, the rows to keep, and where in a file a row stands.
+
+Section 4 (inputs) of the design.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from gpu_init import ids
+from gpu_init.backend.batches import TEXT_BLOCK_BYTES
+from gpu_init.backend.interface import Backend, one_line
+from gpu_init.errors import InputError
+from gpu_init.files.lines import line_of, trouble
+from gpu_init.files.storage import expand, file_state, source, stream
+from gpu_init.where import Where
+
+TEXT_EXTENSIONS = (".csv", ".tsv", ".inter", ".csv.gz", ".tsv.gz", ".inter.gz")
+EXTENSIONS = (".parquet", ".pq", ".npz", *TEXT_EXTENSIONS)
+
+USER_NAMES = ("user_id", "userid", "user", "uid", "visitor_id", "session_id")
+TIME_NAMES = ("timestamp", "time", "ts", "datetime", "event_time")
+ITEM_NAMES = ("item_id", "itemid", "item", "iid", "product_id", "asin")
+SPLIT_NAMES = ("x_label", "split")
+HEADER_BYTES = 1 << 20  # of a text file's first line, at most
+_PACKED = 4  # bytes of text in one of a .gz file, about
+_RECBOLE_TYPES = (":token", ":float", ":token_seq", ":float_seq")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table hold what; None: known names are tried.
+
+    ``session``, where given, stands in for ``user``. ``half_life``: as of `config.JobConfig`; None: times are not read.
+    """
+
+    user: str | None = None
+    item: str | None = None
+    weight: str | None = None
+    where: Where | None = None
+    session: str | None = None
+    time: str | None = None
+    half_life: str | float | None = None
+
+    @property
+    def row(self) -> tuple[str | None, str]:
+        """The column of what the rows of R are, and the flag that names it."""
+        return (self.user, "--user-column") if self.session is None else (self.session, "--session-column")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file of interactions whose columns are known.
+
+    Attributes
+    ----------
+    path : str
+    separator : str or None
+        None: Parquet.
+    user, item, weight, time : str
+        Names of the columns as they stand in the file; ``weight`` None: 1 per interaction; ``time`` None: not read.
+    where : dict
+        From a column's name in ``--where`` to its name in the file.
+    whole : int or None
+        Number of rows, where both ids are stored as whole numbers and so can be read again at little cost.
+    state : tuple of int
+        Size and time of the last change.
+    """
+
+    path: str
+    separator: str | None
+    user: str
+    item: str
+    weight: str | None
+    time: str | None
+    where: dict[str, str]
+    whole: int | None
+    state: tuple[int, int]
+
+
+class Batch(NamedTuple):
+    """Rows of a table: those kept, and how many there were before ``--where``."""
+
+    frame: Any
+    read: int
+    row: Callable[[int], str]  # names a row of the frame by its place in the file
+
+
+def open_table(path: str, columns: Columns, warnings: list[str]) -> Table:
+    """Find the columns of a file; may add to ``warnings``.
+
+    Raises
+    ------
+    InputError
+        The file is not a table, a column is not there, or the file says which rows are for validation and
+        test but ``--where`` was not given.
+    """
+    state = file_state(path)
+    separator, names = header(path)
+    row, flag = columns.row
+    user = find_column(path, names, row, USER_NAMES, flag)
+    item = find_column(path, names, columns.item, ITEM_NAMES, "--item-column")
+    weight = find_column(path, names, columns.weight, (), "--weight-column") if columns.weight else None
+    timed = columns.half_life is not None
+    time = find_column(path, names, columns.time, TIME_NAMES, "--time-column") if timed else None
+    where = {
+        name: find_column(path, names, name, (), "--where") for name in (columns.where.columns if columns.where else ())
+    }
+    _check_split(path, names, columns.where, where, warnings)
+    whole = _whole_numbers(path, (user, item)) if separator is None else None
+    return Table(path, separator, user, item, weight, time, where, whole, state)
+
+
+def batches(
+    backend: Backend, table: Table, where: Where | None, wanted: Sequence[str], groups: range | None = None
+) -> Iterator[Batch]:
+    """Rows of a table, or of some row groups of it, in order, with the columns ``wanted``, typed by `Backend.batches`.
+
+    Raises
+    ------
+    InputError
+        The file is broken, or a value cannot be compared with what ``--where`` says.
+    """
+    before = 0 if groups is None else rows_before(table.path, groups.start)
+    columns = list(dict.fromkeys([*wanted, *table.where.values()]))
+    for frame in backend.batches(table.path, table.separator, columns, groups):
+        read = len(frame)
+        positions: Any = range(before, before + read)
+        before += read
+        kept = frame
+        if where:
+            named = frame.rename(columns={actual: name for name, actual in table.where.items()})
+            keep = where.mask(named, table.path, _rows_named(table.path, table.separator, positions))
+            kept = frame[keep].reset_index(drop=True)
+            positions = positions.start + backend.xp.flatnonzero(backend.asarray(keep.to_numpy().astype(bool)))
+        yield Batch(kept, read, _rows_named(table.path, table.separator, positions))
+
+
+def _whole_numbers(path: str, names: Sequence[str]) -> int | None:
+    """Number of rows of a Parquet file whose columns ``names`` are integers, else None."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(source(path))
+        schema = metadata.schema.to_arrow_schema()
+        whole = all(pa.types.is_integer(schema.field(name).type) for name in names)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: {one_line(error)}") from None
+    return int(metadata.num_rows) if whole else None
+
+
+def pieces(tables: Sequence[Table], least: int, most: int) -> list[tuple[Table, range | None]]:
+    """Runs of row groups of Parquet files, in order, of about ``least`` rows, or more: about ``most`` runs in all.
+
+    None stands for a text file, read as one.
+    """
+    by_table = [_group_rows(table.path) if table.separator is None else [] for table in tables]
+    rows = max(least, sum(map(sum, by_table)) // most)
+    found: list[tuple[Table, range | None]] = []
+    for table, counts in zip(tables, by_table, strict=True):
+        if table.separator is not None:
+            found.append((table, None))
+            continue
+        start = held = 0
+        for group, count in enumerate(counts):
+            if group > start and held + count > rows:
+                found.append((table, range(start, group)))
+                start, held = group, 0
+            held += count
+        found.append((table, range(start, len(counts))))
+    return found
+
+
+def rows_before(path: str, group: int) -> int:
+    """Rows of a Parquet file before a row group."""
+    return sum(_group_rows(path)[:group])
+
+
+def _group_rows(path: str) -> list[int]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(source(path))
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: {one_line(error)}") from None
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+def stated_rows(pattern: str) -> int:
+    """Rows that the Parquet files of a path, folder or glob say they have.
+
+    Raises
+    ------
+    InputError
+        One of them cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = 0
+    for path in expand(pattern, EXTENSIONS):
+        if path.endswith((".parquet", ".pq")):
+            try:
+                rows += pq.read_metadata(source(path)).num_rows
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(f"{path}: {one_line(error)}") from None
+    return rows
+
+
+def text_bytes(pattern: str) -> int:
+    """Bytes of the text files of a path, folder or glob, about, as they are when unpacked."""
+    texts = (path for path in expand(pattern, EXTENSIONS) if path.endswith(TEXT_EXTENSIONS))
+    return sum(file_state(path)[0] * (_PACKED if path.endswith(".gz") else 1) for path in texts)
+
+
+def row_name(path: str, separator: str | None, position: int) -> str:
+    """Name a row as an editor would show it: the line of a text file, the row of a Parquet file from 0."""
+    return f"row {position}" if separator is None else f"line {line_of(path, position)}"
+
+
+def _rows_named(path: str, separator: str | None, positions: Any) -> Callable[[int], str]:
+    """Names of the rows of a batch, whose places in the file are ``positions``."""
+    return lambda at: row_name(path, separator, int(positions[at]))
+
+
+def header(path: str) -> tuple[str | None, list[str]]:
+    """Separator (None for Parquet) and column names of a table.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, or is not a table.
+    """
+    import pyarrow as pa
+    import pyarrow.csv as pc
+    import pyarrow.parquet as pq
+
+    try:
+        if path.endswith((".parquet", ".pq")):
+            return None, list(pq.read_schema(source(path)).names)
+        with stream(path) as file:
+            start = file.read(HEADER_BYTES)
+        if len(start) == HEADER_BYTES and b"\n" not in start:
+            raise InputError(f"{path}: its first line, which names the columns, is longer than {HEADER_BYTES:,} bytes.")
+        first = start.split(b"\n", 1)[0].decode("utf-8-sig").rstrip("\r")
+        if not first.strip():
+            raise InputError(f"{path}: no header line; the first line names the columns.")
+        separator = "\t" if "\t" in first else ","
+        quoted = pa.BufferReader((first + "\n").encode())
+        table = pc.read_csv(quoted, parse_options=pc.ParseOptions(delimiter=separator))
+        return separator, list(table.column_names)
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: the first line is not UTF-8 text.") from None
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: {one_line(error)}") from None
+
+
+def find_column(path: str, names: list[str], wanted: str | None, known: tuple[str, ...], flag: str) -> str:
+    """Give the column that a name means; RecBole's typed headers (``user_id:token``) count as their bare name.
+
+    Raises
+    ------
+    InputError
+        No such column, or several.
+    """
+    if wanted is not None and names.count(wanted) == 1:
+        return wanted
+    if wanted is not None:
+        found = [name for name in names if wanted in (name, bare(name))]
+    else:
+        found = next(
+            (
+                hits
+                for one in known
+                if (hits := [name for name in names if bare(name).lower() in (one, one.replace("_", ""))])
+            ),
+            [],
+        )
+    if len(found) == 1:
+        return found[0]
+    listed = textwrap.shorten(", ".join(name[:40] for name in names[:20]), 300, placeholder=", ...")
+    listed += ", ..." if len(names) > 20 and not listed.endswith("...") else ""
+    if found:
+        raise InputError(f"{path}: column {found[0]} stands there {len(found)} times; the columns are {listed}.")
+    if wanted is not None:
+        raise InputError(f"{path}: no column {wanted} ({flag}); the columns are {listed}.")
+    raise InputError(
+        f"{path}: none of the columns is named {', '.join(known)}; name it with {flag}. They are {listed}."
+    )
+
+
+def bare(name: str) -> str:
+    """Column name without RecBole's type."""
+    ending = next((ending for ending in _RECBOLE_TYPES if name.endswith(ending)), "")
+    return name.removesuffix(ending)
+
+
+def _check_split(path: str, names: list[str], where: Where | None, asked: dict[str, str], warned: list[str]) -> None:
+    """Refuse a table that says which rows are for validation and test, unless the caller says which to take."""
+    split = next((name for name in names if bare(name).lower() in SPLIT_NAMES), None)
+    if split is None or split in asked.values():
+        return
+    leak = "vectors made from validation or test rows leak them into training"
+    if where is None:
+        raise InputError(
+            f"{path} has a split column, {split}: {leak}.\n"
+            f'Say which rows to take, such as --where "{bare(split)} == 0".'
+        )
+    warned.append(f"{path} has a split column, {split}, which --where does not look at: {leak}")
+
+
+def read_user_ids(backend: Backend, path: str, user_column: str | None) -> Any:
+    """Read ``--users PATH``: the ids of the users' rows, in order.
+
+    Parquet, CSV or TSV with a header (the user column, a known name, or the only column there is), or a .txt
+    of one id per line.
+
+    Returns
+    -------
+    pandas Series, shape (U,)
+
+    Raises
+    ------
+    InputError
+        Nothing there, a missing id, or one id twice.
+    """
+    paths = expand(path, (".parquet", ".pq", ".txt", *TEXT_EXTENSIONS))
+    parts = [part for one in paths for part in _user_id_batches(backend, one, user_column)]
+    if sum(map(len, parts)) == 0:
+        raise InputError(f"{path}: no user ids.")
+    column = joined(backend, parts)
+    twice = column.duplicated()
+    if bool(twice.any()):
+        at = ids.first_true(twice)
+        user = ids.shown(backend.host_column(column.iloc[[at]]).tolist()[0])
+        raise InputError(f"{path}: user {user} stands there twice (again in row {at}); a user has one row.")
+    return backend.host_column(column)
+
+
+def _user_id_batches(backend: Backend, path: str, user_column: str | None) -> Iterator[Any]:
+    if path.endswith(".txt"):
+        before = 0
+        for lines in _lines(path):
+            column = backend.tables.Series(lines, dtype="str")
+
+            def line(at: int, before: int = before) -> str:
+                return f"line {before + at + 1}"
+
+            yield ids.normalize(column, path, line)
+            before += len(lines)
+        return
+    separator, names = header(path)
+    only = names[0] if len(names) == 1 and user_column is None else None
+    name = only or find_column(path, names, user_column, USER_NAMES, "--user-column")
+    before = 0
+    for frame in backend.batches(path, separator, [name]):
+
+        def row(at: int, before: int = before) -> str:
+            return row_name(path, separator, before + at)
+
+        yield ids.normalize(frame[name].reset_index(drop=True), f"{path}, column {name}", row)
+        before += len(frame)
+
+
+def _lines(path: str) -> Iterator[list[str | None]]:
+    """Lines of a text file, some megabytes at a time; None for an empty one."""
+    import pyarrow as pa
+    import pyarrow.csv as pc
+
+    if file_state(path)[0] == 0:
+        return
+    try:
+        with stream(path) as file:
+            for batch in pc.open_csv(
+                file,
+                pc.ReadOptions(block_size=TEXT_BLOCK_BYTES, column_names=["id"]),
+                pc.ParseOptions(delimiter="\x1f", quote_char=False, ignore_empty_lines=False),
+                pc.ConvertOptions(column_types={"id": pa.string()}, null_values=[""], strings_can_be_null=True),
+            ):
+                yield batch.column(0).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(trouble(path, "\x1f", one_line(error), TEXT_BLOCK_BYTES)) from None
+
+
+def joined(backend: Backend, parts: list[Any]) -> Any:
+    """One column from those of the batches; whole numbers become text where any batch holds text."""
+    if any(ids.is_text(str(part.dtype)) for part in parts):
+        parts = [part.astype("str") for part in parts]
+    return parts[0] if len(parts) == 1 else backend.tables.concat(parts, ignore_index=True)

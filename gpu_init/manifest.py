@@ -1,0 +1,224 @@
+"""What a run's manifest says: settings, inputs, sizes, statistics and timings."""
+
+from __future__ import annotations
+
+import os
+import resource
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gpu_init.artifact.format import INTERACTIONS
+from gpu_init.artifact.staging import Staging
+from gpu_init.backend.interface import Backend
+from gpu_init.config import JobConfig, settings_to_dict
+from gpu_init.inputs.interactions import (
+    InteractionTable,
+)
+from gpu_init.kernels import forced_kernels
+from gpu_init.method.choose import Choice
+from gpu_init.method.kmeans import Clusters
+from gpu_init.method.modality import Modality
+from gpu_init.method.norms import item_norms, norms
+from gpu_init.method.points import sample_sizes
+from gpu_init.show.progress import Progress
+from gpu_init.version import __version__
+
+
+def embedding_facts(staging: Staging) -> dict[str, Any]:
+    """What the manifest says of what places users by what they did."""
+    path = f"{INTERACTIONS}/items.npy"
+    items, values = staging.load(path), staging.load(f"{INTERACTIONS}/singular_values.npy")
+    outside = int((staging.load(f"{INTERACTIONS}/item_factors.npy") == 0).sum())
+    facts = staging.finished(path) or {}
+    return {"rank": items.shape[1], "singular_values": values.tolist(), "items_outside": outside, **facts}
+
+
+def timings_of(started: datetime, progress: Progress, backend: Backend) -> dict[str, Any]:
+    """What the manifest says of a run's time and memory."""
+    ended = datetime.now(UTC)
+    return {
+        "started": started.isoformat(timespec="seconds"),
+        "finished": ended.isoformat(timespec="seconds"),
+        "seconds": round((ended - started).total_seconds(), 3),
+        "steps": progress.timings,
+        "peak_memory_bytes": _peak_memory(),
+        **backend.peak_memory(),
+    }
+
+
+def modality_facts(
+    backend: Backend,
+    modality: Modality,
+    centroids: Any,
+    users: int,
+    sizes: list[int],
+    item_sizes: list[int] | None,
+    facts: dict[str, Any],
+    user_norms: dict[str, float],
+    scale: float,
+    lam: Any,
+) -> dict[str, Any]:
+    """A modality's part of the manifest."""
+    items, warm = len(modality.present), sum(sizes)
+    return {
+        "width": modality.values.shape[1],
+        "source_width": facts["source_width"],
+        "items": modality.n_present,
+        "missing_items": items - modality.n_present,
+        "warm_users": warm,
+        "cold_users": users - warm,
+        "clusters": len(centroids),
+        "cluster_sizes": sizes,
+        **({} if item_sizes is None else {"item_cluster_sizes": item_sizes}),
+        **({"choice": facts["choice"]} if "choice" in facts else {}),
+        "kmeans": facts["kmeans"],
+        "norms": {
+            "users": user_norms,
+            "items": item_norms(backend, modality),
+            "centroids": norms(backend, iter([centroids])),
+        },
+        "scale": scale,
+        "lambda": lam,
+    }
+
+
+def _sizes(backend: Backend, found: Clusters) -> list[int]:
+    return cluster_sizes(backend.to_host(found.labels), len(found.centroids))
+
+
+def kmeans_facts(
+    found: Clusters, choice: Choice | None, sizes: list[int], what: str, tolerance: float, progress: Progress
+) -> dict[str, Any]:
+    """What the manifest says of a clustering, whose clusters have so many rows; warns of those that are empty."""
+    clusters = len(found.centroids)
+    empty = clusters - np.count_nonzero(sizes)
+    if empty:
+        progress.warn(f"{what}: {empty} of {clusters} clusters are empty; fewer rows differ")
+    facts = {
+        "form": found.form,
+        "library": found.library,
+        "samples": sample_sizes(sum(sizes), clusters, found.centroids.shape[1]),
+        "tolerance": tolerance,
+        "passes": len(found.inertia),
+        "stopped": found.stopped,
+        "inertia": found.inertia,
+    }
+    return {"kmeans": facts, **({} if choice is None else {"choice": asdict(choice)})}
+
+
+def _peak_memory() -> int:
+    """Most bytes that were resident. Not `ru_maxrss` where Linux tells: that includes the process that started this."""
+    with suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def cluster_sizes(labels: Any, clusters: int) -> list[int]:
+    """Rows of each label, on the host; negative labels are no cluster's."""
+    return [int(size) for size in np.bincount(labels[labels >= 0], minlength=clusters)]
+
+
+def save_ids(staging: Staging, user_ids: Any, item_ids: Any) -> None:
+    """users.parquet and items.parquet, where rows are not the ids."""
+    for path, kind, column in (("users.parquet", "user_id", user_ids), ("items.parquet", "item_id", item_ids)):
+        if column is not None:
+            rows = np.arange(len(column), dtype=np.int64)
+            staging.save_table(path, pd.DataFrame({"row": rows, kind: column.to_numpy()}))
+
+
+def identity_of(config: JobConfig, inputs: list[dict[str, Any]], backend: str) -> dict[str, Any]:
+    """What must be the same for a run to be resumed: settings, columns, contents of the inputs, the program."""
+    files = {
+        f"{one['for']}/{number}:{os.path.basename(one['path'])}": {"bytes": one["bytes"], "hash": one["hash"]}
+        for number, one in enumerate(inputs)
+    }
+    program = {"gpu_init": __version__, "backend": backend, "kernels": forced_kernels()}
+    users = config.users if isinstance(config.users, int) else None
+    return {
+        "settings": settings_to_dict(config.settings),
+        "columns": {**_columns(config), "users": users},
+        "inputs": files,
+        "program": program,
+    }
+
+
+def _columns(config: JobConfig) -> dict[str, Any]:
+    """What the interactions are taken for, by the names of the keys."""
+    names = ("user_column", "item_column", "weight_column", "time_column", "half_life", "session_column", "where")
+    return {name: getattr(config, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a job's interactions: rows of R and their ids, columns and theirs, rows read and kept, pairs, their weight."""
+
+    users: int
+    user_ids: Any
+    items: int
+    item_ids: Any
+    read: int
+    kept: int
+    pairs: int
+    weight: float
+
+    @classmethod
+    def of(cls, table: InteractionTable) -> Counts:
+        """Of interactions in memory."""
+        matrix, weights = table.interactions, table.interactions.csr.weights
+        weight = float(matrix.pairs if weights is None else weights.sum(dtype="float64"))
+        axes = (matrix.users, table.user_ids, matrix.items, table.item_ids)
+        return cls(*axes, table.read, table.kept, matrix.pairs, weight)
+
+
+def backend_facts(backend: Backend, reading_kernels: str) -> dict[str, Any]:
+    """What the manifest says of the backend, whose kernels fit and write; those that read may be others."""
+    return {
+        "name": backend.name,
+        "kernels": backend.kernels.name,
+        "reading_kernels": reading_kernels,
+        "kmeans": backend.kmeans_name,
+        "versions": backend.versions(),
+    }
+
+
+def manifest_of(
+    config: JobConfig,
+    inputs: list[dict[str, Any]],
+    backend: dict[str, Any],
+    counts: Counts,
+    statistics: dict[str, Any],
+) -> dict[str, Any]:
+    """All but timings; ``backend`` as of `backend_facts`, ``statistics`` by modality as of `modality_facts`."""
+    return {
+        "gpu_init_version": __version__,
+        "settings": settings_to_dict(config.settings),
+        "job": {
+            "interactions": config.interactions,
+            "features": config.features,
+            **_columns(config),
+            "users": config.users,
+            "folder": os.getcwd(),  # that paths are relative to
+        },
+        "backend": backend,
+        "inputs": inputs,
+        "users": {
+            "rows": counts.users,
+            "ids": "row numbers" if counts.user_ids is None else "users.parquet",
+            **({} if config.session_column is None else {"are": "sessions"}),
+        },
+        "items": {"rows": counts.items, "ids": "row numbers" if counts.item_ids is None else "items.parquet"},
+        "interactions": {
+            "read": counts.read,
+            "kept": counts.kept,
+            "pairs": counts.pairs,
+            "weight": counts.weight,
+        },
+        "modalities": statistics,
+    }

@@ -1,0 +1,146 @@
+"""The blend of local and global part: lambda policies, scale (section 2.6 and 2.7 of the design)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gpu_init.backend.interface import Backend, in_blocks
+from gpu_init.errors import InputError
+from gpu_init.kernels import Csr
+from gpu_init.method.matrix import Interactions
+from gpu_init.method.modality import Modality
+from gpu_init.method.norms import NORM_ROWS, item_norms, norms
+from gpu_init.method.weighting import Weighting
+
+
+def rows(backend: Backend, interactions: Interactions, plan: Blend, part: slice, dtype: str, out: Any = None) -> Any:
+    """Section 2.6: rows of X in the type they are stored in, (n, d); into ``out`` where one is given.
+
+    Raises
+    ------
+    InputError
+        A value that float16 cannot hold, with the modality named.
+    """
+    if dtype == "float32":
+        return blend(backend, interactions, plan, part, out)
+    block = blend(backend, interactions, plan, part)
+    largest = float(abs(block).max()) if block.size else 0.0
+    if largest >= 65520.0:  # rounds beyond float16's largest number, 65504
+        raise InputError(
+            f"modality {plan.modality.name}: a value of {largest:.6g} does not fit float16; use --dtype float32."
+        )
+    if out is None:
+        return block.astype(dtype)
+    out[...] = block
+    return out
+
+
+def blocks(
+    backend: Backend,
+    interactions: Interactions,
+    plan: Blend,
+    step: int,
+    dtype: str,
+    space: Callable[[slice], Any],
+) -> Iterator[tuple[slice, Any]]:
+    """Section 2.6: all of X, block by block, each in the space given for its users, (n, d).
+
+    ``step`` users at a time, a multiple of `NORM_ROWS`; half as many where memory runs out.
+    """
+
+    def make(part: slice) -> Any:
+        return rows(backend, interactions, plan, part, dtype, space(part))
+
+    return in_blocks(backend, interactions.users, step, NORM_ROWS, make)
+
+
+def block_rows(width: int, memory: int) -> int:
+    """Rows of X per block so that a block, its copy on the way out and the next one stay within ``memory`` bytes."""
+    return max(1, memory // (4 * width * 4 * NORM_ROWS)) * NORM_ROWS
+
+
+@dataclass(frozen=True)
+class Blend:
+    """All that the fused pass needs to write the rows of one modality.
+
+    ``X_u = scale * (lam_u L_u + (1 - lam_u) G_u)``, and ``scale * cold`` for cold users; ``lam`` is a number, or of
+    each user (U,) float64. Exactly one of ``user_labels`` (U,) and ``item_labels`` (I,), int32, is given: where
+    ``G_u`` comes from.
+    """
+
+    modality: Modality
+    weighting: Weighting
+    lam: Any
+    centroids: Any
+    user_labels: Any
+    item_labels: Any
+    cold: Any
+    scale: float = 1.0
+    policy: dict[str, Any] | None = None  # what the manifest says of lambdas that are of each user
+
+
+def of_users(fit: Blend, users: Any) -> Blend:
+    """What the fused pass needs for some users (n,), one after another, with `Interactions.some` of them."""
+    of = fit.weighting
+    weighting = Weighting(of.local_rows[users], of.local_items, of.mean_rows[users], of.present)
+    labels = None if fit.user_labels is None else fit.user_labels[users]
+    return replace(
+        fit, weighting=weighting, user_labels=labels, lam=fit.lam if isinstance(fit.lam, float) else fit.lam[users]
+    )
+
+
+def blend(backend: Backend, interactions: Interactions, fit: Blend, rows: slice, out: Any = None) -> Any:
+    """Rows of X, (n, d) float32: one kernel call, into ``out`` where one is given."""
+    by_item = fit.item_labels is not None
+    if out is None:
+        out = backend.empty((rows.stop - rows.start, fit.modality.values.shape[1]), backend.xp.float32)
+    backend.kernels.aggregate_blend(
+        interactions.csr.rows(rows.start, rows.stop),
+        fit.modality.values,
+        fit.weighting.local_rows[rows],
+        fit.weighting.local_items,
+        backend.xp.full(rows.stop - rows.start, fit.lam) if isinstance(fit.lam, float) else fit.lam[rows],
+        fit.centroids,
+        None if by_item else fit.user_labels[rows],
+        fit.item_labels,
+        fit.weighting.mean_rows[rows] if by_item else None,
+        fit.cold,
+        fit.scale,
+        out,
+    )
+    return out
+
+
+def global_part(backend: Backend, interactions: Interactions, fit: Blend, part: slice) -> Any:
+    """Section 2.5: rows of G, (n, d) float64; those of cold users mean nothing."""
+    xp = backend.xp
+    if fit.item_labels is None:
+        return fit.centroids[fit.user_labels[part]].astype(xp.float64)
+    csr = interactions.csr.rows(part.start, part.stop)
+    entries = slice(int(csr.indptr[0]), int(csr.indptr[-1]))
+    labels = fit.item_labels[csr.indices[entries]]
+    known = xp.concatenate([xp.ones(len(fit.centroids)), xp.zeros(1)])  # the last stands for items without a label
+    table = xp.concatenate([fit.centroids, xp.zeros((1, fit.centroids.shape[1]), fit.centroids.dtype)])
+    labels = xp.where(labels < 0, len(fit.centroids), labels).astype(xp.int32)
+    weights = None if csr.weights is None else csr.weights[entries]
+    by_label = Csr(csr.indptr - entries.start, labels, weights)
+    nowhere = xp.zeros(fit.centroids.shape[1])
+    return backend.kernels.aggregate(by_label, table, fit.weighting.mean_rows[part], known, nowhere)
+
+
+# Scale.
+
+
+def scale_to_items(backend: Backend, interactions: Interactions, fit: Blend, block_rows: int) -> float:
+    """Give the factor that makes the mean row norm of X that of the items (section 2.7).
+
+    Cold rows count, items without the modality do not. 1 where either norm is 0.
+    """
+    items = item_norms(backend, fit.modality)
+    parts = in_blocks(
+        backend, interactions.users, block_rows, NORM_ROWS, lambda part: blend(backend, interactions, fit, part)
+    )
+    users = norms(backend, (block for _, block in parts))
+    return items["mean"] / users["mean"] if items["mean"] > 0 and users["mean"] > 0 else 1.0

@@ -1,0 +1,417 @@
+"""Rows that K-means clusters: a matrix, rows made tile by tile, or rows that are never made."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from gpu_init.backend.interface import Backend, ranges
+from gpu_init.kernels import PARTS, PARTS_BYTES, Csr
+from gpu_init.kernels.columns import of_columns
+
+BLOCK_ROWS = 4096  # fixed, so that sums run in one order whatever the memory or the number of threads
+TILE_ROWS = 4 * BLOCK_ROWS  # rows that the tiled form makes at a time, fewer where they are long
+TILE_BYTES = 64 << 20  # of these rows in float64
+LOOK_ROWS = 64 * TILE_ROWS  # rows that the factored form assigns at a time: their scores are not kept
+SAMPLE_ROWS = 8192  # of the first sample, or 256 for each cluster where that is more
+SAMPLE_BYTES = 16 << 20  # of the rows of the second sample, float32
+ROW_BYTES = 32  # that are kept of each row: its number, squared norm, label
+LOOK_BYTES = 64  # that are kept of each row while it is assigned
+KMEANS_BYTES = 1 << 30  # that K-means may take beside the interactions, the features and what it keeps of each user
+MATRIX_ROWS = 16 * TILE_ROWS  # of the users' means made at a time, where they are made
+
+
+def sample_size(clusters: int) -> int:
+    """Rows of the first sample."""
+    return max(SAMPLE_ROWS, 256 * clusters)
+
+
+def sample_sizes(count: int, clusters: int, width: int) -> list[int]:
+    """Rows of the samples of ``count`` rows: a second one costs little beside all rows, and saves passes over them."""
+    first = min(sample_size(clusters), count)
+    second = min(count // 4, SAMPLE_BYTES // (4 * width))
+    return [first, second] if second >= 2 * first else [first]
+
+
+class Step(NamedTuple):
+    """What a pass over some rows found."""
+
+    inertia: float  # sum of squared distances to the nearest centroids
+    counts: Any  # rows of each label, (K,)
+    labels: Any  # of the nearest centroids, (n,) int32
+    sums: Callable[[], Any]  # gives the sums of the rows less the offset, of each label, (K, D) float64
+
+
+def needed_bytes(form: str, count: int, items: int, clusters: int, width: int) -> int:
+    """Most bytes that a form takes at a time, beside the interactions and features that its rows are made of.
+
+    The factored form keeps a table of items by clusters while it assigns rows, and two or more while it sums them.
+    """
+    table = 8 * items * clusters
+    beside = {
+        "factored": table + parts_bytes(table),
+        "dense": 8 * count * width,
+        "tiled": 16 * width * min(count, tile_rows(width)),
+    }
+    passes = ROW_BYTES * count + LOOK_BYTES * min(count, LOOK_ROWS) + beside[form]
+    samples = sample_sizes(count, clusters, width)
+    drawing = (8 * width + 2 * LOOK_BYTES) * min(
+        samples[-1], TILE_ROWS
+    )  # rows in float64, before they are the sample's
+    return max(passes, 16 * count + (4 * width + ROW_BYTES + LOOK_BYTES) * sum(samples) + drawing)
+
+
+def parts_bytes(table: int) -> int:
+    """Of the tables, so large, that kernels sum into side by side."""
+    return max(table, min(PARTS * table, PARTS_BYTES))
+
+
+def tile_rows(width: int) -> int:
+    """Rows (D wide) made at a time by the tiled form: a multiple of `BLOCK_ROWS`."""
+    return BLOCK_ROWS * max(1, min(TILE_ROWS, TILE_BYTES // (8 * width)) // BLOCK_ROWS)
+
+
+class Points(ABC):
+    """Rows to cluster, (n, D): what all forms share.
+
+    A form gives `rows`, `offset`, `squared_norms`, and goes through its rows part by part in `assigned`. Labels may be
+    of more than the n rows: then those of others are -1.
+    """
+
+    form: str
+
+    def __init__(self, backend: Backend, count: int, labelled: int | None = None) -> None:
+        self.backend = backend
+        self._count = count
+        self._labelled = count if labelled is None else labelled
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    @abstractmethod
+    def offset(self) -> Any:
+        """A point amid the rows, (D,) float64: distances taken from there keep their digits."""
+
+    @property
+    @abstractmethod
+    def squared_norms(self) -> Any:
+        """Squared length of each row less the offset, float64, as many as there are labels."""
+
+    @abstractmethod
+    def rows(self, index: Any) -> Any:
+        """Some of the rows less the offset, (len(index), D) float64 or float32."""
+
+    @abstractmethod
+    def assigned(self, centroids: Any) -> Iterator[tuple[slice, Any, Any, Any]]:
+        """Part by part: which labels, the labels, the squared distances less the squared norms, the rows if at hand."""
+
+    @abstractmethod
+    def sums(self, labels: Any, clusters: int) -> Any:
+        """Sums of the rows less the offset of each label, (K, D) float64."""
+
+    def centred(self, centroids: Any) -> tuple[Any, Any]:
+        """Centroids less the offset, (K, D) float64, where the rows are, and their squared lengths (K,)."""
+        table = self.backend.asarray(centroids).astype(self.backend.xp.float64) - self.offset
+        return table, (table * table).sum(axis=1)
+
+    def step(self, centroids: Any) -> Step:
+        """Assign every row to its nearest centroid, the first of equals."""
+        xp, clusters = self.backend.xp, len(centroids)
+        labels = xp.empty(self._labelled, xp.int32)
+        inertia, counts, summed = 0.0, xp.zeros(clusters, xp.int64), None
+        for part, found, least, rows in self.assigned(centroids):
+            labels[part] = found
+            has_row = found >= 0
+            inertia += float(xp.where(has_row, xp.maximum(least + self.squared_norms[part], 0.0), 0.0).sum())
+            counts += xp.bincount(found[has_row], minlength=clusters)
+            if rows is not None:
+                added = self._sums_of(rows, found, clusters)
+                summed = added if summed is None else summed + added
+        return Step(inertia, counts, labels, lambda: self.sums(labels, clusters) if summed is None else summed)
+
+    def nearest(self, centroids: Any) -> Any:
+        """Labels (n,) int32 of the nearest centroids, the first of equals."""
+        labels = self.backend.xp.empty(self._labelled, "int32")
+        for part, found, *_ in self.assigned(centroids):
+            labels[part] = found
+        return labels
+
+    def far(self, centroids: Any, count: int) -> tuple[Any, Any]:
+        """Rows (m,) int64 farthest from their nearest centroids, the farthest first, and how far (m,) they are."""
+        xp = self.backend.xp
+        rows, reached, before = xp.empty(0, xp.int64), xp.empty(0, xp.float64), 0
+        for part, found, least, _ in self.assigned(centroids):
+            distances = xp.maximum(least + self.squared_norms[part], 0.0)[found >= 0]
+            rows = xp.concatenate([rows, xp.arange(before, before + len(distances))])
+            before += len(distances)
+            reached = xp.concatenate([reached, distances])
+            order = xp.argsort(-reached, kind="stable")[:count]
+            rows, reached = rows[order], reached[order]
+        return rows, reached
+
+    def _sums_of(self, rows: Any, labels: Any, clusters: int) -> Any:
+        """Sums of rows (m, D) of each label, (K, D) float64, in one order whatever the number of threads."""
+
+        def work(part: slice) -> Any:
+            return (self._one_hot(labels[part], clusters).astype(rows.dtype) @ rows[part]).astype("float64")
+
+        return sum(self.backend.in_order(work, ranges(len(rows), BLOCK_ROWS)))
+
+    def _one_hot(self, labels: Any, clusters: int) -> Any:
+        """Labels as a sparse K x n matrix, made by rows: a transposed product varies between runs on CUDA."""
+        xp = self.backend.xp
+        members = xp.argsort(labels, kind="stable")
+        indptr = xp.searchsorted(labels[members], xp.arange(clusters + 1))
+        members = members[int(indptr[0]) :]  # without those of no label, which come first
+        values = (xp.ones(len(members)), members.astype(xp.int32), (indptr - indptr[0]).astype(xp.int32))
+        return self.backend.sparse.csr_matrix(values, shape=(clusters, len(labels)))
+
+
+class Dense(Points):
+    """Rows of a matrix (n, D), float32 or float64; ``offset`` (D,) float64, None: their mean."""
+
+    form = "dense"
+
+    def __init__(self, backend: Backend, matrix: Any, offset: Any = None) -> None:
+        super().__init__(backend, len(matrix))
+        self._matrix = matrix
+        self._given_offset = offset
+
+    @cached_property
+    def offset(self) -> Any:
+        """See `Points.offset`."""
+        if self._given_offset is not None:
+            return self._given_offset
+        xp = self.backend.xp
+        sums = self.backend.in_order(
+            lambda part: self._matrix[part].sum(axis=0, dtype=xp.float64), ranges(len(self), BLOCK_ROWS)
+        )
+        return sum(sums) / len(self)
+
+    @cached_property
+    def squared_norms(self) -> Any:
+        """See `Points.squared_norms`."""
+
+        def work(part: slice) -> Any:
+            block = self.rows(part)
+            return (block * block).sum(axis=1, dtype="float64")
+
+        return self.backend.xp.concatenate(list(self.backend.in_order(work, ranges(len(self), BLOCK_ROWS))))
+
+    def rows(self, index: Any) -> Any:
+        """See `Points.rows`."""
+        return self._matrix[index] - self.offset
+
+    def squared_distances(self, others: Any) -> Any:
+        """Between all rows and some of them (p,), (n, p) float64."""
+        xp = self.backend.xp
+        table = self.rows(others).astype(xp.float64)
+        products = self.backend.kernels.products(self._matrix, self.offset, table)
+        lengths = self.squared_norms[:, None] + (table * table).sum(axis=1)
+        return xp.maximum(lengths - 2.0 * products, 0.0)
+
+    def assigned(self, centroids: Any) -> Iterator[tuple[slice, Any, Any, Any]]:
+        """See `Points.assigned`: block by block, each in a thread of its own."""
+        table, lengths = self.centred(centroids)
+        kernels = self.backend.kernels
+
+        def work(part: slice) -> tuple[slice, Any, Any, Any]:
+            rows = self.rows(part)
+            return part, *kernels.nearest(rows @ table.T.astype(rows.dtype), lengths), rows
+
+        return self.backend.in_order(work, ranges(len(self), BLOCK_ROWS))
+
+    def sums(self, labels: Any, clusters: int) -> Any:
+        """See `Points.sums`."""
+        parts = ranges(len(self), TILE_ROWS)
+        return sum(self._sums_of(self.rows(part), labels[part], clusters) for part in parts)
+
+
+class Sample(Dense):
+    """Rows of a sample (n, D) float32, about 0: it is gone through in float32, since it is not what is clustered."""
+
+    def __init__(self, backend: Backend, rows: Any) -> None:
+        super().__init__(backend, rows, backend.xp.zeros(rows.shape[1]))
+
+    def rows(self, index: Any) -> Any:
+        """See `Points.rows`."""
+        return self._matrix[index]
+
+
+class Tiled(Points):
+    """Rows of ``M = A F``, ``A = diag(row_scale) R diag(item_scale)``, made when they are looked at.
+
+    Parameters
+    ----------
+    backend : Backend
+    csr : Csr
+        All users' interactions. Labels are of all users, -1 for cold ones.
+    features : array, shape (I, D), float32
+        Rows of missing items may be NaN.
+    row_scale, item_scale : arrays, shapes (U,) and (I,), float64
+        0 for cold users, who are not among the rows, and for missing items.
+    offset : array, shape (D,), float64, optional
+        A point amid the rows; None: the mean of the items, where rows of A sum to 1.
+    squared_norms : array, shape (U,), float64, optional
+        Of the rows less the offset, where they are known; None: from one pass over the rows.
+    """
+
+    form = "tiled"
+
+    def __init__(
+        self,
+        backend: Backend,
+        csr: Csr,
+        features: Any,
+        row_scale: Any,
+        item_scale: Any,
+        offset: Any = None,
+        squared_norms: Any = None,
+    ) -> None:
+        self.users = backend.xp.flatnonzero(row_scale)
+        super().__init__(backend, len(self.users), len(row_scale))
+        self._csr = csr
+        self._features = features
+        self._row_scale = row_scale
+        self._item_scale = item_scale
+        self._given_offset, self._given_norms = offset, squared_norms
+
+    @cached_property
+    def offset(self) -> Any:
+        """See `Points.offset`."""
+        if self._given_offset is not None:
+            return self._given_offset
+        return mean_item(self.backend, self._features, self._item_scale != 0)
+
+    @cached_property
+    def squared_norms(self) -> Any:
+        """See `Points.squared_norms`: one pass over the interactions."""
+        if self._given_norms is not None:
+            return self._given_norms
+        scales = (self._row_scale, self._item_scale)
+        return self.backend.kernels.squared_norms(self._csr, self._features, *scales, self.offset)
+
+    def rows(self, index: Any) -> Any:
+        """See `Points.rows`."""
+        xp = self.backend.xp
+        users = self.users[index]
+        starts = self._csr.indptr[users]
+        indptr = xp.concatenate([xp.zeros(1, xp.int64), xp.cumsum(self._csr.indptr[users + 1] - starts)])
+        entries = xp.arange(int(indptr[-1]))
+        own = xp.searchsorted(indptr, entries, side="right") - 1
+        entries += (starts - indptr[:-1])[own]
+        weights = None if self._csr.weights is None else self._csr.weights[entries]
+        chosen = Csr(indptr, self._csr.indices[entries], weights)
+        scales = (self._row_scale[users], self._item_scale)
+        return self.backend.kernels.aggregate(chosen, self._features, *scales, self.offset)
+
+    def assigned(self, centroids: Any) -> Iterator[tuple[slice, Any, Any, Any]]:
+        """See `Points.assigned`: rows are made, used, and forgotten."""
+        xp, kernels = self.backend.xp, self.backend.kernels
+        table, lengths = self.centred(centroids)
+        nowhere = xp.zeros(len(self.offset))
+        for part, rows in self._tiles():
+            labels, least = kernels.nearest(kernels.products(rows, nowhere, table), lengths)
+            yield part, xp.where(self._row_scale[part] == 0, -1, labels), least, rows
+
+    def sums(self, labels: Any, clusters: int) -> Any:
+        """See `Points.sums`."""
+        return sum(self._sums_of(rows, labels[part], clusters) for part, rows in self._tiles())
+
+    def _tiles(self) -> Iterator[tuple[slice, Any]]:
+        for part in ranges(self._labelled, tile_rows(len(self.offset))):
+            csr, scales = self._csr.rows(part.start, part.stop), (self._row_scale[part], self._item_scale)
+            yield part, self.backend.kernels.aggregate(csr, self._features, *scales, self.offset)
+
+
+def mean_item(backend: Backend, features: Any, present: Any) -> Any:
+    """Mean (D,) float64 of the rows of F (I, D) that are present (I,) bool."""
+    xp = backend.xp
+    missing = None if bool(present.all()) else ~present
+
+    def total(_: slice, values: Any) -> Any:
+        def work(part: slice) -> Any:
+            if missing is None:
+                return values[part].sum(axis=0, dtype=xp.float64)
+            return xp.where(missing[part][:, None], 0.0, values[part]).sum(axis=0, dtype=xp.float64)
+
+        return sum(backend.in_order(work, ranges(len(values), BLOCK_ROWS)))
+
+    return xp.concatenate(of_columns(features, total)) / max(int(present.sum()), 1)
+
+
+class Factored(Tiled):
+    """The same rows, never made but for a few.
+
+    Assignment needs only ``A (F C^T)``, K columns and not D, and the update ``(Z^T A) F``, Z the one-hot
+    labels: sums by item and label, then a small dense product.
+    """
+
+    form = "factored"
+
+    def assigned(self, centroids: Any) -> Iterator[tuple[slice, Any, Any, Any]]:
+        """See `Points.assigned`: the products of all items with the centroids are taken once."""
+        table, lengths = self.centred(centroids)
+        products, kernels = self.item_products(table), self.backend.kernels
+        for part in ranges(self._labelled, LOOK_ROWS):
+            csr, scales = self._csr.rows(part.start, part.stop), (self._row_scale[part], self._item_scale)
+            yield part, *kernels.assign(csr, products, *scales, lengths), None
+
+    def item_products(self, table: Any) -> Any:
+        """Products of all items less the offset with ``table`` (K, D), (I, K)."""
+        return self.backend.kernels.products(self._features, self.offset, table)
+
+    def sums(self, labels: Any, clusters: int) -> Any:
+        """See `Points.sums`."""
+        return self.summed(self.by_item(labels, clusters))
+
+    def by_item(self, labels: Any, clusters: int) -> Any:
+        """``A^T Z``, Z the one-hot labels (n, K) of the rows: (I, K) float64."""
+        table = self.backend.xp.zeros((len(self._features), clusters))
+        self.backend.kernels.label_sums(self._csr, labels, self._row_scale, self._item_scale, table)
+        return table
+
+    def summed(self, by_item: Any) -> Any:
+        """See `Points.sums`, from the table (I, K) of the rows; features are gone through once."""
+        kernels = self.backend.kernels
+        parts = of_columns(self._features, lambda _, values: kernels.table_sums(by_item, values))
+        return self.backend.xp.concatenate(parts, axis=1) - by_item.sum(axis=0)[:, None] * self.offset
+
+
+class ByItem(Factored):
+    """The same rows again, of features in `Columns`: sums stay by item and label, (I, K) float64, until `summed`.
+
+    So the tables of several points are added up first, and features are gone through once for all of them.
+    """
+
+    def sums(self, labels: Any, clusters: int) -> Any:
+        """See `Points.sums`."""
+        return self.by_item(labels, clusters)
+
+
+def matrix(backend: Backend, points: Points) -> Any:
+    """All rows of some points, (n, D), in the type that the library takes."""
+    xp = backend.xp
+    matrix = xp.empty((len(points), len(points.offset)), backend.kmeans_dtype)
+    for part in ranges(len(points), MATRIX_ROWS):
+        matrix[part] = points.rows(xp.arange(part.start, part.stop)) + points.offset
+    return matrix
+
+
+def kmeans_form(users: int, items: int, pairs: int, clusters: int, width: int, memory: int | None = None) -> str:
+    """Form of our K-means on users' means that costs least, of those that take ``memory`` bytes at most.
+
+    A pass of the factored form costs the mean degree times K per user, one of the tiled form D times K, in what a
+    processor does best, and the rows: measured, the factored form is ahead until the mean degree times K is some 64 D
+    (``benchmarks/kmeans.py`` sweeps them). Few users are all in the sample that is clustered first, so their matrix is
+    made anyway. ``memory`` None: what is kept of each user, and `KMEANS_BYTES` more.
+    """
+    if memory is None:
+        memory = KMEANS_BYTES + needed_bytes("tiled", users, items, clusters, width)
+    if users <= sample_size(clusters):
+        return "dense" if needed_bytes("dense", users, items, clusters, width) <= memory else "tiled"
+    fits = needed_bytes("factored", users, items, clusters, width) <= memory
+    return "factored" if fits and pairs * clusters <= 64 * width * users else "tiled"
