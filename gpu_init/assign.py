@@ -1,9 +1,9 @@
-"""Vectors for new users or new interactions, with the clusters of an artifact."""
+"""Vectors for new users or new interactions, with the clusters of an artifact: the same page, nothing is clustered."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,30 +13,18 @@ from gpu_init.artifact.format import INTERACTIONS
 from gpu_init.artifact.objects import open_staging
 from gpu_init.artifact.read import Artifact
 from gpu_init.artifact.staging import Staging
-from gpu_init.backend.interface import Backend
 from gpu_init.backend.select import select
-from gpu_init.budget import _block_rows
 from gpu_init.config import JobConfig
 from gpu_init.errors import InputError
 from gpu_init.files.storage import real_path
-from gpu_init.inputs.axes import positions
+from gpu_init.inputs.axes import ItemAxis, positions
 from gpu_init.inputs.features import FeatureTable
-from gpu_init.inputs.read import (
-    Data,
-    _on_axis,
-    _read_interactions,
-    check_inputs,
-    check_places,
-    inputs_of,
-    read_features,
-)
-from gpu_init.manifest import Counts, backend_facts, identity_of, manifest_of, save_ids, timings_of
-from gpu_init.method import clusters as method_clusters
-from gpu_init.method import spectral
-from gpu_init.run import _save_for_assign, _write
+from gpu_init.inputs.read import Features, check_inputs, check_places, inputs_of, item_axis_of, read_features
+from gpu_init.manifest import identity_of, manifest_of, timings_of
+from gpu_init.run import Job, finish, label_interactions, open_job, save_items, vectors
 from gpu_init.show.progress import Progress
-
-# New users and new interactions, among an artifact's clusters.
+from gpu_init.site import Data, LocalSite, Site
+from gpu_init.tasks import SHARED, Fitted
 
 
 def assign(source: Artifact, config: JobConfig, given: Collection[str], progress: Progress) -> str:
@@ -68,11 +56,54 @@ def assign(source: Artifact, config: JobConfig, given: Collection[str], progress
         As in `run`.
     """
     check_places(config)
-    _check_source(source, config, given)
-    backend = select(config.backend)
-    backend.say = progress.say
+    backend = select(config.backend, progress.say)
     with backend.explained():
-        return _assign(source, config, given, backend, progress)
+        progress.say(f"backend {backend.name}: {backend.why}")
+        return assign_at(LocalSite(backend), source, config, given, progress)
+
+
+def assign_at(site: Site, source: Artifact, config: JobConfig, given: Collection[str], progress: Progress) -> str:
+    """Make vectors at a site; the other arguments, result and errors as of `assign`."""
+    started = datetime.now(UTC)
+    _check_source(source, config, given)
+    projected = config.settings.dim is not None
+    with progress.step("fingerprint inputs"):
+        read = inputs_of(config, () if projected else None)
+    inputs = list(read.files)
+    before = [one for one in source.manifest["inputs"] if one["for"].startswith("features.")]
+    if projected:
+        inputs += before
+    else:
+        _recognise(source, before, inputs, given, progress)
+    check_inputs(config, inputs)
+    identity = {**identity_of(config, inputs, site.backend_name), "artifact": source.manifest["checksum"]}
+    with open_staging(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
+        if staging.complete:
+            progress.say(f"{config.out} is already there, made from the same inputs and artifact")
+            return config.out
+        site.check([staging.path, *(one["path"] for one in read.files)])
+        found = _projected_features(source) if projected else read_features(config, progress)
+        for table in found.tables.values():
+            _check_shape(source, table)
+        axis = item_axis_of(found.tables)
+        if axis.rows is None:
+            axis = ItemAxis(None, [source.item_ids])
+        data = site.read(config, found, axis, progress, staging)
+        _save_known(source, config, data, staging)
+        with ExitStack() as adopted:
+            job = open_job(site, config, data, staging, progress, adopted)
+            if source.interactions is not None:
+                _label_interactions(job, source)
+            statistics = vectors(job, {name: _fitted(source, name, data) for name in data.sources})
+            with progress.step("hash vectors"):
+                adopted.close()
+        read.require_unchanged()
+        manifest = manifest_of(config, inputs, site.facts(data, job.parts), data.counts, statistics)
+        if source.interactions is not None:
+            manifest["interactions"]["embedding"] = source.manifest["interactions"].get("embedding")
+        origin = {"path": source.path, "checksum": source.manifest["checksum"]}
+        timings = timings_of(started, progress, data.backend)
+        return finish(staging, data, {**manifest, "assigned_by": origin, "timings": timings})
 
 
 def _check_source(source: Artifact, config: JobConfig, given: Collection[str]) -> None:
@@ -85,46 +116,6 @@ def _check_source(source: Artifact, config: JobConfig, given: Collection[str]) -
             raise InputError(f"modality {name}: {source.path} holds its projected items; leave --features out.")
         if source[name].cold is None:
             raise InputError(f"{source.path} was made before there was assign, and lacks cold.npy; run its job again.")
-
-
-def _assign(source: Artifact, config: JobConfig, given: Collection[str], backend: Backend, progress: Progress) -> str:
-    started = datetime.now(UTC)
-    progress.say(f"backend {backend.name}: {backend.why}")
-    projected = config.settings.dim is not None
-    with progress.step("fingerprint inputs"):
-        read = inputs_of(config, () if projected else None)
-    inputs = list(read.files)
-    before = [one for one in source.manifest["inputs"] if one["for"].startswith("features.")]
-    if projected:
-        inputs += before
-    else:
-        _recognise(source, before, inputs, given, progress)
-    check_inputs(config, inputs)
-    identity = {
-        **identity_of(config, inputs, backend.name),
-        "artifact": source.manifest["checksum"],
-    }
-    with open_staging(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
-        if staging.complete:
-            progress.say(f"{config.out} is already there, made from the same inputs and artifact")
-            return config.out
-        tables, present = _projected_features(source) if projected else read_features(config, progress)
-        for table in tables.values():
-            _check_shape(source, table)
-        data = _read_interactions(config, backend, tables, present, progress, staging, source)
-        backend = data.backend
-        shared = None if source.interactions is None else _assign_behaviour(source, backend, data, staging, progress)
-        statistics = {
-            name: _assign_modality(source, config, backend, data, name, shared, staging, progress) for name in tables
-        }
-        save_ids(staging, data.table.user_ids, data.table.item_ids)
-        read.require_unchanged()
-        facts = backend_facts(backend, data.table.kernels)
-        manifest = manifest_of(config, inputs, facts, Counts.of(data.table), statistics)
-        if shared is not None:
-            manifest["interactions"]["embedding"] = source.manifest["interactions"].get("embedding")
-        origin = {"path": source.path, "checksum": source.manifest["checksum"]}
-        return staging.commit({**manifest, "assigned_by": origin, "timings": timings_of(started, progress, backend)})
 
 
 def _recognise(
@@ -148,13 +139,13 @@ def _recognise(
         progress.warn(f"features of modality {name}: {now} is not, byte for byte, {was} that the job read")
 
 
-def _projected_features(source: Artifact) -> tuple[dict[str, FeatureTable], dict[str, Any]]:
+def _projected_features(source: Artifact) -> Features:
     """The artifact's own projected items, as if they were features with the items' ids."""
     tables = {
         name: FeatureTable(name, f"{source.path}/{name}/items.npy", np.asarray(one.items), source.item_ids)
         for name, one in source.items()
     }
-    return tables, {name: np.asarray(one.items_mask) for name, one in source.items()}
+    return Features(tables, {name: np.asarray(one.items_mask) for name, one in source.items()})
 
 
 def _check_shape(source: Artifact, table: FeatureTable) -> None:
@@ -177,68 +168,53 @@ def _known(ids: Any, among: Any) -> bool:
     return True
 
 
-def _assign_behaviour(source: Artifact, backend: Backend, data: Data, staging: Staging, progress: Progress) -> Any:
-    """Label of each user (U,), in all modalities, by where the artifact places what they did."""
-    old = source.interactions
-    assert old is not None
-    with progress.step("assign interactions"):
-        items, factors = (_on_axis(source, data.table, array, 0.0) for array in (old.items, old.item_factors))
-        matrix = data.table.interactions
-        points = spectral.points(backend, matrix, backend.asarray(items), backend.asarray(factors))
-        labels = method_clusters.behaviour_labels(backend, matrix, points, backend.asarray(old.centroids))
-    saved = {
-        "items": items,
-        "item_factors": factors,
-        "singular_values": old.singular_values,
-        "centroids": old.centroids,
-    }
-    for part, array in {**saved, "labels": backend.to_host(labels)}.items():
-        staging.save(f"{INTERACTIONS}/{part}.npy", np.asarray(array))
-    return labels
+def _on_axis(source: Artifact, data: Data, values: Any, missing: float) -> Any:
+    """Values (I, ...) of the artifact's items at the items of the new interactions, of which there may be more."""
+    if source.item_ids is None:
+        return np.asarray(values)
+    placed = np.full((data.counts.items, *values.shape[1:]), missing, values.dtype)
+    placed[positions(source.item_ids, data.counts.item_ids)] = values
+    return placed
 
 
-def _assign_modality(
-    source: Artifact,
-    config: JobConfig,
-    backend: Backend,
-    data: Data,
-    name: str,
-    shared: Any,
-    staging: Staging,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Label by the artifact's centroids, and write every user's row; returns the modality's part of the manifest.
+def _save_known(source: Artifact, config: JobConfig, data: Data, staging: Staging) -> None:
+    """Save what the artifact knows of the items: projected features, degrees, and the embedding of the interactions."""
+    for name, one in data.sources.items():
+        old = source[name]
+        if config.settings.dim is not None:
+            values = data.backend.to_host(one.aligned(data.backend).values)
+            save_items(staging, name, values, one.mask)
+        if old.item_factors is not None:
+            path = f"{name}/item_factors.npy"
+            staging.save(path, _on_axis(source, data, old.item_factors, 0.0))
+            staging.finish(path, {})
+        staging.save(f"{name}/centroids.npy", np.asarray(old.centroids))
+        if old.item_labels is not None:
+            staging.save(f"{name}/item_labels.npy", _on_axis(source, data, old.item_labels, -1))
+    if source.interactions is not None:
+        old_embedding = source.interactions
+        for part in ("items", "item_factors"):
+            array = _on_axis(source, data, getattr(old_embedding, part), 0.0)
+            staging.save(f"{INTERACTIONS}/{part}.npy", array)
+        for part in ("singular_values", "centroids"):
+            staging.save(f"{INTERACTIONS}/{part}.npy", np.asarray(getattr(old_embedding, part)))
 
-    ``shared``: labels of users (U,) in all modalities, where they go by what users did.
-    """
-    old, facts, settings = source[name], source.manifest["modalities"][name], config.settings
-    operator, matrix = data.operators[name], data.table.interactions
-    modality = data.modality(backend, name)
-    centroids = backend.asarray(old.centroids)
-    item_labels = None
-    if old.item_labels is not None:
-        item_labels = backend.asarray(_on_axis(source, data.table, old.item_labels, -1))
-    if shared is not None:
-        labels = (centroids, backend.xp.where(operator.warm, shared, -1).astype("int32"), None)
-    else:
-        with progress.step(f"assign {name}"):
-            form = facts["kmeans"]["form"] if item_labels is None else "factored"
-            labels = (
-                centroids,
-                method_clusters.nearest(backend, matrix, modality, operator, centroids, form),
-                item_labels,
-            )
-    if settings.lam == "shrink":
-        settings = replace(settings, tau=facts["lambda"]["tau"])
-    step_rows = _block_rows(config, matrix.users, modality.values.shape[1])
-    cold = backend.asarray(old.cold)
-    plan = method_clusters.fit(backend, matrix, modality, operator, settings, labels, facts["scale"], step_rows, cold)
-    for part, array in zip(("centroids", "labels", "item_labels"), labels, strict=True):
-        if array is not None:
-            staging.save(f"{name}/{part}.npy", backend.to_host(array))
-    if old.items is not None:
-        staging.save(f"{name}/items.npy", backend.to_host(modality.values))
-        staging.save(f"{name}/items_mask.npy", data.sources[name].mask)
-    _save_for_assign(backend, plan, settings, staging)
+
+def _label_interactions(job: Job, source: Artifact) -> None:
+    """Label the users, in all modalities, by where the artifact's embedding places what they did."""
+    assert source.interactions is not None
+    if job.store.finished(INTERACTIONS) is None:
+        with job.progress.step("assign interactions"):
+            label_interactions(job, np.asarray(source.interactions.centroids))
+        job.store.finish(INTERACTIONS, {})
+
+
+def _fitted(source: Artifact, name: str, data: Data) -> tuple[Fitted, dict[str, Any]]:
+    """Return a modality's clusters, and what the artifact's manifest says of them."""
+    old, facts = source[name], source.manifest["modalities"][name]
+    item_labels = None if old.item_labels is None else _on_axis(source, data, old.item_labels, -1)
+    form = SHARED if source.interactions is not None else facts["kmeans"]["form"] if item_labels is None else "factored"
+    tau = facts["lambda"].get("tau") if isinstance(facts["lambda"], dict) else None
+    arrays = (np.asarray(old.centroids), item_labels, np.asarray(old.cold))
     kept = {key: facts[key] for key in ("kmeans", "source_width", "choice") if key in facts}
-    return _write(config, backend, data, plan, labels, kept, staging, progress)
+    return Fitted(name, form, *arrays, scale=facts["scale"], tau=tau), kept

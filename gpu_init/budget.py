@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,17 +12,14 @@ from gpu_init.config import JobConfig
 from gpu_init.errors import ResourceError
 from gpu_init.inputs.features import FeatureTable
 from gpu_init.memory import require as require_memory
-from gpu_init.method import blend, spectral
-from gpu_init.method import clusters as method_clusters
-from gpu_init.method import points as method_points
+from gpu_init.method import spectral
+from gpu_init.method.blend import block_rows
+from gpu_init.method.clusters import most_clusters
 from gpu_init.method.matrix import ROW_BYTES
-from gpu_init.method.points import needed_bytes
+from gpu_init.method.points import kmeans_form, needed_bytes
 
-BLOCK_BYTES = 32 << 20  # of memory for the blocks on their way out, unless --memory asks for less; fits caches
-OPERATOR_BYTES = {"mean": 8, "sym": 16}  # of memory for each user of a modality, by weighting: row factors
-
-
-# Room.
+BLOCK_BYTES = 32 << 20  # Memory for the blocks of vectors on their way out, unless --memory asks for less; fits caches.
+OPERATOR_BYTES = {"mean": 8, "sym": 16}  # Memory for the row factors of each user and modality, by weighting.
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,17 @@ def require_room(
     staging: Staging | None,
     *,
     reading: bool = False,
+    workers: Sequence[int] = (),
 ) -> None:
-    """Refuse a run that has too little memory or disk before it; ``reading``: R is still to be read.
+    """Refuse a run that has too little memory or disk before it.
+
+    Parameters
+    ----------
+    reading : bool, default=False
+        R is still to be read.
+    workers : sequence of int
+        Over a cluster: the bytes of memory that each worker may take, 0 for no limit. The users are shared by them, and
+        ``--memory`` is per worker.
 
     Raises
     ------
@@ -52,21 +58,42 @@ def require_room(
     if staging is not None:
         outputs = sum(_output_bytes(config, table, sizes) for table in tables.values())
         staging.require_room(outputs + _embedding_bytes(config, sizes))
-    beside = max(_beside_bytes(config, table, sizes) for table in tables.values())
+    beside = max(_beside_bytes(config, table, sizes, len(workers) or 1) for table in tables.values())
     what = f"{sizes.users:,} users, {sizes.items:,} items, {sizes.pairs:,} interactions"
+    each = " on each worker" if workers else ""
     if config.memory is not None and beside > config.memory:
         raise ResourceError(
-            f"{what}: {beside:,} bytes of memory are needed beside interactions and features, --memory gives"
+            f"{what}: {beside:,} bytes of memory are needed{each} beside interactions and features, --memory gives"
             f" {config.memory:,}; give it that, or leave it out."
         )
-    needed = beside + max(_copied_bytes(config, table, sizes) for table in tables.values())
-    if reading:
-        needed += sizes.users * ROW_BYTES + sizes.pairs * (4 if config.weight_column is None else 8)
-    require_memory(what, needed)
+    least = min((limit for limit in workers if limit), default=0)
+    if least and beside > least:
+        raise ResourceError(
+            f"{what}: {beside:,} bytes of memory are needed{each} beside interactions and features, and a worker has"
+            f" {least:,}; give the workers more, or take more of them."
+        )
+    if not workers:
+        needed = beside + max(_copied_bytes(config, table, sizes) for table in tables.values())
+        if reading:
+            needed += sizes.users * ROW_BYTES + sizes.pairs * (4 if config.weight_column is None else 8)
+        require_memory(what, needed)
+
+
+def kmeans_bytes(config: JobConfig, users: int) -> int | None:
+    """Bytes of ``--memory`` that are left for K-means, then for blocks: all but the row factors of all modalities."""
+    if config.memory is None:
+        return None
+    return config.memory - OPERATOR_BYTES[config.settings.weighting] * users * len(config.features)
+
+
+def block_bytes(config: JobConfig, users: int) -> int:
+    """Bytes of memory for the blocks of vectors on their way out."""
+    left = kmeans_bytes(config, users)
+    return BLOCK_BYTES if left is None else min(left, BLOCK_BYTES)
 
 
 def _output_bytes(config: JobConfig, table: FeatureTable, sizes: Sizes) -> int:
-    """Of a modality's arrays in the artifact."""
+    """Bytes of a modality's arrays in the artifact."""
     settings = config.settings
     width = settings.dim or table.values.shape[1]
     by_user = 4 + width * np.dtype(settings.dtype).itemsize
@@ -75,56 +102,45 @@ def _output_bytes(config: JobConfig, table: FeatureTable, sizes: Sizes) -> int:
 
 
 def _embedding_bytes(config: JobConfig, sizes: Sizes) -> int:
-    """Of what places users by what they did, where that is clustered; it stays in memory, and is an output."""
+    """Bytes of the embedding of the interactions, where users are clustered on it; it is kept, and is an output."""
     if config.settings.cluster_on != "interactions":
         return 0
-    rank = config.settings.cluster_rank or method_clusters.RANK
+    rank = config.settings.cluster_rank or spectral.RANK
     return sizes.items * (4 * rank + 8) + 4 * sizes.users + 4 * _most_clusters(config, sizes) * rank
 
 
 def _most_clusters(config: JobConfig, sizes: Sizes) -> int:
-    """No more than users: more are refused once these are known."""
-    return min(method_clusters.most_clusters(config.settings), max(sizes.users, 1))
+    """K, but no more than there are users: more are refused once these are known."""
+    return min(most_clusters(config.settings), max(sizes.users, 1))
 
 
 def _copied_bytes(config: JobConfig, table: FeatureTable, sizes: Sizes) -> int:
-    """Of a modality's features, where they are not mapped as they are."""
+    """Bytes of a modality's features in memory; 0 where the file is mapped as it is."""
     settings, values = config.settings, table.values
     mapped = settings.dim is None and table.ids is None and values.dtype == np.float32 and values.flags.c_contiguous
     return 0 if mapped else 4 * sizes.items * (settings.dim or values.shape[1])
 
 
-def _beside_bytes(config: JobConfig, table: FeatureTable, sizes: Sizes) -> int:
-    """Most that a modality takes beside R and the features: operators of all modalities, then K-means or blocks."""
+def _beside_bytes(config: JobConfig, table: FeatureTable, sizes: Sizes, workers: int) -> int:
+    """Most that a modality takes beside R and the features: row factors of all modalities, then K-means or blocks.
+
+    The form of K-means goes by all users, however many workers share them, so that it is the same for any number.
+    """
     settings = config.settings
     width, clusters = settings.dim or table.values.shape[1], _most_clusters(config, sizes)
-    users, items = sizes.users, sizes.items
-    blocks = 16 * width * min(users, _block_rows(config, users, width))
+    users, items, memory = -(-sizes.users // workers), sizes.items, kmeans_bytes(config, sizes.users)
+    blocks = 16 * width * min(users, block_rows(width, block_bytes(config, sizes.users)))
     if settings.cluster_on == "users":
-        memory = _left(config, users)
-        form = method_points.kmeans_form(users, items, sizes.pairs, clusters, width, memory)
+        form = kmeans_form(sizes.users, items, sizes.pairs, clusters, width, memory)
         fitting = needed_bytes(form, users, items, clusters, width)
     elif settings.cluster_on == "interactions":
-        rank = settings.cluster_rank or method_clusters.RANK
-        memory, kept = _left(config, users), _embedding_bytes(config, sizes)
+        rank = settings.cluster_rank or spectral.RANK
+        kept = _embedding_bytes(config, sizes)
         fitting = spectral.needed_bytes(items, rank)
         for columns in (rank, width):
-            form = method_points.kmeans_form(users, items, sizes.pairs, clusters, columns, memory)
+            form = kmeans_form(sizes.users, items, sizes.pairs, clusters, columns, memory)
             fitting = max(fitting, kept + needed_bytes(form, users, items, clusters, columns))
         blocks += kept
     else:
         fitting = max(needed_bytes("tiled", items, items, clusters, width), 16 * users + 8 * items * clusters)
     return OPERATOR_BYTES[settings.weighting] * users * len(config.features) + max(fitting, blocks)
-
-
-def _left(config: JobConfig, users: int) -> int | None:
-    """Bytes of ``--memory`` that are left for K-means, then for blocks: all but the operators of all modalities."""
-    if config.memory is None:
-        return None
-    return config.memory - OPERATOR_BYTES[config.settings.weighting] * users * len(config.features)
-
-
-def _block_rows(config: JobConfig, users: int, width: int) -> int:
-    """Rows of a block."""
-    left = _left(config, users)
-    return blend.block_rows(width, BLOCK_BYTES if left is None else min(left, BLOCK_BYTES))

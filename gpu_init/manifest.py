@@ -16,9 +16,7 @@ from gpu_init.artifact.format import INTERACTIONS
 from gpu_init.artifact.staging import Staging
 from gpu_init.backend.interface import Backend
 from gpu_init.config import JobConfig, settings_to_dict
-from gpu_init.inputs.interactions import (
-    InteractionTable,
-)
+from gpu_init.inputs.read import Counts
 from gpu_init.kernels import forced_kernels
 from gpu_init.method.choose import Choice
 from gpu_init.method.kmeans import Clusters
@@ -29,12 +27,12 @@ from gpu_init.show.progress import Progress
 from gpu_init.version import __version__
 
 
-def embedding_facts(staging: Staging) -> dict[str, Any]:
+def embedding_facts(store: Staging) -> dict[str, Any]:
     """What the manifest says of what places users by what they did."""
     path = f"{INTERACTIONS}/items.npy"
-    items, values = staging.load(path), staging.load(f"{INTERACTIONS}/singular_values.npy")
-    outside = int((staging.load(f"{INTERACTIONS}/item_factors.npy") == 0).sum())
-    facts = staging.finished(path) or {}
+    items, values = store.load(path), store.load(f"{INTERACTIONS}/singular_values.npy")
+    outside = int((store.load(f"{INTERACTIONS}/item_factors.npy") == 0).sum())
+    facts = store.finished(path) or {}
     return {"rank": items.shape[1], "singular_values": values.tolist(), "items_outside": outside, **facts}
 
 
@@ -54,17 +52,32 @@ def timings_of(started: datetime, progress: Progress, backend: Backend) -> dict[
 def modality_facts(
     backend: Backend,
     modality: Modality,
-    centroids: Any,
+    fitted: Fitted,
     users: int,
     sizes: list[int],
-    item_sizes: list[int] | None,
     facts: dict[str, Any],
     user_norms: dict[str, float],
-    scale: float,
     lam: Any,
 ) -> dict[str, Any]:
-    """A modality's part of the manifest."""
+    """Return a modality's part of the manifest.
+
+    Parameters
+    ----------
+    users : int
+        U.
+    sizes : list of int
+        Users of each label.
+    facts : dict
+        What is said of the clustering: ``kmeans`` and ``choice`` as of `kmeans_facts`, and ``source_width``.
+    user_norms : dict
+        Of the vectors, as of `norm_statistics`.
+    lam : float or dict
+        Lambda, or what its policy found.
+    """
     items, warm = len(modality.present), sum(sizes)
+    item_sizes = {}
+    if fitted.item_labels is not None:
+        item_sizes = {"item_cluster_sizes": cluster_sizes(fitted.item_labels, len(fitted.centroids))}
     return {
         "width": modality.values.shape[1],
         "source_width": facts["source_width"],
@@ -72,23 +85,19 @@ def modality_facts(
         "missing_items": items - modality.n_present,
         "warm_users": warm,
         "cold_users": users - warm,
-        "clusters": len(centroids),
+        "clusters": len(fitted.centroids),
         "cluster_sizes": sizes,
-        **({} if item_sizes is None else {"item_cluster_sizes": item_sizes}),
+        **item_sizes,
         **({"choice": facts["choice"]} if "choice" in facts else {}),
         "kmeans": facts["kmeans"],
         "norms": {
             "users": user_norms,
             "items": item_norms(backend, modality),
-            "centroids": norms(backend, iter([centroids])),
+            "centroids": norms(backend, iter([backend.asarray(fitted.centroids)])),
         },
-        "scale": scale,
+        "scale": fitted.scale,
         "lambda": lam,
     }
-
-
-def _sizes(backend: Backend, found: Clusters) -> list[int]:
-    return cluster_sizes(backend.to_host(found.labels), len(found.centroids))
 
 
 def kmeans_facts(
@@ -155,28 +164,6 @@ def _columns(config: JobConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Of a job's interactions: rows of R and their ids, columns and theirs, rows read and kept, pairs, their weight."""
-
-    users: int
-    user_ids: Any
-    items: int
-    item_ids: Any
-    read: int
-    kept: int
-    pairs: int
-    weight: float
-
-    @classmethod
-    def of(cls, table: InteractionTable) -> Counts:
-        """Of interactions in memory."""
-        matrix, weights = table.interactions, table.interactions.csr.weights
-        weight = float(matrix.pairs if weights is None else weights.sum(dtype="float64"))
-        axes = (matrix.users, table.user_ids, matrix.items, table.item_ids)
-        return cls(*axes, table.read, table.kept, matrix.pairs, weight)
-
-
 def backend_facts(backend: Backend, reading_kernels: str) -> dict[str, Any]:
     """What the manifest says of the backend, whose kernels fit and write; those that read may be others."""
     return {
@@ -191,11 +178,11 @@ def backend_facts(backend: Backend, reading_kernels: str) -> dict[str, Any]:
 def manifest_of(
     config: JobConfig,
     inputs: list[dict[str, Any]],
-    backend: dict[str, Any],
+    site: dict[str, Any],
     counts: Counts,
     statistics: dict[str, Any],
 ) -> dict[str, Any]:
-    """All but timings; ``backend`` as of `backend_facts`, ``statistics`` by modality as of `modality_facts`."""
+    """Return all but the timings; ``site`` has ``backend`` as of `backend_facts`, ``statistics`` each modality's part."""
     return {
         "gpu_init_version": __version__,
         "settings": settings_to_dict(config.settings),
@@ -206,7 +193,7 @@ def manifest_of(
             "users": config.users,
             "folder": os.getcwd(),  # that paths are relative to
         },
-        "backend": backend,
+        **site,
         "inputs": inputs,
         "users": {
             "rows": counts.users,

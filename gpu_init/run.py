@@ -1,31 +1,51 @@
-"""The whole run on one page: read, fit, write.
+"""The page: read, cluster, blend, write.
 
-Inputs are checked before any work; each modality is then fitted and its users written block by block through
-one fused kernel call each. What is done is recorded in the staging folder, and a resumed run skips it.
+`run` is a job from files to files in this process; `gpu_init.cluster.workers` runs the same page over a Dask cluster, and
+`gpu_init.api` on arrays. What the page asks of them are a `Site`, which reads the inputs and opens the users in parts,
+and a `Store`, which keeps what is made. `vectors` is the method, sentence by sentence; what it does to each part of the
+users are the functions of `gpu_init.tasks`. A step that is finished is noted in the store, and a resumed run skips it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from gpu_init import tasks
 from gpu_init.artifact.format import INTERACTIONS
 from gpu_init.artifact.objects import open_staging
+from gpu_init.artifact.read import Artifact
+from gpu_init.artifact.rows import Folder
 from gpu_init.artifact.staging import Staging
 from gpu_init.backend.interface import Backend
-from gpu_init.backend.select import select
-from gpu_init.budget import _block_rows, _left
-from gpu_init.config import JobConfig, Settings
-from gpu_init.inputs.read import Data, check_inputs, check_places, inputs_of, read_inputs
-from gpu_init.kernels.threads import leaving_a_core
-from gpu_init.manifest import (
+from gpu_init.backend.select import for_work, select
+from gpu_init.budget import Sizes, block_bytes, kmeans_bytes, require_room
+from gpu_init.config import JobConfig
+from gpu_init.inputs.axes import ItemAxis
+from gpu_init.inputs.interactions import read as read_interactions
+from gpu_init.inputs.read import (
     Counts,
-    _sizes,
-    backend_facts,
+    Features,
+    Source,
+    check_inputs,
+    check_places,
+    columns_of,
+    inputs_of,
+    item_axis_of,
+    job_seconds,
+    prepare_kernels,
+    read_features,
+    tell_gaps,
+    users_of,
+)
+from gpu_init.inputs.tables import stated_rows, text_bytes
+from gpu_init.kernels.csr import Csr
+from gpu_init.manifest import (
     cluster_sizes,
     embedding_facts,
     identity_of,
@@ -35,18 +55,371 @@ from gpu_init.manifest import (
     save_ids,
     timings_of,
 )
-from gpu_init.method import blend, spectral
-from gpu_init.method import clusters as method_clusters
-from gpu_init.method import projection as method_projection
+from gpu_init.memory import require as require_memory
+from gpu_init.method import clusters, kmeans, lambdas, projection, spectral
 from gpu_init.method.blend import Blend
+from gpu_init.method.choose import Choice
 from gpu_init.method.describe import describe
+from gpu_init.method.matrix import ROW_BYTES, Interactions, power
 from gpu_init.method.modality import Modality
-from gpu_init.method.norms import norms
+from gpu_init.method.norms import NormSums, item_norms, norm_statistics
+from gpu_init.method.points import kmeans_form, matrix, mean_item
+from gpu_init.method.weighting import Weighting
+from gpu_init.parts import LocalParts, Parts, Plan, Process, part_bounds
+from gpu_init.settings import POLICIES, Settings
 from gpu_init.show.progress import Progress
+from gpu_init.tasks import LABELS, SHARED, Fitted, PartedGraph, PartedPoints, Rows
+
+
+class Store(Protocol):
+    """Where a run keeps its arrays, and notes what is finished: a staging folder, or memory."""
+
+    def finished(self, key: str) -> dict[str, Any] | None:
+        """Return the facts of a step that is finished, else None."""
+
+    def finish(self, key: str, facts: dict[str, Any]) -> None:
+        """Note that a step is finished."""
+
+    def save(self, relpath: str, array: Any) -> None:
+        """Keep an array that lies on the host."""
+
+    def load(self, relpath: str) -> Any:
+        """Return an array that was saved or filled."""
+
+    def allocate(self, relpath: str, shape: tuple[int, ...], dtype: Any) -> bool:
+        """Make room for an array that the tasks fill; True where an earlier run has begun to fill it."""
+
+    def adopting(self, relpath: str) -> AbstractContextManager[Callable[[int], None]]:
+        """Note such an array as finished in the end; the function is told how many of its first rows are there."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the page works on.
+
+    Attributes
+    ----------
+    settings : Settings
+    parts : Parts
+        The users, in parts.
+    store : Store
+    progress : Progress
+    masks : dict of str to array, shape (I,), bool
+        Which items have each modality, on the host.
+    memory : int or None
+        Bytes that K-means may take; None: no limit was given.
+    adopted : ExitStack
+        Leaving it waits for the arrays that are still being hashed.
+    """
+
+    settings: Settings
+    parts: Parts
+    store: Store
+    progress: Progress
+    masks: Mapping[str, Any]
+    source_widths: Mapping[str, int]
+    memory: int | None
+    adopted: ExitStack
+
+
+# The method.
+
+
+def vectors(job: Job, given: Mapping[str, tuple[Fitted, dict[str, Any]]] | None = None) -> dict[str, dict[str, Any]]:
+    """Make the initial vectors of all users in all modalities; returns each modality's part of the manifest.
+
+    ``given``: clusters that were found before, by modality, with what the manifest says of them.
+
+    Raises
+    ------
+    InputError
+        There are too few users or items for the clusters; or a value does not fit float16.
+    """
+    weigh(job)
+    warm = {name: job.parts.map(tasks.warm, name) for name in job.masks}
+    if given is None:
+        for name, counts in warm.items():
+            clusters.check_warm(name, int(job.masks[name].sum()), sum(counts), job.settings)
+        if job.settings.cluster_on == "interactions":
+            cluster_interactions(job)
+    return {name: _modality(job, name, warm[name], (given or {}).get(name)) for name in job.masks}
+
+
+def weigh(job: Job) -> None:
+    """Symmetric weighting divides by the roots of the items' degrees, which are sums over all users."""
+    paths = {name: f"{name}/item_factors.npy" for name in job.masks}
+    if job.settings.weighting == "sym" and not all(job.store.finished(path) is not None for path in paths.values()):
+        factors = power(np, job.parts.total(tasks.item_sums), -0.5)
+        for name, mask in job.masks.items():
+            job.store.save(paths[name], mask * factors)
+            job.store.finish(paths[name], {})
+
+
+def _modality(
+    job: Job, name: str, warm: list[int], given: tuple[Fitted, dict[str, Any]] | None
+) -> dict[str, Any]:
+    """Cluster, blend and write one modality; ``warm``: warm users of each part."""
+    modality = job.parts.modality(name)
+    fitted, facts = given or cluster(job, modality, warm)
+    facts = {"source_width": job.source_widths[name], **facts}
+    fitted, sizes = label(job, fitted, sum(warm))
+    fitted, lam = weigh_local_part(job, modality, fitted)
+    fitted = fitted if given else rescale(job, modality, fitted)
+    user_norms = write(job, fitted)
+    sample(job, modality, fitted, warm)
+    backend = job.parts.backend
+    return modality_facts(backend, modality, fitted, job.parts.plan.users, sizes, facts, user_norms, lam)
+
+
+def cluster(job: Job, modality: Modality, warm: list[int]) -> tuple[Fitted, dict[str, Any]]:
+    """Find the centroids, and the labels of the items where these are clustered."""
+    name, settings, store, backend = modality.name, job.settings, job.store, job.parts.backend
+    facts = store.finished(f"{name}/clusters")
+    if facts is None:
+        item_labels = None
+        if settings.cluster_on == "interactions":
+            facts = store.finished(INTERACTIONS) or {}
+            centroids = _shared_centroids(job, modality, sum(warm))
+        else:
+            with job.progress.step(f"cluster {name}") as step:
+                if settings.cluster_on == "users":
+                    offset = backend.to_host(mean_item(backend, modality.values, modality.present))
+                    found, choice, sizes = _kmeans(job, Rows(name, "tiled", offset), warm)
+                else:
+                    found, choice, item_labels = clusters.cluster_items(backend, modality, settings)
+                    item_labels = backend.to_host(item_labels)
+                    sizes = cluster_sizes(item_labels, len(found.centroids))
+                step.note(clusters=len(found.centroids), passes=len(found.inertia))
+            facts = kmeans_facts(found, choice, sizes, f"modality {name}", settings.tolerance, job.progress)
+            centroids = backend.to_host(found.centroids)
+        store.save(f"{name}/centroids.npy", centroids)
+        if item_labels is not None:
+            store.save(f"{name}/item_labels.npy", item_labels)
+        store.finish(f"{name}/clusters", facts)
+    item_labels = np.array(store.load(f"{name}/item_labels.npy")) if settings.cluster_on == "items" else None
+    form = {"users": facts["kmeans"]["form"], "items": "factored"}.get(settings.cluster_on, SHARED)
+    return Fitted(name, form, np.array(store.load(f"{name}/centroids.npy")), item_labels), facts
+
+
+def _kmeans(job: Job, rows: Rows, counts: list[int]) -> tuple[kmeans.Clusters, Choice | None, list[int]]:
+    """K-means on rows of which the parts have so many; how K was chosen; how many rows have each label."""
+    settings, backend, total = job.settings, job.parts.backend, sum(counts)
+    tiled = PartedPoints(job.parts, rows, counts)
+    settings, count, choice = clusters.with_clusters(backend, tiled, settings)
+    if rows.name == INTERACTIONS:
+        clusters.check_placed(total, count)
+    library = backend.takes_matrix(total, len(rows.offset), count, settings.kmeans)
+    form = "dense" if library else _form(job, rows, total, count)
+    start = None
+    if library:
+        start = backend.kmeans(matrix(backend, tiled), count, settings.seed, settings.restarts)
+    points = PartedPoints(job.parts, replace(rows, form=form), counts)
+    found = kmeans.fit(backend, points, count, settings.seed, settings.restarts, settings.tolerance, start)
+    return found, choice, [int(size) for size in points.counts]
+
+
+def _form(job: Job, rows: Rows, total: int, count: int) -> str:
+    plan = job.parts.plan
+    return kmeans_form(total, plan.items, plan.pairs, count, len(rows.offset), job.memory)
+
+
+def cluster_interactions(job: Job) -> None:
+    """Cluster the users on what they did, for all modalities: the embedding, the centroids and the labels are outputs."""
+    settings, store, parts = job.settings, job.store, job.parts
+    embedding = [f"{INTERACTIONS}/{name}.npy" for name in ("items", "item_factors", "singular_values")]
+    if store.finished(embedding[0]) is None:
+        with job.progress.step("embed interactions") as step:
+            found = spectral.fit(
+                parts.backend, PartedGraph(parts), settings.cluster_rank or spectral.RANK, settings.seed
+            )
+            facts = {"products": found.products, "settled": found.settled}
+            step.note(rank=len(found.singular_values), **facts)
+        for path, array in zip(embedding, (found.items, found.item_factors, found.singular_values), strict=True):
+            store.save(path, parts.backend.to_host(array))
+        store.finish(embedding[0], facts)
+    if store.finished(INTERACTIONS) is None:
+        counts = parts.map(tasks.placed)
+        with job.progress.step("cluster interactions") as step:
+            offset = np.zeros(store.load(embedding[0]).shape[1])
+            clustered, choice, sizes = _kmeans(job, Rows(INTERACTIONS, "tiled", offset), counts)
+            step.note(clusters=len(clustered.centroids), passes=len(clustered.inertia))
+        centroids = parts.backend.to_host(clustered.centroids)
+        store.save(f"{INTERACTIONS}/centroids.npy", centroids)
+        label_interactions(job, centroids)
+        facts = kmeans_facts(clustered, choice, sizes, "interactions", settings.tolerance, job.progress)
+        store.finish(INTERACTIONS, facts)
+
+
+def label_interactions(job: Job, centroids: Any) -> None:
+    """Give each user the nearest of the centroids that were found on the interactions."""
+    job.store.allocate(LABELS, (job.parts.plan.users,), np.int32)
+    with job.store.adopting(LABELS):
+        job.parts.map(tasks.label_interactions, centroids)
+
+
+def _shared_centroids(job: Job, modality: Modality, warm: int) -> Any:
+    """Centroids in one modality, of the clusters that all modalities have."""
+    backend, count = job.parts.backend, len(job.store.load(f"{INTERACTIONS}/centroids.npy"))
+    offset = backend.to_host(mean_item(backend, modality.values, modality.present))
+    rows = Rows(modality.name, "tiled", offset)
+    rows = replace(rows, form=_form(job, rows, warm, count))
+    return clusters.behaviour_means(*job.parts.total(tasks.sums_of_labels, rows, count), offset)
+
+
+def label(job: Job, fitted: Fitted, warm: int) -> tuple[Fitted, list[int]]:
+    """Label each user by the nearest centroid; cold users get the mean of the cluster-level part over the warm ones.
+
+    Returns
+    -------
+    fitted : Fitted
+        With the vector of cold users, unless it was given.
+    sizes : list of int
+        Users of each label.
+    """
+    name, store = fitted.name, job.store
+    facts = store.finished(f"{name}/labels")
+    if facts is None:
+        with job.progress.step(f"label {name}"):
+            store.allocate(f"{name}/labels.npy", (job.parts.plan.users,), np.int32)
+            with store.adopting(f"{name}/labels.npy"):
+                counts, shares = job.parts.total(tasks.label, fitted)
+        facts = {"sizes": counts.tolist(), "shares": shares.tolist()}
+        store.finish(f"{name}/labels", facts)
+    if fitted.cold is None:
+        cold = clusters.mean_global(job.parts.backend, np.array(facts["shares"]), warm, fitted.centroids)
+        fitted = replace(fitted, cold=cold)
+    store.save(f"{name}/cold.npy", fitted.cold)
+    return fitted, facts["sizes"]
+
+
+def weigh_local_part(job: Job, modality: Modality, fitted: Fitted) -> tuple[Fitted, Any]:
+    """Choose lambda: a number, or of each user by a policy.
+
+    Returns
+    -------
+    fitted : Fitted
+        With the policy's tau.
+    lam : float or dict
+        What the manifest says of lambda.
+    """
+    settings, store, key = job.settings, job.store, f"{modality.name}/lambda"
+    if settings.lam not in POLICIES:
+        return fitted, settings.lam
+    facts = store.finished(key)
+    if facts is None:
+        with job.progress.step(f"weigh {modality.name}"):
+            facts = {"temperature": lambdas.TEMPERATURE if settings.temperature is None else settings.temperature}
+            if settings.lam == "shrink":
+                tau = settings.tau if fitted.tau is None else fitted.tau
+                facts = {"tau": tau} if tau is not None else find_tau(job, modality)
+            found = job.parts.map(tasks.policy, replace(fitted, tau=facts.get("tau")))
+            values, counts = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        facts = {"policy": settings.lam, **facts, **lambdas.lambda_statistics(values, counts)}
+        store.finish(key, facts)
+    return replace(fitted, tau=facts.get("tau")), facts
+
+
+def find_tau(job: Job, modality: Modality) -> dict[str, Any]:
+    """Tau of the policy "shrink", and what it was found from; see `lambdas.tau_of`."""
+    parts, name = job.parts, modality.name
+    volumes = lambdas.Volumes(*parts.total(tasks.volumes, name))
+    centre = lambdas.tau_centre(parts.backend, modality, volumes)
+    centre = lambdas.Centre(*map(parts.backend.to_host, centre))
+    sums = parts.total(tasks.variances, name, centre)
+    return lambdas.tau_of(volumes, centre, sums, lambda: np.concatenate(parts.map(tasks.warm_counts, name)))
+
+
+def rescale(job: Job, modality: Modality, fitted: Fitted) -> Fitted:
+    """With ``scale = "items"``, make the mean norm of the users' vectors that of the items.
+
+    Cold users count, items without the modality do not. The factor is 1 where either norm is 0.
+    """
+    if job.settings.scale != "items":
+        return fitted
+    facts = job.store.finished(f"{modality.name}/scale")
+    if facts is None:
+        with job.progress.step(f"measure {modality.name}"):
+            users = norm_statistics(job.parts.map(tasks.measure, fitted))["mean"]
+        items = item_norms(job.parts.backend, modality)["mean"]
+        facts = {"scale": items / users if items > 0 and users > 0 else 1.0}
+        job.store.finish(f"{modality.name}/scale", facts)
+    return replace(fitted, scale=float(facts["scale"]))
+
+
+def write(job: Job, fitted: Fitted) -> dict[str, float]:
+    """Write the vectors of all users, part by part, but for the parts that an earlier run wrote; gives their norms."""
+    plan, store, path = job.parts.plan, job.store, f"{fitted.name}/users.npy"
+    key, bounds, width = f"{fitted.name}/written", plan.bounds, fitted.centroids.shape[1]
+    begun = store.allocate(path, (plan.users, width), np.dtype(job.settings.dtype))
+    written = (store.finished(key) or {}) if begun else {}
+    done = {int(number): NormSums(*sums) for number, sums in written.items()}
+    hashed = job.adopted.enter_context(store.adopting(path))
+    with job.progress.step(f"write {fitted.name}", total=plan.users, unit="user") as step:
+        step.advance(sum(bounds[number + 1] - bounds[number] for number in done))
+        for number, sums in job.parts.each(tasks.write, set(done), fitted):
+            done[number] = sums
+            store.finish(key, {str(one): list(found) for one, found in done.items()})
+            step.advance(bounds[number + 1] - bounds[number])
+            hashed(next((bounds[one] for one in range(plan.parts) if one not in done), plan.users))
+    return norm_statistics([done[number] for number in range(plan.parts)])
+
+
+def sample(job: Job, modality: Modality, fitted: Fitted, warm: list[int]) -> None:
+    """Save what `gpu-init report` draws: some users and items, and the items that the centroids stand for."""
+    backend, parts, name = job.parts.backend, job.parts, fitted.name
+
+    def some(numbers: Any) -> tuple[Interactions, Blend]:
+        return _some_users(job, modality, fitted, warm, backend.to_host(numbers))
+
+    with job.progress.step(f"sample {name}"):
+        centroids = parts.backend.asarray(fitted.centroids)
+        arrays = describe(backend, modality, centroids, sum(warm), some, job.settings.seed)
+        for part, array in arrays.items():
+            job.store.save(f"{name}/{part}.npy", array)
+
+
+def _some_users(
+    job: Job, modality: Modality, fitted: Fitted, warm: list[int], numbers: Any
+) -> tuple[Interactions, Blend]:
+    """Interactions and blend of some warm users, by their numbers (n,) ascending, with just the items they have."""
+    backend = job.parts.backend
+    own = {part: (index,) for part, index in tasks.by_part(warm, numbers)}
+    found = job.parts.some(tasks.drawn, own, fitted)
+
+    def joined(key: str) -> Any:
+        arrays = [part[key] for part in found]
+        return None if arrays[0] is None else backend.asarray(np.concatenate(arrays))
+
+    weights: Any = None
+    if any(part["weights"] is not None for part in found):
+        parts = [np.ones(len(part["indices"]), np.float32) if part["weights"] is None else part["weights"] for part in found]
+        weights = backend.asarray(np.concatenate(parts))
+    items, columns = np.unique(np.concatenate([part["indices"] for part in found]), return_inverse=True)
+    indptr = np.cumsum([0, *np.concatenate([np.diff(part["indptr"]) for part in found])])
+    csr = Csr(backend.asarray(indptr), backend.asarray(columns.astype(np.int32)), weights)
+    mask = job.masks[fitted.name][items]
+    present = backend.asarray(mask.astype(np.float64))
+    factors = present
+    if job.settings.weighting == "sym":
+        factors = backend.asarray(job.store.load(f"{fitted.name}/item_factors.npy")[items])
+    values = backend.asarray(modality.values[backend.asarray(items)])
+    return Interactions(csr, len(items)), Blend(
+        Modality(fitted.name, values, backend.asarray(mask), int(mask.sum())),
+        Weighting(joined("local_rows"), factors, joined("mean_rows"), present),
+        joined("lam") if job.settings.lam in POLICIES else job.settings.lam,
+        backend.asarray(fitted.centroids),
+        joined("labels"),
+        None if fitted.item_labels is None else backend.asarray(fitted.item_labels[items]),
+        backend.asarray(fitted.cold),
+        fitted.scale,
+    )
+
+
+# From files to files.
 
 
 def run(config: JobConfig, progress: Progress) -> str:
-    """Run a job and give the path of its artifact.
+    """Run a job in this process and return the path of its artifact.
 
     Raises
     ------
@@ -56,43 +429,37 @@ def run(config: JobConfig, progress: Progress) -> str:
         Not enough memory or disk, or the device failed; what was done can be resumed.
     """
     check_places(config)
-    backend = select(config.backend)
-    backend.say = progress.say
+    backend = select(config.backend, progress.say)
     with backend.explained():
-        return _run(config, backend, progress)
+        progress.say(f"backend {backend.name}: {backend.why}")
+        return run_at(LocalSite(backend), config, progress)
 
 
-def _run(config: JobConfig, backend: Backend, progress: Progress) -> str:
+def run_at(site: Site, config: JobConfig, progress: Progress) -> str:
+    """Run a job at a site; arguments, result and errors as of `run`."""
     started = datetime.now(UTC)
-    progress.say(f"backend {backend.name}: {backend.why}")
     with progress.step("fingerprint inputs"):
         inputs = inputs_of(config)
     check_inputs(config, inputs.files)
-    identity = identity_of(config, inputs.files, backend.name)
+    identity = identity_of(config, inputs.files, site.backend_name)
     with open_staging(config.out, resume=config.resume, overwrite=config.overwrite, identity=identity) as staging:
         if not has_work(config, staging, progress):
             return config.out
-        data = read_inputs(config, backend, progress, staging)
-        backend = data.backend
-        projected = {}
-        shared = None
-        if config.settings.cluster_on == "interactions":
-            shared = _behaviour(config, backend, data, staging, progress)
-        if config.settings.dim is not None:  # all of them first: one that cannot be projected ends the job
-            projected = {name: _project(config, backend, data, name, staging, progress) for name in data.sources}
-        statistics = {
-            name: _run_modality(
-                config, backend, data, projected.get(name) or data.modality(backend, name), shared, staging, progress
-            )
-            for name in data.sources
-        }
-        save_ids(staging, data.table.user_ids, data.table.item_ids)
+        site.check([staging.path, *(one["path"] for one in inputs.files)])
+        found = read_features(config, progress)
+        data = site.read(config, found, item_axis_of(found.tables), progress, staging)
+        project(config.settings, data, staging, progress)
+        with ExitStack() as adopted:
+            job = open_job(site, config, data, staging, progress, adopted)
+            statistics = vectors(job)
+            with progress.step("hash vectors"):
+                adopted.close()
         inputs.require_unchanged()
-        facts = backend_facts(backend, data.table.kernels)
-        manifest = manifest_of(config, inputs.files, facts, Counts.of(data.table), statistics)
-        if shared is not None:
+        site_facts = site.facts(data, job.parts)
+        manifest = manifest_of(config, inputs.files, site_facts, data.counts, statistics)
+        if config.settings.cluster_on == "interactions":
             manifest["interactions"]["embedding"] = embedding_facts(staging)
-        return staging.commit({**manifest, "timings": timings_of(started, progress, backend)})
+        return finish(staging, data, {**manifest, "timings": timings_of(started, progress, data.backend)})
 
 
 def has_work(config: JobConfig, staging: Staging, progress: Progress) -> bool:
@@ -106,182 +473,38 @@ def has_work(config: JobConfig, staging: Staging, progress: Progress) -> bool:
     return not staging.complete
 
 
-# Fit and write.
+def open_job(
+    site: Site, config: JobConfig, data: Data, staging: Staging, progress: Progress, adopted: ExitStack
+) -> Job:
+    """Open the users in parts, for the page."""
+    memory = kmeans_bytes(config, data.counts.users)
+    parts = site.parts(config, data, staging)
+    widths = {name: source.table.values.shape[1] for name, source in data.sources.items()}
+    return Job(config.settings, parts, staging, progress, data.masks, widths, memory, adopted)
 
 
-def _run_modality(
-    config: JobConfig,
-    backend: Backend,
-    data: Data,
-    modality: Modality,
-    shared: Shared | None,
-    staging: Staging,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Cluster, and write every user's row; returns the modality's part of the manifest."""
-    settings, name = config.settings, modality.name
-    operator, matrix = data.operators[name], data.table.interactions
-    step_rows = _block_rows(config, matrix.users, modality.values.shape[1])
-    facts, labels = _cluster(config, backend, data, modality, shared, staging, progress)
-    plan = method_clusters.fit(backend, matrix, modality, operator, settings, labels, facts.get("scale"), step_rows)
-    staging.finish(f"{name}/fit", {**facts, "scale": plan.scale})
-    _save_for_assign(backend, plan, settings, staging)
-    width_before = data.sources[name].table.values.shape[1]
-    return _write(config, backend, data, plan, labels, {**facts, "source_width": width_before}, staging, progress)
+def finish(staging: Staging, data: Data, manifest: dict[str, Any]) -> str:
+    """Save the ids, and publish the artifact."""
+    save_ids(staging, data.counts.user_ids, data.counts.item_ids)
+    return staging.commit(manifest)
 
 
-def _save_for_assign(backend: Backend, plan: Blend, settings: Settings, staging: Staging) -> None:
-    """What `assign` needs besides centroids, labels and items."""
-    staging.save(f"{plan.modality.name}/cold.npy", backend.to_host(plan.cold))
-    if settings.weighting == "sym":
-        staging.save(f"{plan.modality.name}/item_factors.npy", backend.to_host(plan.weighting.local_items))
+def project(settings: Settings, data: Data, staging: Staging, progress: Progress) -> None:
+    """Project the items of all modalities, which are outputs too; one that cannot be projected ends the job here."""
+    for name, source in data.sources.items() if settings.dim is not None else ():
+        assert settings.dim is not None
+        items = f"{name}/items.npy"
+        if staging.finished(items) is None:
+            with progress.step(f"project {name}") as step:
+                modality = source.aligned(data.backend, exact=True)
+                found = projection.fit_projection(data.backend, modality, settings.dim, settings.whiten)
+                values = data.backend.to_host(projection.project(data.backend, modality, found).values)
+                step.note(width=settings.dim)
+            save_items(staging, name, values, source.mask)
 
 
-def _write(
-    config: JobConfig,
-    backend: Backend,
-    data: Data,
-    plan: Blend,
-    labels: tuple[Any, Any, Any],
-    facts: dict[str, Any],
-    staging: Staging,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Write every user's row; returns the modality's part of the manifest."""
-    modality, matrix, settings = plan.modality, data.table.interactions, config.settings
-    name, width = modality.name, modality.values.shape[1]
-    step_rows = _block_rows(config, matrix.users, width)
-    users = f"{name}/users.npy"
-    with progress.step(f"write {name}", total=matrix.users, unit="user") as step:
-        writer = staging.rows(users, (matrix.users, width), np.dtype(settings.dtype))
-
-        def write(block: Any) -> None:
-            writer.write(block)
-            step.advance(len(block))
-
-        outbox = backend.outbox(min(step_rows, matrix.users), width, settings.dtype, write)
-        with writer, outbox, leaving_a_core():
-            step.advance(writer.done)
-
-            def blocks() -> Iterator[Any]:
-                made = blend.blocks(
-                    backend, matrix, plan, step_rows, settings.dtype, lambda part: outbox.space(part.stop - part.start)
-                )
-                for part, block in made:
-                    yield block  # for its norms; what an earlier run wrote is made again for them alone
-                    left = max(writer.done - part.start, 0)
-                    if left < len(block):
-                        outbox.send(block[left:])
-
-            user_norms = norms(backend, blocks())
-    with progress.step(f"sample {name}"):
-        for part, array in describe(backend, matrix, plan, settings.seed).items():
-            staging.save(f"{name}/{part}.npy", array)
-    clusters = len(labels[0])
-    sizes = cluster_sizes(backend.to_host(labels[1]), clusters)
-    item_sizes = None if labels[2] is None else cluster_sizes(backend.to_host(labels[2]), clusters)
-    lam = settings.lam if plan.policy is None else plan.policy
-    return modality_facts(
-        backend, modality, labels[0], matrix.users, sizes, item_sizes, facts, user_norms, plan.scale, lam
-    )
-
-
-def _project(
-    config: JobConfig, backend: Backend, data: Data, name: str, staging: Staging, progress: Progress
-) -> Modality:
-    """Projected items, worked out or taken from the run that is resumed; an output too."""
-    assert config.settings.dim is not None
-    items, mask = f"{name}/items.npy", f"{name}/items_mask.npy"
-    if staging.finished(items) is None:
-        with progress.step(f"project {name}") as step:
-            modality = data.modality(backend, name, exact=True)
-            projection = method_projection.fit_projection(
-                backend, modality, config.settings.dim, config.settings.whiten
-            )
-            values = backend.to_host(method_projection.project(backend, modality, projection).values)
-            step.note(width=config.settings.dim)
-        staging.save(items, values)
-        staging.save(mask, data.sources[name].mask)
-        staging.finish(items, {})
-    present = data.sources[name].mask
-    return Modality(name, backend.asarray(staging.load(items)), backend.asarray(present), int(present.sum()))
-
-
-def _cluster(
-    config: JobConfig,
-    backend: Backend,
-    data: Data,
-    modality: Modality,
-    shared: Shared | None,
-    staging: Staging,
-    progress: Progress,
-) -> tuple[dict[str, Any], tuple[Any, Any, Any]]:
-    """Centroids, user labels and item labels, found or taken from the run that is resumed."""
-    name, on_items = modality.name, config.settings.cluster_on == "items"
-    paths = [f"{name}/centroids.npy", f"{name}/labels.npy", *([f"{name}/item_labels.npy"] if on_items else [])]
-    facts = staging.finished(f"{name}/fit") or staging.finished(f"{name}/clusters")
-    if facts is not None:
-        arrays = [backend.asarray(staging.load(path)) for path in paths]
-        return facts, (arrays[0], arrays[1], arrays[2] if on_items else None)
-    operator, matrix = data.operators[name], data.table.interactions
-    memory = _left(config, matrix.users)
-    if shared is not None:
-        k, facts = shared.clusters, shared.facts
-        labels = (*method_clusters.of_behaviour(backend, matrix, modality, operator, shared.labels, k, memory), None)
-    else:
-        with progress.step(f"cluster {name}") as step:
-            found = method_clusters.clusters(backend, matrix, modality, operator, config.settings, memory)
-            step.note(clusters=len(found.centroids), passes=len(found.found.inertia))
-        labels = (found.centroids, found.user_labels, found.item_labels)
-        what, tolerance = f"modality {name}", config.settings.tolerance
-        sizes = _sizes(backend, found.found)
-        facts = kmeans_facts(found.found, found.choice, sizes, what, tolerance, progress)
-    for path, array in zip(paths, labels, strict=False):
-        staging.save(path, backend.to_host(array))
-    staging.finish(f"{name}/clusters", facts)
-    return facts, labels
-
-
-@dataclass(frozen=True)
-class Shared:
-    """Clusters of all modalities alike: label of each user (U,), how many clusters, what the manifest says of them."""
-
-    labels: Any
-    clusters: int
-    facts: dict[str, Any]
-
-
-def _behaviour(config: JobConfig, backend: Backend, data: Data, staging: Staging, progress: Progress) -> Shared:
-    """Users clustered by what they did, found or taken from the run that is resumed; an output too."""
-    matrix = data.table.interactions
-    labels, centroids = f"{INTERACTIONS}/labels.npy", f"{INTERACTIONS}/centroids.npy"
-    facts = staging.finished(INTERACTIONS)
-    if facts is None:
-        embedding = _embedding(config, backend, data, staging, progress)
-        with progress.step("cluster interactions") as step:
-            found = method_clusters.behaviour(backend, matrix, embedding, config.settings, _left(config, matrix.users))
-            step.note(clusters=len(found.centroids), passes=len(found.found.inertia))
-        staging.save(centroids, backend.to_host(found.centroids))
-        staging.save(labels, backend.to_host(found.labels))
-        sizes, tolerance = _sizes(backend, found.found), config.settings.tolerance
-        facts = kmeans_facts(found.found, found.choice, sizes, "interactions", tolerance, progress)
-        staging.finish(INTERACTIONS, facts)
-    return Shared(backend.asarray(staging.load(labels)), len(staging.load(centroids)), facts)
-
-
-def _embedding(
-    config: JobConfig, backend: Backend, data: Data, staging: Staging, progress: Progress
-) -> spectral.Embedding:
-    """What places users by their interactions, found or taken from the run that is resumed; an output too."""
-    paths = [f"{INTERACTIONS}/{part}.npy" for part in ("items", "item_factors", "singular_values")]
-    facts = staging.finished(paths[0])
-    if facts is None:
-        with progress.step("embed interactions") as step:
-            found = method_clusters.embed(backend, data.table.interactions, config.settings)
-            facts = {"products": found.products, "settled": found.settled}
-            step.note(rank=len(found.singular_values), **facts)
-        for path, array in zip(paths, (found.items, found.item_factors, found.singular_values), strict=True):
-            staging.save(path, backend.to_host(array))
-        staging.finish(paths[0], facts)
-    items, item_factors, values = (staging.load(path) for path in paths)
-    return spectral.Embedding(backend.asarray(items), backend.asarray(item_factors), np.asarray(values), **facts)
+def save_items(staging: Staging, name: str, values: Any, mask: Any) -> None:
+    """Save a modality's projected items, and which items have it."""
+    staging.save(f"{name}/items.npy", values)
+    staging.save(f"{name}/items_mask.npy", mask)
+    staging.finish(f"{name}/items.npy", {})

@@ -10,11 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpu_init.artifact.format import check_modality
-from gpu_init.artifact.read import Artifact
-from gpu_init.artifact.staging import Staging
 from gpu_init.backend.interface import Backend
-from gpu_init.backend.select import for_work
-from gpu_init.budget import Sizes, require_room
 from gpu_init.config import JobConfig
 from gpu_init.errors import InputError
 from gpu_init.files.remote import is_url
@@ -23,17 +19,12 @@ from gpu_init.ids import is_text
 from gpu_init.inputs import features
 from gpu_init.inputs.axes import ItemAxis, positions
 from gpu_init.inputs.features import FeatureTable
-from gpu_init.inputs.interactions import InteractionTable, read
+from gpu_init.inputs.interactions import InteractionTable
 from gpu_init.inputs.tables import EXTENSIONS, TEXT_EXTENSIONS, Columns, read_user_ids, stated_rows, text_bytes
 from gpu_init.kernels import kernels_for
 from gpu_init.kernels.costs import fitting_seconds, reading_seconds
-from gpu_init.memory import require as require_memory
-from gpu_init.method import clusters as method_clusters
-from gpu_init.method import modality as method_modality
-from gpu_init.method import weighting
-from gpu_init.method.matrix import ROW_BYTES
-from gpu_init.method.modality import Modality
-from gpu_init.method.weighting import Weighting
+from gpu_init.method.modality import Modality, check
+from gpu_init.settings import Settings
 from gpu_init.show.progress import Progress
 from gpu_init.where import parse
 
@@ -56,30 +47,85 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Features:
+    """The features of all modalities as files hold them, and which of their rows are there."""
+
+    tables: dict[str, FeatureTable]
+    present: dict[str, Any]
+
+    def widths(self, settings: Settings) -> list[int]:
+        """Columns of each modality, once it is projected."""
+        return [settings.dim or table.values.shape[1] for table in self.tables.values()]
+
+    def placed(self, axis: ItemAxis, item_ids: Any, items: int) -> dict[str, Source]:
+        """Features of each modality by item, of so many items, with the ids of the columns of R."""
+        sources = {}
+        for name, table in self.tables.items():
+            rows = None if table.ids is None else feature_rows(table, axis, item_ids)
+            sources[name] = Source(table, features.align_mask(self.present[name], rows, items), rows)
+        return sources
+
+
+@dataclass(frozen=True)
 class Source:
-    """One modality's features as read and checked; which items have it; where its rows stand among them."""
+    """One modality's features by item.
+
+    Attributes
+    ----------
+    table : FeatureTable
+        As the files hold them.
+    mask : numpy array, shape (I,), bool
+        Which items have the modality.
+    rows : numpy array, shape (n,), int64, or None
+        The item of each row of the table; None: row i is item i.
+    """
 
     table: FeatureTable
     mask: Any
     rows: Any
 
+    def aligned(self, backend: Backend, *, exact: bool = False) -> Modality:
+        """Features by item, on the device; ``exact`` keeps float64."""
+        return features.align(backend, self.table, self.mask, self.rows, exact=exact)
+
 
 @dataclass(frozen=True)
-class Data:
-    """All inputs, checked. Features are taken to the device one modality at a time.
+class Counts:
+    """What was read of the interactions.
 
-    ``backend``: with the kernels that suit what is to be done with them.
+    Attributes
+    ----------
+    users, items : int
+        Rows and columns of R.
+    user_ids, item_ids : pandas Series or None
+        Their ids; None where row numbers are the ids.
+    read, kept : int
+        Rows of the files, before and after ``where``.
+    pairs : int
+        Entries of R.
+    weight : float
+        The sum of all weights.
+    kernels : str
+        Name of the kernels that made R.
     """
 
-    backend: Backend
-    table: InteractionTable
-    sources: dict[str, Source]
-    operators: dict[str, Weighting]
+    users: int
+    user_ids: Any
+    items: int
+    item_ids: Any
+    read: int
+    kept: int
+    pairs: int
+    weight: float
+    kernels: str
 
-    def modality(self, backend: Backend, name: str, exact: bool = False) -> Modality:
-        """Features of a modality, on the device."""
-        source = self.sources[name]
-        return features.align(backend, source.table, source.mask, source.rows, exact=exact)
+    @classmethod
+    def of(cls, table: InteractionTable) -> Counts:
+        """Of interactions in memory."""
+        matrix, weights = table.interactions, table.interactions.csr.weights
+        weight = float(matrix.pairs if weights is None else weights.sum(dtype="float64"))
+        axes = (matrix.users, table.user_ids, matrix.items, table.item_ids)
+        return cls(*axes, table.read, table.kept, matrix.pairs, weight, table.kernels)
 
 
 def check_places(config: JobConfig) -> None:
@@ -107,107 +153,37 @@ def check_inputs(config: JobConfig, inputs: list[dict[str, Any]]) -> None:
             raise InputError(f"{config.out} is the output, but {one['path']} is an input; choose another output.")
 
 
-# Read.
-
-
-def read_inputs(
-    config: JobConfig, backend: Backend, progress: Progress, staging: Staging | None = None, candidates: int = 1
-) -> Data:
-    """Read and check everything, so that bad input ends the job before any work.
-
-    ``candidates``: settings that will be tried.
-    """
-    tables, present = read_features(config, progress)
-    data = _read_interactions(config, backend, tables, present, progress, staging, candidates=candidates)
-    for name, source in data.sources.items():
-        method_clusters.check_clusters(name, int(source.mask.sum()), data.operators[name], config.settings)
-    return data
-
-
-def read_features(config: JobConfig, progress: Progress) -> tuple[dict[str, FeatureTable], dict[str, Any]]:
-    """Features as files hold them, and which of their rows are there."""
+def read_features(config: JobConfig, progress: Progress) -> Features:
+    """Read and check the features of all modalities."""
     tables: dict[str, FeatureTable] = {}
     present: dict[str, Any] = {}
     for name, path in config.features.items():
         with progress.step(f"read features {name}") as step:
             tables[name] = features.read(name, path, config.item_column)
-            present[name] = method_modality.check(tables[name].values, f"{path} (modality {name})")
+            present[name] = check(tables[name].values, f"{path} (modality {name})")
             rows, width = tables[name].values.shape
             if config.settings.dim is not None and config.settings.dim > width:
                 raise InputError(
                     f"{path}: dim {config.settings.dim} is above the {width} dimensions of modality {name}."
                 )
             step.note(items=rows, width=width, missing=rows - int(present[name].sum()))
-    return tables, present
+    return Features(tables, present)
 
 
-def _read_interactions(
-    config: JobConfig,
-    backend: Backend,
-    tables: Mapping[str, FeatureTable],
-    present: Mapping[str, Any],
-    progress: Progress,
-    staging: Staging | None,
-    source: Artifact | None = None,
-    candidates: int = 1,
-) -> Data:
-    """Interactions among the items of the features, or of the artifact that the features are those of."""
-    rows, size = stated_rows(config.interactions), text_bytes(config.interactions)
-    prepare_kernels(config, backend, tables, rows, size)
-    users, columns = users_of(config, backend), columns_of(config)
-    if isinstance(users, int):
-        require_memory(f"users {users}", users * ROW_BYTES)
-    axis = item_axis_of(tables)
-    if source is not None and axis.rows is None:
-        axis = ItemAxis(None, [source.item_ids])
-    known = 0 if users is None else users if isinstance(users, int) else len(users)
-    items = axis.rows or max(len(table.values) for table in tables.values())
-    pairs = 0 if columns.where else rows
-    require_room(config, tables, Sizes(known, items, pairs), staging, reading=True)
-    with progress.step("read interactions", unit="row") as step:
-        table = read(backend, config.interactions, columns, axis, users, step.advance)
-        step.note(users=table.interactions.users, items=table.interactions.items, pairs=table.interactions.pairs)
-    for line in table.warnings:
-        progress.warn(line)
-    tell_gaps(config, table.user_ids, progress)
-    sizes = (table.interactions.users, table.interactions.items, table.interactions.pairs)
-    backend = for_work(backend, job_seconds(config, tables, sizes, candidates))
-    progress.say(f"kernels: {table.kernels} to read, {backend.kernels.name} to fit")
-    sources, operators = {}, {}
-    for name, found in tables.items():
-        places = None if found.ids is None else feature_rows(found, axis, table.item_ids)
-        mask = features.align_mask(present[name], places, table.interactions.items)
-        sources[name] = Source(found, mask, places)
-        factors = None
-        if source is not None and source[name].item_factors is not None:
-            factors = backend.asarray(_on_axis(source, table, source[name].item_factors, 0.0))
-        operators[name] = weighting.weighting(
-            backend, table.interactions, backend.asarray(mask), config.settings.weighting, factors
-        )
-    matrix = table.interactions
-    require_room(config, tables, Sizes(matrix.users, matrix.items, matrix.pairs), staging)
-    return Data(backend, table, sources, operators)
-
-
-def prepare_kernels(
-    config: JobConfig, backend: Backend, tables: Mapping[str, FeatureTable], rows: int, size: int
-) -> None:
+def prepare_kernels(config: JobConfig, backend: Backend, found: Features, rows: int, size: int) -> None:
     """Begin to compile what the job will use, as far as the sizes of its files tell: rows, and bytes of text files."""
     pairs = max(rows, size // _LINE_BYTES)
-    items = max(len(table.values) for table in tables.values())
-    fitting = job_seconds(config, tables, (0, items, pairs))
+    items = max(len(table.values) for table in found.tables.values())
+    fitting = job_seconds(config.settings, found, (0, items, pairs))
     reads, fits = (kernels_for(seconds) == "numba" for seconds in (reading_seconds(rows, size), fitting))
     if reads or fits:
         backend.prepare(reads, fits, config.settings.cluster_on == "interactions")
 
 
-def job_seconds(
-    config: JobConfig, tables: Mapping[str, FeatureTable], sizes: tuple[int, int, int], candidates: int = 1
-) -> float:
-    """See `costs.fitting_seconds`; ``sizes``: users, items and pairs."""
-    settings = config.settings
-    widths = [settings.dim or table.values.shape[1] for table in tables.values()]
-    return fitting_seconds(*sizes, widths, settings.clusters, settings.cluster_on == "interactions", candidates)
+def job_seconds(settings: Settings, found: Features, sizes: tuple[int, int, int], candidates: int = 1) -> float:
+    """Estimate the seconds of the work on R, from its users, items and pairs; see `costs.fitting_seconds`."""
+    on_interactions = settings.cluster_on == "interactions"
+    return fitting_seconds(*sizes, found.widths(settings), settings.clusters, on_interactions, candidates)
 
 
 def columns_of(config: JobConfig) -> Columns:
@@ -266,18 +242,6 @@ def feature_rows(source: FeatureTable, axis: ItemAxis, item_ids: Any) -> Any:
             " give those ids too, or leave the item out."
         )
     return rows
-
-
-def _on_axis(source: Artifact, table: InteractionTable, values: Any, missing: float) -> Any:
-    """Values of the artifact's items at the items of a table of interactions, which may have more."""
-    if source.item_ids is None:
-        return np.asarray(values)
-    placed = np.full((table.interactions.items, *values.shape[1:]), missing, values.dtype)
-    placed[positions(source.item_ids, table.item_ids)] = values
-    return placed
-
-
-# What the manifest says.
 
 
 def inputs_of(config: JobConfig, feature_names: Iterable[str] | None = None) -> Inputs:

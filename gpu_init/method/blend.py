@@ -1,4 +1,4 @@
-"""The blend of local and global part: lambda policies, scale (section 2.6 and 2.7 of the design)."""
+"""The blend of the local and the global part, in one fused pass over blocks of users."""
 
 from __future__ import annotations
 
@@ -11,54 +11,8 @@ from gpu_init.errors import InputError
 from gpu_init.kernels import Csr
 from gpu_init.method.matrix import Interactions
 from gpu_init.method.modality import Modality
-from gpu_init.method.norms import NORM_ROWS, item_norms, norms
+from gpu_init.method.norms import NORM_ROWS
 from gpu_init.method.weighting import Weighting
-
-
-def rows(backend: Backend, interactions: Interactions, plan: Blend, part: slice, dtype: str, out: Any = None) -> Any:
-    """Section 2.6: rows of X in the type they are stored in, (n, d); into ``out`` where one is given.
-
-    Raises
-    ------
-    InputError
-        A value that float16 cannot hold, with the modality named.
-    """
-    if dtype == "float32":
-        return blend(backend, interactions, plan, part, out)
-    block = blend(backend, interactions, plan, part)
-    largest = float(abs(block).max()) if block.size else 0.0
-    if largest >= 65520.0:  # rounds beyond float16's largest number, 65504
-        raise InputError(
-            f"modality {plan.modality.name}: a value of {largest:.6g} does not fit float16; use --dtype float32."
-        )
-    if out is None:
-        return block.astype(dtype)
-    out[...] = block
-    return out
-
-
-def blocks(
-    backend: Backend,
-    interactions: Interactions,
-    plan: Blend,
-    step: int,
-    dtype: str,
-    space: Callable[[slice], Any],
-) -> Iterator[tuple[slice, Any]]:
-    """Section 2.6: all of X, block by block, each in the space given for its users, (n, d).
-
-    ``step`` users at a time, a multiple of `NORM_ROWS`; half as many where memory runs out.
-    """
-
-    def make(part: slice) -> Any:
-        return rows(backend, interactions, plan, part, dtype, space(part))
-
-    return in_blocks(backend, interactions.users, step, NORM_ROWS, make)
-
-
-def block_rows(width: int, memory: int) -> int:
-    """Rows of X per block so that a block, its copy on the way out and the next one stay within ``memory`` bytes."""
-    return max(1, memory // (4 * width * 4 * NORM_ROWS)) * NORM_ROWS
 
 
 @dataclass(frozen=True)
@@ -78,7 +32,6 @@ class Blend:
     item_labels: Any
     cold: Any
     scale: float = 1.0
-    policy: dict[str, Any] | None = None  # what the manifest says of lambdas that are of each user
 
 
 def of_users(fit: Blend, users: Any) -> Blend:
@@ -114,7 +67,7 @@ def blend(backend: Backend, interactions: Interactions, fit: Blend, rows: slice,
 
 
 def global_part(backend: Backend, interactions: Interactions, fit: Blend, part: slice) -> Any:
-    """Section 2.5: rows of G, (n, d) float64; those of cold users mean nothing."""
+    """Rows of G, (n, d) float64; those of cold users mean nothing."""
     xp = backend.xp
     if fit.item_labels is None:
         return fit.centroids[fit.user_labels[part]].astype(xp.float64)
@@ -130,17 +83,47 @@ def global_part(backend: Backend, interactions: Interactions, fit: Blend, part: 
     return backend.kernels.aggregate(by_label, table, fit.weighting.mean_rows[part], known, nowhere)
 
 
-# Scale.
+def rows(backend: Backend, interactions: Interactions, plan: Blend, part: slice, dtype: str, out: Any = None) -> Any:
+    """Rows of X in the type they are stored in, (n, d); into ``out`` where one is given.
 
-
-def scale_to_items(backend: Backend, interactions: Interactions, fit: Blend, block_rows: int) -> float:
-    """Give the factor that makes the mean row norm of X that of the items (section 2.7).
-
-    Cold rows count, items without the modality do not. 1 where either norm is 0.
+    Raises
+    ------
+    InputError
+        A value that float16 cannot hold, with the modality named.
     """
-    items = item_norms(backend, fit.modality)
-    parts = in_blocks(
-        backend, interactions.users, block_rows, NORM_ROWS, lambda part: blend(backend, interactions, fit, part)
-    )
-    users = norms(backend, (block for _, block in parts))
-    return items["mean"] / users["mean"] if items["mean"] > 0 and users["mean"] > 0 else 1.0
+    if dtype == "float32":
+        return blend(backend, interactions, plan, part, out)
+    block = blend(backend, interactions, plan, part)
+    largest = float(abs(block).max()) if block.size else 0.0
+    if largest >= 65520.0:  # rounds beyond float16's largest number, 65504
+        raise InputError(
+            f"modality {plan.modality.name}: a value of {largest:.6g} does not fit float16; use --dtype float32."
+        )
+    if out is None:
+        return block.astype(dtype)
+    out[...] = block
+    return out
+
+
+def blocks(
+    backend: Backend,
+    interactions: Interactions,
+    plan: Blend,
+    step: int,
+    dtype: str,
+    space: Callable[[slice], Any],
+) -> Iterator[tuple[slice, Any]]:
+    """All of X, block by block, each (n, d) in the space that is given for its users.
+
+    ``step`` users at a time, a multiple of `NORM_ROWS`; half as many where memory runs out.
+    """
+
+    def make(part: slice) -> Any:
+        return rows(backend, interactions, plan, part, dtype, space(part))
+
+    return in_blocks(backend, interactions.users, step, NORM_ROWS, make)
+
+
+def block_rows(width: int, memory: int) -> int:
+    """Rows of X per block so that a block, its copy on the way out and the next one stay within ``memory`` bytes."""
+    return max(1, memory // (4 * width * 4 * NORM_ROWS)) * NORM_ROWS

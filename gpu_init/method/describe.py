@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gpu_init.artifact.format import SAMPLE_COLUMNS
 from gpu_init.backend.interface import Backend, ranges
-from gpu_init.method.blend import Blend, blend, of_users
+from gpu_init.method.blend import Blend, blend
 from gpu_init.method.matrix import Interactions
 from gpu_init.method.modality import Modality
 
@@ -19,27 +18,20 @@ TYPICAL = 8  # items per cluster
 _RANDOM = 16  # items that a user's vector is compared with besides its own
 _TURNS = 20  # of the iteration that finds two directions
 _TABLE_VALUES = 1 << 22
+SAMPLE_COLUMNS = (
+    *("lambda", "count", "random_x", "random_y", "local_x", "local_y", "blended_x", "blended_y"),
+    *("cosine_own", "cosine_others", "norm"),
+)
 
 
 Some = Callable[[Any], tuple[Interactions, Blend]]
 """From some of the warm users, by their numbers among these (n,) ascending, to their interactions and plan alone."""
 
 
-def describe(backend: Backend, interactions: Interactions, plan: Blend, seed: int) -> dict[str, Any]:
-    """Arrays of an artifact that a report is drawn from, see `described`."""
-    warm = backend.xp.flatnonzero(plan.weighting.warm)
+def describe(backend: Backend, modality: Modality, centroids: Any, warm: int, some: Some, seed: int) -> dict[str, Any]:
+    """Arrays of an artifact that a report is drawn from, on the host, by the names that `gpu_init.artifact.read.ModalityArrays` has.
 
-    def some(numbers: Any) -> tuple[Interactions, Blend]:
-        users = warm[numbers]
-        return interactions.some(backend, users), of_users(plan, users)
-
-    return described(backend, plan.modality, plan.centroids, len(warm), some, seed)
-
-
-def described(backend: Backend, modality: Modality, centroids: Any, warm: int, some: Some, seed: int) -> dict[str, Any]:
-    """Arrays of an artifact that a report is drawn from, on the host, by the names of `artifact.ModalityArrays`.
-
-    ``sample`` (n, 11) float32: of `SAMPLE` warm users, the `artifact.SAMPLE_COLUMNS`. ``sample_items`` (m, 3)
+    ``sample`` (n, 11) float32: of `SAMPLE` warm users, the `SAMPLE_COLUMNS`. ``sample_items`` (m, 3)
     float32: of as many items, their place in the same plane and their norm. ``typical`` (K, 8) int32: the items
     nearest to each centroid, -1 where there are not so many.
 

@@ -40,7 +40,7 @@ class Interactions:
     @property
     def pairs(self) -> int:
         """Number of user-item pairs that interacted."""
-        return len(self.csr.indices)
+        return int(self.csr.indptr[-1] - self.csr.indptr[0])
 
     def user_degrees(self, backend: Backend, item_values: Any) -> Any:
         """``R v`` for ``v`` (I,) float64: with 1 for the items of a modality, the users' degrees in it (U,)."""

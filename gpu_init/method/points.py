@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from gpu_init.backend.interface import Backend, ranges
 from gpu_init.kernels import PARTS, PARTS_BYTES, Csr
-from gpu_init.kernels.columns import of_columns
 
 BLOCK_ROWS = 4096  # fixed, so that sums run in one order whatever the memory or the number of threads
 TILE_ROWS = 4 * BLOCK_ROWS  # rows that the tiled form makes at a time, fewer where they are long
@@ -182,7 +181,6 @@ class Dense(Points):
 
     @cached_property
     def offset(self) -> Any:
-        """See `Points.offset`."""
         if self._given_offset is not None:
             return self._given_offset
         xp = self.backend.xp
@@ -193,7 +191,6 @@ class Dense(Points):
 
     @cached_property
     def squared_norms(self) -> Any:
-        """See `Points.squared_norms`."""
 
         def work(part: slice) -> Any:
             block = self.rows(part)
@@ -202,7 +199,6 @@ class Dense(Points):
         return self.backend.xp.concatenate(list(self.backend.in_order(work, ranges(len(self), BLOCK_ROWS))))
 
     def rows(self, index: Any) -> Any:
-        """See `Points.rows`."""
         return self._matrix[index] - self.offset
 
     def squared_distances(self, others: Any) -> Any:
@@ -225,7 +221,6 @@ class Dense(Points):
         return self.backend.in_order(work, ranges(len(self), BLOCK_ROWS))
 
     def sums(self, labels: Any, clusters: int) -> Any:
-        """See `Points.sums`."""
         parts = ranges(len(self), TILE_ROWS)
         return sum(self._sums_of(self.rows(part), labels[part], clusters) for part in parts)
 
@@ -237,7 +232,6 @@ class Sample(Dense):
         super().__init__(backend, rows, backend.xp.zeros(rows.shape[1]))
 
     def rows(self, index: Any) -> Any:
-        """See `Points.rows`."""
         return self._matrix[index]
 
 
@@ -281,7 +275,6 @@ class Tiled(Points):
 
     @cached_property
     def offset(self) -> Any:
-        """See `Points.offset`."""
         if self._given_offset is not None:
             return self._given_offset
         return mean_item(self.backend, self._features, self._item_scale != 0)
@@ -295,7 +288,6 @@ class Tiled(Points):
         return self.backend.kernels.squared_norms(self._csr, self._features, *scales, self.offset)
 
     def rows(self, index: Any) -> Any:
-        """See `Points.rows`."""
         xp = self.backend.xp
         users = self.users[index]
         starts = self._csr.indptr[users]
@@ -318,7 +310,6 @@ class Tiled(Points):
             yield part, xp.where(self._row_scale[part] == 0, -1, labels), least, rows
 
     def sums(self, labels: Any, clusters: int) -> Any:
-        """See `Points.sums`."""
         return sum(self._sums_of(rows, labels[part], clusters) for part, rows in self._tiles())
 
     def _tiles(self) -> Iterator[tuple[slice, Any]]:
@@ -332,15 +323,12 @@ def mean_item(backend: Backend, features: Any, present: Any) -> Any:
     xp = backend.xp
     missing = None if bool(present.all()) else ~present
 
-    def total(_: slice, values: Any) -> Any:
-        def work(part: slice) -> Any:
-            if missing is None:
-                return values[part].sum(axis=0, dtype=xp.float64)
-            return xp.where(missing[part][:, None], 0.0, values[part]).sum(axis=0, dtype=xp.float64)
+    def work(part: slice) -> Any:
+        if missing is None:
+            return features[part].sum(axis=0, dtype=xp.float64)
+        return xp.where(missing[part][:, None], 0.0, features[part]).sum(axis=0, dtype=xp.float64)
 
-        return sum(backend.in_order(work, ranges(len(values), BLOCK_ROWS)))
-
-    return xp.concatenate(of_columns(features, total)) / max(int(present.sum()), 1)
+    return sum(backend.in_order(work, ranges(len(features), BLOCK_ROWS))) / max(int(present.sum()), 1)
 
 
 class Factored(Tiled):
@@ -365,31 +353,10 @@ class Factored(Tiled):
         return self.backend.kernels.products(self._features, self.offset, table)
 
     def sums(self, labels: Any, clusters: int) -> Any:
-        """See `Points.sums`."""
-        return self.summed(self.by_item(labels, clusters))
-
-    def by_item(self, labels: Any, clusters: int) -> Any:
-        """``A^T Z``, Z the one-hot labels (n, K) of the rows: (I, K) float64."""
-        table = self.backend.xp.zeros((len(self._features), clusters))
-        self.backend.kernels.label_sums(self._csr, labels, self._row_scale, self._item_scale, table)
-        return table
-
-    def summed(self, by_item: Any) -> Any:
-        """See `Points.sums`, from the table (I, K) of the rows; features are gone through once."""
         kernels = self.backend.kernels
-        parts = of_columns(self._features, lambda _, values: kernels.table_sums(by_item, values))
-        return self.backend.xp.concatenate(parts, axis=1) - by_item.sum(axis=0)[:, None] * self.offset
-
-
-class ByItem(Factored):
-    """The same rows again, of features in `Columns`: sums stay by item and label, (I, K) float64, until `summed`.
-
-    So the tables of several points are added up first, and features are gone through once for all of them.
-    """
-
-    def sums(self, labels: Any, clusters: int) -> Any:
-        """See `Points.sums`."""
-        return self.by_item(labels, clusters)
+        by_item = self.backend.xp.zeros((len(self._features), clusters))
+        kernels.label_sums(self._csr, labels, self._row_scale, self._item_scale, by_item)
+        return kernels.table_sums(by_item, self._features) - by_item.sum(axis=0)[:, None] * self.offset
 
 
 def matrix(backend: Backend, points: Points) -> Any:

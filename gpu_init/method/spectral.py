@@ -22,6 +22,7 @@ from gpu_init.backend.interface import Backend, ranges
 from gpu_init.method import points as method_points
 from gpu_init.method.matrix import Interactions, power
 
+RANK = 64  # The default number of dimensions that users are placed in by what they did.
 TOLERANCE = 1e-6  # of the residual of each direction, where singular values are at most 1
 MOST_PRODUCTS = 200  # by S^T S, of a block each
 WORK = 1 << 31  # multiplications that may go into them, but for the first `LEAST_PRODUCTS`
