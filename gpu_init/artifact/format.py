@@ -31,10 +31,6 @@ LOCK = ".partial.lock"
 _HEADER = re.compile(rb"\{'descr': '([<|][biuf][1248])', 'fortran_order': False, 'shape': \(([0-9, ]{0,100})\), \} *\n")
 TABLES = {"users.parquet": "user_id", "items.parquet": "item_id"}
 REPORT = "report.html"  # made of an artifact later, and not of it
-SAMPLE_COLUMNS = (
-    *("lambda", "count", "random_x", "random_y", "local_x", "local_y", "blended_x", "blended_y"),
-    *("cosine_own", "cosine_others", "norm"),
-)
 INTERACTIONS = "interactions"  # folder of what users were clustered by, where that is what they did
 _RESERVED = {SCRATCH, MANIFEST, JOURNAL, REPLACED, REPORT, *TABLES}
 

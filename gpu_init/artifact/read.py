@@ -19,7 +19,6 @@ from gpu_init.artifact.format import (
     MANIFEST,
     PARTIAL,
     REPORT,
-    SAMPLE_COLUMNS,
     TABLES,
     Json,
     check_modality,
@@ -37,6 +36,7 @@ from gpu_init.artifact.format import (
 )
 from gpu_init.errors import InputError
 from gpu_init.files import remote, storage
+from gpu_init.method.describe import SAMPLE_COLUMNS
 
 # Reading.
 

@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from gpu_init.artifact.format import SAMPLE_COLUMNS
 from gpu_init.backend.interface import Backend, ranges
 from gpu_init.method.blend import Blend, blend, of_users
 from gpu_init.method.matrix import Interactions
 from gpu_init.method.modality import Modality
 
+# Names of the columns of the array ``sample``, one row for each drawn user.
+SAMPLE_COLUMNS = (
+    *("lambda", "count", "random_x", "random_y", "local_x", "local_y", "blended_x", "blended_y"),
+    *("cosine_own", "cosine_others", "norm"),
+)
 SAMPLE = 2000  # warm users, and items
 TYPICAL = 8  # items per cluster
 _RANDOM = 16  # items that a user's vector is compared with besides its own
@@ -39,7 +43,7 @@ def describe(backend: Backend, interactions: Interactions, plan: Blend, seed: in
 def described(backend: Backend, modality: Modality, centroids: Any, warm: int, some: Some, seed: int) -> dict[str, Any]:
     """Arrays of an artifact that a report is drawn from, on the host, by the names of `artifact.ModalityArrays`.
 
-    ``sample`` (n, 11) float32: of `SAMPLE` warm users, the `artifact.SAMPLE_COLUMNS`. ``sample_items`` (m, 3)
+    ``sample`` (n, 11) float32: of `SAMPLE` warm users, the `SAMPLE_COLUMNS`. ``sample_items`` (m, 3)
     float32: of as many items, their place in the same plane and their norm. ``typical`` (K, 8) int32: the items
     nearest to each centroid, -1 where there are not so many.
 
