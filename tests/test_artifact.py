@@ -13,8 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -64,14 +62,24 @@ def work(staging, seed=0, step=5, each=None):
         staging.save("image/labels.npy", rng.integers(-1, CLUSTERS, USERS).astype(np.int32))
         staging.finish("image/fit", {"scale": 1.5, "inertia": [3.0, 2.0]})
     assert staging.finished("image/fit") == {"scale": 1.5, "inertia": [3.0, 2.0]}
-    table = vectors(seed)
-    with staging.rows("image/users.npy", (USERS, WIDTH), np.float32) as writer:
-        for start in range(writer.done, USERS, step):
-            writer.write(table[start : start + step])
-            if each:
-                each(start)
+    write_rows(staging, vectors(seed), step, each)
     staging.save_table("users.parquet", pd.DataFrame({"row": np.arange(USERS), "user_id": names()}))
     return staging.commit(manifest())
+
+
+def write_rows(staging, table, step=5, each=None):
+    """Write the array of users in blocks of rows, going on after those that an earlier run noted."""
+    staging.allocate("image/users.npy", table.shape, np.float32, "image/written")
+    first = (staging.finished("image/written") or {"rows": 0})["rows"]
+    with staging.adopting("image/users.npy") as written:
+        for start in range(first, len(table), step):
+            block = table[start : start + step]
+            with artifact_rows.row_writer(os.path.join(staging.path, "image/users.npy"), start) as write:
+                write(block)
+            staging.finish("image/written", {"rows": start + len(block)})
+            written(start + len(block))
+            if each:
+                each(start)
 
 
 def names():
@@ -173,53 +181,77 @@ def test_rows_do_not_depend_on_blocks(made, tmp_path, step):
     assert contents(made) == contents(tmp_path / "other")
 
 
-def test_blocks_may_be_written_from_two_buffers_in_turn(out):
-    buffers, table = np.empty((2, 5, WIDTH), np.float32), vectors(users=500)
+def test_an_array_is_hashed_while_and_after_its_rows_are_written(out, monkeypatch):
+    monkeypatch.setattr(artifact_staging, "SYNC_BYTES", 100)
+    table = vectors(users=500)
     with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
-        with staging.rows("image/users.npy", (500, WIDTH), np.float32) as writer:
-            for number, start in enumerate(range(0, 500, 5)):
-                buffers[number % 2] = table[start : start + 5]
-                writer.write(buffers[number % 2])
+        assert not staging.allocate("image/users.npy", table.shape, np.float32)
+        path = os.path.join(staging.path, "image/users.npy")
+        with staging.adopting("image/users.npy") as written:
+            for start, stop in ((250, 500), (0, 250)):  # side by side, in any order, in blocks of any layout
+                with artifact_rows.row_writer(path, start) as write:
+                    write(np.asfortranarray(table[start : start + 100]))
+                    write(table[start + 100 : stop])
+                    write(table[:0])
+                written(stop if start == 0 else 0)
         np.testing.assert_array_equal(staging.load("image/users.npy"), table)
+        assert staging.allocate("image/users.npy", table.shape, np.float32)
+        assert not staging.allocate("image/users.npy", (500, WIDTH), np.float16)
+        with staging.adopting("image/users.npy"):
+            pass
+        staging.commit({"modalities": {}, "users": {"rows": 500}, "items": {"rows": 0}})
+    assert read.verify(out) == []
 
 
 def test_wrong_blocks_are_refused(out):
     with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
-        writer = staging.rows("image/users.npy", (4, 2), np.float32)
-        for block in (np.zeros((2, 3), np.float32), np.zeros((2, 2)), np.zeros(2, np.float32)):
-            with pytest.raises(ValueError, match="a block of"):
-                writer.write(block)
-        writer.write(np.zeros((3, 2), np.float32))
-        with pytest.raises(ValueError, match="3 rows were written"):
-            writer.close()
-        with pytest.raises(ValueError, match="closed"):
-            writer.write(np.zeros((1, 2), np.float32))
+        staging.allocate("image/users.npy", (4, 2), np.float32)
+        path = os.path.join(staging.path, "image/users.npy")
+        blocks = np.zeros((2, 3), np.float32), np.zeros((2, 2)), np.zeros(2, np.float32), np.zeros((4, 2), np.float32)
+        with artifact_rows.row_writer(path, 1) as write:
+            for block in blocks:
+                with pytest.raises(ResourceError, match="not what was written"):
+                    write(block)
+            write(np.ones((3, 2), np.float32))
+        os.truncate(path, 100)
+        with pytest.raises(ResourceError, match="not what was written"), staging.adopting("image/users.npy"):
+            pass
 
 
 # Resume.
 
 
-def test_resume_goes_on_from_durable_rows(out, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact_rows, "SYNC_BYTES", 1)
+def test_resume_goes_on_from_durable_rows(out, made, tmp_path):
     other, begun = tmp_path / "other", []
     with pytest.raises(StopError):
         run(other, each=stop_after(20))
     assert not other.exists()
     assert sorted(os.listdir(tmp_path)) == ["other.partial", "place"]
-    with open(tmp_path / "other.partial" / "image" / "users.npy", "ab") as file:
-        file.write(b"half a row")  # what a kill leaves beyond the durable rows
+    with open(tmp_path / "other.partial" / "image" / "users.npy", "r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        file.write(b"???")  # what a kill leaves beyond the durable rows
     run(other, resume=True, each=begun.append)
-    assert 0 < begun[0] <= 25
+    assert begun[0] == 25
     assert contents(other) == contents(made)
     assert sorted(os.listdir(tmp_path)) == ["other", "place"]
 
 
-def test_rows_that_are_gone_are_not_counted(out, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact_rows, "SYNC_BYTES", 1)
+@pytest.mark.parametrize("damage", ["gone", "shorter"])
+def test_rows_that_are_gone_are_not_counted(out, made, tmp_path, damage):
+    """Nor are they later, when the run is stopped again just after it made the array anew."""
     other, begun = tmp_path / "other", []
     with pytest.raises(StopError):
         run(other, each=stop_after(20))
-    os.truncate(tmp_path / "other.partial" / "image" / "users.npy", 150)
+    path = tmp_path / "other.partial" / "image" / "users.npy"
+    os.truncate(path, 150)
+    if damage == "gone":
+        path.unlink()
+    identity = {**IDENTITY, "seed": 0}
+    for there in (False, True):
+        with artifact_staging.Staging.open(other, resume=True, overwrite=False, identity=identity) as staging:
+            assert staging.resumed
+            assert staging.allocate("image/users.npy", (USERS, WIDTH), np.float32, "image/written") == there
+            assert staging.finished("image/written") is None
     run(other, resume=True, each=begun.append)
     assert begun[0] == 0
     assert contents(other) == contents(made)
@@ -227,16 +259,14 @@ def test_rows_that_are_gone_are_not_counted(out, made, tmp_path, monkeypatch):
 
 def test_resume_skips_what_is_finished(out):
     with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity=IDENTITY) as staging:
-        with staging.rows("image/users.npy", (USERS, WIDTH), np.float32) as writer:
-            writer.write(vectors())
+        write_rows(staging, vectors())
         staging.finish("step", {"n": 1})
         assert staging.finished("other") is None
     with artifact_staging.Staging.open(out, resume=True, overwrite=False, identity=IDENTITY) as staging:
         assert staging.resumed
         assert not staging.discarded
         assert staging.finished("step") == {"n": 1}
-        with staging.rows("image/users.npy", (USERS, WIDTH), np.float32) as writer:
-            assert writer.done == USERS
+        write_rows(staging, vectors(), each=lambda start: pytest.fail("written again"))
     assert contents(f"{out}.partial")["image/users.npy"].endswith(vectors().tobytes())
 
 
@@ -522,7 +552,7 @@ def fail_after(monkeypatch, calls, code=errno.ENOSPC, name="write"):
     monkeypatch.setattr(storage.os, name, call)
 
 
-@pytest.mark.parametrize("name", ["write", "fsync", "fdatasync", "replace"])
+@pytest.mark.parametrize("name", ["write", "pwrite", "fsync", "fdatasync", "replace"])
 def test_a_full_disk_is_said_and_the_run_can_be_resumed(made, tmp_path, monkeypatch, name):
     monkeypatch.setattr(artifact_rows, "SYNC_BYTES", 50)
     other, failures = tmp_path / "other", 0
@@ -549,7 +579,18 @@ def test_too_little_disk_is_seen_before_the_rows(out, monkeypatch):
     monkeypatch.setattr(storage, "free_bytes", lambda path: 1000)
     staging = artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={})
     with staging, pytest.raises(ResourceError, match="4,000 bytes are needed, 1,000 are free"):
-        staging.rows("image/users.npy", (1000, 1), np.float32)
+        staging.allocate("image/users.npy", (1000, 1), np.float32)
+
+
+def test_rows_that_are_written_need_no_room(out, monkeypatch):
+    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
+        staging.allocate("image/users.npy", (1 << 20, 1), np.float32)
+        with artifact_rows.row_writer(os.path.join(staging.path, "image/users.npy"), 0) as write:
+            write(np.ones((1 << 19, 1), np.float32))
+        monkeypatch.setattr(storage, "free_bytes", lambda path: 9 << 18)
+        staging.require_room(4 << 20)
+        with pytest.raises(ResourceError, match="bytes are needed"):
+            staging.require_room(5 << 20)
 
 
 def test_a_folder_that_became_read_only(out, monkeypatch):
@@ -559,26 +600,22 @@ def test_a_folder_that_became_read_only(out, monkeypatch):
             staging.save("image/labels.npy", np.zeros(3, np.int32))
 
 
-def test_aborting_does_not_hang_on_a_slow_disk(out, monkeypatch):
-    monkeypatch.setattr(artifact_rows, "_ABORT_SECONDS", 0.05)
-    hanging, real = threading.Event(), os.write
-    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
-        writer = staging.rows("image/users.npy", (6, 1), np.float32)
-        monkeypatch.setattr(storage.os, "write", lambda *given: hanging.wait(30) and real(*given))
-        started = time.monotonic()
-        with pytest.raises(StopError), writer:  # noqa: PT012
-            writer.write(np.zeros((3, 1), np.float32))
-            raise StopError
-        assert time.monotonic() - started < 5
-        monkeypatch.undo()
-        hanging.set()
-        writer._thread.join()
-
-
 # Kills.
 
 
-CALLS = ("write", "fsync", "fdatasync", "replace", "rename", "unlink", "mkdir", "rmdir", "truncate", "ftruncate")
+CALLS = (
+    "write",
+    "pwrite",
+    "fsync",
+    "fdatasync",
+    "replace",
+    "rename",
+    "unlink",
+    "mkdir",
+    "rmdir",
+    "truncate",
+    "ftruncate",
+)
 
 
 def kill_before(number):

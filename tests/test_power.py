@@ -17,7 +17,9 @@ from gpu_init.artifact import staging as artifact_staging
 from gpu_init.files import storage
 from tests.test_artifact import IDENTITY, contents, run, whole, work
 
-REAL = {name: getattr(os, name) for name in ("open", "write", "fsync", "fdatasync", "replace", "rename", "mkdir")}
+REAL = {
+    name: getattr(os, name) for name in ("open", "write", "pwrite", "fsync", "fdatasync", "replace", "rename", "mkdir")
+}
 REAL |= {name: getattr(os, name) for name in ("rmdir", "unlink", "truncate", "ftruncate")}
 EXCHANGE = storage.exchange
 
@@ -89,13 +91,21 @@ class Recorder:
         return os.readlink(f"/proc/self/fd/{descriptor}")
 
     def write(self, descriptor, data):
-        path = self.path_of(descriptor)
-        node = self.nodes.get(path)
         at = os.lseek(descriptor, 0, os.SEEK_CUR)
         written = REAL["write"](descriptor, data)
-        if node is not None:
-            self.content(path, node.data[:at].ljust(at, b"\0") + bytes(data[:written]) + node.data[at + written :])
+        self.written(descriptor, data[:written], at)
         return written
+
+    def pwrite(self, descriptor, data, at):
+        written = REAL["pwrite"](descriptor, data, at)
+        self.written(descriptor, data[:written], at)
+        return written
+
+    def written(self, descriptor, data, at):
+        path = self.path_of(descriptor)
+        node = self.nodes.get(path)
+        if node is not None:
+            self.content(path, node.data[:at].ljust(at, b"\0") + bytes(data) + node.data[at + len(data) :])
 
     def fsync(self, descriptor):
         self.synced(self.path_of(descriptor))

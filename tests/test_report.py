@@ -13,10 +13,9 @@ import scipy.sparse
 
 import gpu_init
 from gpu_init.artifact import read
-from gpu_init.artifact.format import SAMPLE_COLUMNS
 from gpu_init.backend.select import select
 from gpu_init.cli import main
-from gpu_init.method.describe import TYPICAL, typical
+from gpu_init.method.describe import SAMPLE_COLUMNS, TYPICAL, typical
 from gpu_init.method.modality import from_array
 from tests.test_method import catalogue
 

@@ -268,5 +268,5 @@ def is_journal(journal: Json) -> bool:
     """Whether JSON has the form of a journal."""
     if journal.get("format") != JOURNAL_FORMAT or not isinstance(journal.get("identity"), dict):
         return False
-    parts = [journal.get(key) for key in ("finished", "rows", "files")]
+    parts = [journal.get(key) for key in ("finished", "files")]
     return all(isinstance(part, dict) and all(isinstance(one, dict) for one in part.values()) for part in parts)

@@ -167,7 +167,7 @@ class ObjectStaging(Staging):
         """Note what is done, here and in the store, where only files that are whole count."""
         self._journal["mark"] = self._mark
         super()._write_journal()
-        note = seal({**self._journal, "rows": {}})
+        note = seal(self._journal)
         if note == self._noted:
             return
         if self._noted:

@@ -37,6 +37,7 @@ from gpu_init.artifact.format import (
 from gpu_init.method.describe import SAMPLE_COLUMNS
 from gpu_init.errors import InputError
 from gpu_init.files import remote, storage
+from gpu_init.method.describe import SAMPLE_COLUMNS
 
 # Reading.
 

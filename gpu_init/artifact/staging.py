@@ -57,7 +57,7 @@ from gpu_init.artifact.format import (
 )
 from gpu_init.artifact.publish import Place, check_ours, prune, remove_folder, unlink_listed
 from gpu_init.artifact.read import problems, unlisted
-from gpu_init.artifact.rows import SYNC_BYTES, RowWriter
+from gpu_init.artifact.rows import SYNC_BYTES
 from gpu_init.errors import InputError
 from gpu_init.files import storage
 
@@ -92,7 +92,6 @@ class Staging:
         self._replaces = False
         self._journal: Json = {}
         self._mutex = threading.Lock()
-        self._writers: list[RowWriter] = []
 
     @classmethod
     def open(cls, out: str | os.PathLike[str], *, resume: bool, overwrite: bool, identity: Json) -> Staging:
@@ -145,14 +144,12 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        done = any(self._journal.get(part) for part in ("finished", "rows", "files"))
+        done = any(self._journal.get(part) for part in ("finished", "files"))
         self._leave(remove=isinstance(error, InputError) or (error is not None and not done))
 
     def _leave(self, remove: bool) -> None:
         """Stop what is being written and let go of the lock; remove the folder too, if this run made it."""
         try:
-            for writer in self._writers:
-                writer.abort()
             if remove and self._created:
                 with suppress(OSError):  # the reason to leave says more
                     remove_folder(self.path)
@@ -206,7 +203,7 @@ class Staging:
         self.discarded = self._discard()
         os.mkdir(self.path)
         self._created = True
-        self._journal = {"format": JOURNAL_FORMAT, "identity": identity, "finished": {}, "rows": {}, "files": {}}
+        self._journal = {"format": JOURNAL_FORMAT, "identity": identity, "finished": {}, "files": {}}
         self._write_journal()
         storage.sync_dir(os.path.dirname(self.path))
 
@@ -323,8 +320,10 @@ class Staging:
         ResourceError
             Fewer bytes are free.
         """
-        found = (os.path.join(folder, name) for folder, _, names in os.walk(self.path) for name in names)
-        storage.require_free(self.path, needed - sum(os.path.getsize(path) for path in found))
+        found = (os.stat(os.path.join(folder, name)) for folder, _, names in os.walk(self.path) for name in names)
+        # An array has its full size before all of its rows are written; the rest of it has no blocks on the disk yet.
+        written = sum(min(state.st_size, state.st_blocks * 512) for state in found)
+        storage.require_free(self.path, needed - written)
 
     def finished(self, key: str) -> Json | None:
         """Facts that a step noted when it was finished, in this run or in the one that is resumed; else None."""
@@ -377,53 +376,54 @@ class Staging:
         """Map an array that was saved; read-only."""
         return map_array(os.path.join(self.path, relpath))
 
-    def rows(self, relpath: str, shape: tuple[int, int], dtype: DTypeLike) -> RowWriter:
-        """Write an array block by block, going on where an earlier run was stopped.
+    def allocate(self, relpath: str, shape: Shape, dtype: DTypeLike, key: str | None = None) -> bool:
+        """Make room for an array that others fill by `row_writer`, unless an earlier run did.
 
         Parameters
         ----------
         relpath : str
             Where in the folder.
-        shape : (int, int)
+        shape, dtype
             Of the whole array.
-        dtype : dtype
-            Of the array and of every block.
+        key : str, optional
+            Key under which the caller notes, by `finish`, which rows are written. Before the array is made anew,
+            that note is removed, durably: `finished` then never tells of rows that are not there.
+
+        Returns
+        -------
+        bool
+            True where the array was already there from an earlier run, of this shape and dtype; False where it was
+            made anew, so that none of its rows is written.
 
         Raises
         ------
         ResourceError
-            The rest does not fit on the disk.
-        """
-        path = self._path_for(relpath)
-        with storage.writing(os.path.dirname(path)):
-            writer = RowWriter(self, relpath, path, Header(shape, np.dtype(dtype), 0))
-        self._writers.append(writer)
-        return writer
-
-    def allocate(self, relpath: str, shape: Shape, dtype: DTypeLike) -> None:
-        """Make room for an array that others fill by `row_writer`, unless an earlier run did, see `adopting`.
-
-        Raises
-        ------
-        ResourceError
-            It does not fit on the disk.
+            A new array does not fit on the disk.
         """
         path, header = self._path_for(relpath), Header(shape, np.dtype(dtype), 0)
         prefix = header_bytes(shape, header.dtype)
         size = len(prefix) + header.data_bytes
         with storage.writing(self.path, size):
             if os.path.exists(path) and read_header(path) == replace(header, offset=len(prefix)):
-                return
+                return True
             storage.require_free(self.path, header.data_bytes)
+            with self._mutex:
+                if key is not None and self._journal["finished"].pop(key, None) is not None:
+                    self._write_journal()
             with storage.create(path) as sink:
                 sink.write(prefix)
                 os.ftruncate(sink.descriptor, size)
+        return False
 
     @contextmanager
     def adopting(self, relpath: str) -> Iterator[Callable[[int], None]]:
-        """Note an array as finished that others fill by `row_writer`, when this is left.
+        """Note an array as finished, when this is left, that others fill by `row_writer` in the meantime.
 
-        Gives what may be told how many of its first rows are there by now: a thread hashes them meanwhile.
+        Yields
+        ------
+        callable
+            It takes the number of first rows of the array that are written and durable by now: a thread then hashes
+            them, so that little is left to hash at the end.
         """
         path, sink, left = self._path_for(relpath), storage.Sink(-1), threading.Event()
         header = read_header(path)
@@ -438,6 +438,8 @@ class Staging:
                     if left.is_set():
                         return
                     sink.skip(min(start + SYNC_BYTES, end))
+                    # Nobody reads these pages soon: the next rows take their place in memory, not that of others.
+                    os.posix_fadvise(sink.descriptor, start, sink.size - start, os.POSIX_FADV_DONTNEED)
 
         row_bytes = header.data_bytes // max(header.shape[0], 1)
         parts: list[Future[None]] = []
@@ -476,23 +478,8 @@ class Staging:
 
     def _note_file(self, relpath: str, sink: storage.Sink, facts: Json) -> None:
         with self._mutex:
-            self._journal["rows"].pop(relpath, None)
             self._journal["files"][relpath] = {"bytes": sink.size, "sha256": sink.digest.hexdigest(), **facts}
             self._write_journal()
-
-    def _note_rows(self, relpath: str, header: Header, rows: int) -> None:
-        with self._mutex:
-            self._journal["files"].pop(relpath, None)
-            self._journal["rows"][relpath] = {"shape": list(header.shape), "dtype": header.dtype.name, "rows": rows}
-            self._write_journal()
-
-    def _durable_rows(self, relpath: str, header: Header) -> tuple[int, bool]:
-        """Rows of an array that are durable, and whether the array is finished."""
-        for section in ("files", "rows"):
-            noted = self._journal[section].get(relpath, {})
-            if [noted.get("shape"), noted.get("dtype")] == [list(header.shape), header.dtype.name]:
-                return noted.get("rows", header.shape[0]), section == "files"
-        return 0, False
 
     def _write_journal(self) -> None:
         storage.write_file(os.path.join(self.path, JOURNAL), seal(self._journal))

@@ -15,11 +15,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from gpu_init.artifact.format import REPORT, SAMPLE_COLUMNS
+from gpu_init.artifact.format import REPORT
 from gpu_init.artifact.read import Artifact, InteractionArrays, ModalityArrays
 from gpu_init.method.describe import SAMPLE_COLUMNS
 from gpu_init.errors import InputError
 from gpu_init.files import storage
+from gpu_init.method.describe import SAMPLE_COLUMNS
 from gpu_init.show import charts
 from gpu_init.show.charts import Section
 
