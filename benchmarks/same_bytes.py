@@ -3,7 +3,9 @@
 TikTok (where ../shared/data is there) and the demo's data, six settings each, in one process and over two Dask workers.
 Prints one line for each job. The exit code is 1 where any array differs. ``GPU_INIT_KERNELS`` chooses the kernels.
 
-    python benchmarks/same_bytes.py OLD_CHECKOUT [NEW_CHECKOUT] [--python PYTHON]
+    python benchmarks/same_bytes.py OLD_CHECKOUT [NEW_CHECKOUT]
+
+Each checkout is run by the environment in its folder ``.venv``, as ``make test`` makes it.
 """
 
 from __future__ import annotations
@@ -41,10 +43,10 @@ def data_sets(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def call(python: str, checkout: Path, *words: str) -> None:
+def call(checkout: Path, *words: str) -> None:
     """Run the command of a checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "NUMBA_NUM_THREADS": "2"}
-    command = [python, "-m", "gpu_init", *words]
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
+    command = [str(checkout.resolve() / ".venv/bin/python"), "-m", "gpu_init", *words]
     done = subprocess.run(command, cwd=checkout, env=environment, check=False, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr}")
@@ -69,13 +71,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path, nargs="?", default=ROOT)
-    parser.add_argument("--python", default=sys.executable, help="interpreter that has both checkouts' dependencies")
     parser.add_argument("--only", default="", help="part of the name of a setting")
     given = parser.parse_args()
     different = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        call(given.python, given.old.resolve(), "demo", f"--folder={folder}/demo")
+        call(given.old, "demo", f"--folder={folder}/demo")
         for data, files in data_sets(folder).items():
             for setting, flags in SETTINGS.items():
                 for processes, more in PROCESSES.items():
@@ -84,7 +85,7 @@ def main() -> int:
                     outs = [folder / f"{data}-{which}" for which in ("old", "new")]
                     for checkout, out in zip((given.old, given.new), outs, strict=True):
                         words = [*files, *flags, *more, f"--out={out}", "--overwrite"]
-                        call(given.python, checkout.resolve(), "run", *words)
+                        call(checkout, "run", *words)
                     said = difference(*outs)
                     different += bool(said)
                     print(f"{data:8} {setting:20} {processes:12} {said or 'the same bytes'}", flush=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +12,14 @@ from gpu_init.backend.select import for_work, select
 from gpu_init.config import Settings
 from gpu_init.errors import InputError
 from gpu_init.kernels.costs import fitting_seconds
-from gpu_init.method import modality as method_modality
-from gpu_init.method import projection as method_projection
-from gpu_init.method.blend import block_rows, blocks
-from gpu_init.method.clusters import Behaviour, behaviour, check_clusters, cluster_arrays, embed, fit
 from gpu_init.method.matrix import Interactions, from_matrix
-from gpu_init.method.modality import Modality
-from gpu_init.method.weighting import Weighting, weighting
+from gpu_init.method.modality import Modality, from_array
+from gpu_init.method.projection import fit_projection, project
+from gpu_init.parts import LocalParts, Plan, Process, part_bounds
+from gpu_init.run import Job, vectors
+from gpu_init.show.progress import Progress
 
-ARRAY_BLOCK_BYTES = 64 << 20  # of the result, per kernel call, where nobody says how much memory there is
-
-
-# The Python call.
+ARRAY_BLOCK_BYTES = 256 << 20  # Memory for the blocks of vectors, a quarter of which is one block.
 
 
 @dataclass(frozen=True)
@@ -182,53 +179,139 @@ def initialize(
 def _initialize(device: Backend, interactions: Any, features: Mapping[str, Any], settings: Settings) -> Result:
     matrix = from_matrix(device, interactions, "interactions")
     exact = settings.dim is not None
-    sources = {name: method_modality.from_array(device, name, array, exact=exact) for name, array in features.items()}
-    widths = [settings.dim or modality.values.shape[1] for modality in sources.values()]
-    sizes = (matrix.users, matrix.items, matrix.pairs)
-    device = for_work(device, fitting_seconds(*sizes, widths, settings.clusters, settings.cluster_on == "interactions"))
-    for name, modality in sources.items():
+    modalities = {name: from_array(device, name, array, exact=exact) for name, array in features.items()}
+    widths = [settings.dim or modality.values.shape[1] for modality in modalities.values()]
+    seconds = fitting_seconds(
+        *(matrix.users, matrix.items, matrix.pairs),
+        widths,
+        settings.clusters,
+        settings.cluster_on == "interactions",
+    )
+    device = for_work(device, seconds)
+    for name, modality in modalities.items():
         if len(modality.values) != matrix.items:
             raise InputError(
                 f"modality {name}: {len(modality.values)} rows, but the interactions have {matrix.items} items."
             )
-    operators = {}
-    for name, modality in sources.items():
-        operators[name] = weighting(device, matrix, modality.present, settings.weighting)
-        check_clusters(name, modality.n_present, operators[name], settings)
-    shared = None
-    if settings.cluster_on == "interactions":
-        shared = behaviour(device, matrix, embed(device, matrix, settings), settings)
-    return Result(
-        {
-            name: _initialize_one(device, matrix, modality, operators[name], settings, shared)
-            for name, modality in sources.items()
-        }
-    )
-
-
-def _initialize_one(
-    backend: Backend,
-    interactions: Interactions,
-    modality: Modality,
-    operator: Weighting,
-    settings: Settings,
-    shared: Behaviour | None,
-) -> ModalityResult:
     if settings.dim is not None:
-        projection = method_projection.fit_projection(backend, modality, settings.dim, settings.whiten)
-        modality = method_projection.project(backend, modality, projection)
-    width = modality.values.shape[1]
-    step = block_rows(width, 4 * ARRAY_BLOCK_BYTES)
-    labels = cluster_arrays(backend, interactions, modality, operator, settings, shared)
-    plan = fit(backend, interactions, modality, operator, settings, labels, None, step)
-    users = backend.empty((interactions.users, width), settings.dtype)
-    for _ in blocks(backend, interactions, plan, step, settings.dtype, users.__getitem__):
-        pass
+        for name, modality in modalities.items():
+            found = fit_projection(device, modality, settings.dim, settings.whiten)
+            modalities[name] = project(device, modality, found)
+    arrays = Memory(device)
+    facts = vectors(job_on_arrays(device, matrix, modalities, settings, arrays))
+    return Result({name: _result(arrays, name, modalities[name], facts[name], settings) for name in modalities})
+
+
+def _result(arrays: Memory, name: str, modality: Modality, facts: dict[str, Any], settings: Settings) -> ModalityResult:
     projected = settings.dim is not None
     return ModalityResult(
-        users,
-        *labels,
+        arrays.load(f"{name}/users.npy"),
+        arrays.load(f"{name}/centroids.npy"),
+        arrays.load(f"{name}/labels.npy"),
+        arrays.load(f"{name}/item_labels.npy") if settings.cluster_on == "items" else None,
         modality.values if projected else None,
         modality.present if projected else None,
-        plan.scale,
+        facts["scale"],
     )
+
+
+def job_on_arrays(
+    backend: Backend, interactions: Interactions, modalities: Mapping[str, Modality], settings: Settings, arrays: Memory
+) -> Job:
+    """Give the page's job on arrays in this process; ``modalities`` are projected already."""
+    bounds = part_bounds(interactions.users, interactions.pairs)
+    plan = Plan(settings, bounds, interactions.items, interactions.pairs, ARRAY_BLOCK_BYTES)
+    parts = LocalParts(Process(backend, plan, arrays, _Arrays(plan, interactions, modalities)))
+    masks = {name: backend.to_host(modality.present) for name, modality in modalities.items()}
+    widths = {name: modality.values.shape[1] for name, modality in modalities.items()}
+    return Job(settings, parts, arrays, Progress(None), masks, widths, None, ExitStack(), described=False)
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """R and features that lie in memory, as the source of a `Process`."""
+
+    plan: Plan
+    interactions: Interactions
+    modalities: Mapping[str, Modality]
+
+    def part(self, number: int) -> Interactions:
+        first, last = self.plan.bounds[number : number + 2]
+        return Interactions(self.interactions.csr.rows(first, last), self.interactions.items)
+
+    def modality(self, name: str) -> Modality:
+        return self.modalities[name]
+
+    def present(self, name: str) -> Any:
+        return self.modalities[name].present
+
+
+class Memory:
+    """The arrays of a run in memory, on the device: a `Store` for the page, and the `Arrays` of its tasks."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._arrays: dict[str, Any] = {}
+        self._finished: dict[str, dict[str, Any]] = {}
+
+    def copy(self) -> Memory:
+        """Give another one with the same arrays and notes, to which more can be added."""
+        other = Memory(self._backend)
+        other._arrays, other._finished = dict(self._arrays), dict(self._finished)
+        return other
+
+    def finished(self, key: str) -> dict[str, Any] | None:
+        return self._finished.get(key)
+
+    def finish(self, key: str, facts: dict[str, Any]) -> None:
+        self._finished[key] = facts
+
+    def save(self, relpath: str, array: Any) -> None:
+        self._arrays[relpath] = self._backend.asarray(array)
+
+    def load(self, relpath: str) -> Any:
+        return self._arrays[relpath]
+
+    def allocate(self, relpath: str, shape: tuple[int, ...], dtype: Any, key: str | None = None) -> bool:  # noqa: ARG002
+        self._arrays[relpath] = self._backend.empty(shape, dtype)
+        return False
+
+    @contextmanager
+    def adopting(self, relpath: str) -> Iterator[Callable[[int], None]]:  # noqa: ARG002
+        yield lambda rows: None
+
+    @contextmanager
+    def write_rows(self, path: str, first: int) -> Iterator[Callable[[Any], None]]:
+        array, place = self._arrays[path], first
+
+        def write(rows: Any) -> None:
+            nonlocal place
+            array[place : place + len(rows)] = self._backend.asarray(rows)
+            place += len(rows)
+
+        yield write
+
+    @contextmanager
+    def outbox(
+        self,
+        backend: Backend,
+        path: str,
+        first: int,
+        rows: int,
+        width: int,
+        dtype: str,  # noqa: ARG002
+    ) -> Iterator[Any]:
+        yield _InPlace(self._arrays[path][first:])
+
+
+class _InPlace:
+    """An `Outbox` whose blocks are computed where they belong."""
+
+    def __init__(self, rows: Any) -> None:
+        self._rows, self._done = rows, 0
+
+    def space(self, rows: int) -> Any:
+        return self._rows[self._done : self._done + rows]
+
+    def send(self, block: Any) -> None:
+        self._done += len(block)

@@ -295,7 +295,7 @@ def _run_job(job: config.JobConfig, progress: Progress) -> str:
     if job.scheduler is None:
         from gpu_init.run import run
     else:
-        from gpu_init.cluster.workers import run
+        from gpu_init.cluster.site import run
 
     return run(job, progress)
 

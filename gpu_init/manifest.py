@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,6 +24,7 @@ from gpu_init.method.modality import Modality
 from gpu_init.method.norms import item_norms, norms
 from gpu_init.method.points import sample_sizes
 from gpu_init.show.progress import Progress
+from gpu_init.tasks import Fitted
 from gpu_init.version import __version__
 
 

@@ -70,9 +70,6 @@ class Plan:
 class Arrays(Protocol):
     """Arrays of a run by their paths in the artifact, as tasks use them: in a folder, or in memory."""
 
-    def has(self, path: str) -> bool:
-        """Whether the array is there."""
-
     def load(self, path: str) -> Any:
         """Return the whole array; in a folder it is memory-mapped."""
 

@@ -8,7 +8,7 @@ users are the functions of `gpu_init.tasks`. A step that is finished is noted in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,31 +19,17 @@ import numpy as np
 from gpu_init import tasks
 from gpu_init.artifact.format import INTERACTIONS
 from gpu_init.artifact.objects import open_staging
-from gpu_init.artifact.read import Artifact
-from gpu_init.artifact.rows import Folder
 from gpu_init.artifact.staging import Staging
-from gpu_init.backend.interface import Backend
-from gpu_init.backend.select import for_work, select
-from gpu_init.budget import Sizes, block_bytes, kmeans_bytes, require_room
+from gpu_init.backend.select import select
+from gpu_init.budget import kmeans_bytes
 from gpu_init.config import JobConfig
-from gpu_init.inputs.axes import ItemAxis
-from gpu_init.inputs.interactions import read as read_interactions
 from gpu_init.inputs.read import (
-    Counts,
-    Features,
-    Source,
     check_inputs,
     check_places,
-    columns_of,
     inputs_of,
     item_axis_of,
-    job_seconds,
-    prepare_kernels,
     read_features,
-    tell_gaps,
-    users_of,
 )
-from gpu_init.inputs.tables import stated_rows, text_bytes
 from gpu_init.kernels.csr import Csr
 from gpu_init.manifest import (
     cluster_sizes,
@@ -55,19 +41,19 @@ from gpu_init.manifest import (
     save_ids,
     timings_of,
 )
-from gpu_init.memory import require as require_memory
 from gpu_init.method import clusters, kmeans, lambdas, projection, spectral
 from gpu_init.method.blend import Blend
 from gpu_init.method.choose import Choice
 from gpu_init.method.describe import describe
-from gpu_init.method.matrix import ROW_BYTES, Interactions, power
+from gpu_init.method.matrix import Interactions, power
 from gpu_init.method.modality import Modality
 from gpu_init.method.norms import NormSums, item_norms, norm_statistics
 from gpu_init.method.points import kmeans_form, matrix, mean_item
 from gpu_init.method.weighting import Weighting
-from gpu_init.parts import LocalParts, Parts, Plan, Process, part_bounds
+from gpu_init.parts import Parts
 from gpu_init.settings import POLICIES, Settings
 from gpu_init.show.progress import Progress
+from gpu_init.site import Data, LocalSite, Site
 from gpu_init.tasks import LABELS, SHARED, Fitted, PartedGraph, PartedPoints, Rows
 
 
@@ -86,8 +72,11 @@ class Store(Protocol):
     def load(self, relpath: str) -> Any:
         """Return an array that was saved or filled."""
 
-    def allocate(self, relpath: str, shape: tuple[int, ...], dtype: Any) -> bool:
-        """Make room for an array that the tasks fill; True where an earlier run has begun to fill it."""
+    def allocate(self, relpath: str, shape: tuple[int, ...], dtype: Any, key: str | None = None) -> bool:
+        """Make room for an array that the tasks fill; True where an earlier run has begun to fill it.
+
+        Where it is made anew, what is noted under ``key`` is forgotten.
+        """
 
     def adopting(self, relpath: str) -> AbstractContextManager[Callable[[int], None]]:
         """Note such an array as finished in the end; the function is told how many of its first rows are there."""
@@ -110,6 +99,8 @@ class Job:
         Bytes that K-means may take; None: no limit was given.
     adopted : ExitStack
         Leaving it waits for the arrays that are still being hashed.
+    described : bool, default=True
+        Whether the manifest's statistics and the report's samples are wanted.
     """
 
     settings: Settings
@@ -120,6 +111,7 @@ class Job:
     source_widths: Mapping[str, int]
     memory: int | None
     adopted: ExitStack
+    described: bool = True
 
 
 # The method.
@@ -155,9 +147,7 @@ def weigh(job: Job) -> None:
             job.store.finish(paths[name], {})
 
 
-def _modality(
-    job: Job, name: str, warm: list[int], given: tuple[Fitted, dict[str, Any]] | None
-) -> dict[str, Any]:
+def _modality(job: Job, name: str, warm: list[int], given: tuple[Fitted, dict[str, Any]] | None) -> dict[str, Any]:
     """Cluster, blend and write one modality; ``warm``: warm users of each part."""
     modality = job.parts.modality(name)
     fitted, facts = given or cluster(job, modality, warm)
@@ -166,6 +156,8 @@ def _modality(
     fitted, lam = weigh_local_part(job, modality, fitted)
     fitted = fitted if given else rescale(job, modality, fitted)
     user_norms = write(job, fitted)
+    if not job.described:
+        return {"scale": fitted.scale}
     sample(job, modality, fitted, warm)
     backend = job.parts.backend
     return modality_facts(backend, modality, fitted, job.parts.plan.users, sizes, facts, user_norms, lam)
@@ -223,24 +215,29 @@ def _form(job: Job, rows: Rows, total: int, count: int) -> str:
     return kmeans_form(total, plan.items, plan.pairs, count, len(rows.offset), job.memory)
 
 
-def cluster_interactions(job: Job) -> None:
-    """Cluster the users on what they did, for all modalities: the embedding, the centroids and the labels are outputs."""
-    settings, store, parts = job.settings, job.store, job.parts
-    embedding = [f"{INTERACTIONS}/{name}.npy" for name in ("items", "item_factors", "singular_values")]
-    if store.finished(embedding[0]) is None:
+def embed_interactions(job: Job) -> None:
+    """Find the directions that place users by what they did; they are an output."""
+    settings, store, backend = job.settings, job.store, job.parts.backend
+    paths = [f"{INTERACTIONS}/{name}.npy" for name in ("items", "item_factors", "singular_values")]
+    if store.finished(paths[0]) is None:
         with job.progress.step("embed interactions") as step:
-            found = spectral.fit(
-                parts.backend, PartedGraph(parts), settings.cluster_rank or spectral.RANK, settings.seed
-            )
+            rank = settings.cluster_rank or spectral.RANK
+            found = spectral.fit(backend, PartedGraph(job.parts), rank, settings.seed)
             facts = {"products": found.products, "settled": found.settled}
             step.note(rank=len(found.singular_values), **facts)
-        for path, array in zip(embedding, (found.items, found.item_factors, found.singular_values), strict=True):
-            store.save(path, parts.backend.to_host(array))
-        store.finish(embedding[0], facts)
+        for path, array in zip(paths, (found.items, found.item_factors, found.singular_values), strict=True):
+            store.save(path, backend.to_host(array))
+        store.finish(paths[0], facts)
+
+
+def cluster_interactions(job: Job) -> None:
+    """Cluster the users on what they did, for all modalities; centroids and labels are outputs."""
+    settings, store, parts = job.settings, job.store, job.parts
+    embed_interactions(job)
     if store.finished(INTERACTIONS) is None:
         counts = parts.map(tasks.placed)
         with job.progress.step("cluster interactions") as step:
-            offset = np.zeros(store.load(embedding[0]).shape[1])
+            offset = np.zeros(store.load(f"{INTERACTIONS}/items.npy").shape[1])
             clustered, choice, sizes = _kmeans(job, Rows(INTERACTIONS, "tiled", offset), counts)
             step.note(clusters=len(clustered.centroids), passes=len(clustered.inertia))
         centroids = parts.backend.to_host(clustered.centroids)
@@ -263,7 +260,8 @@ def _shared_centroids(job: Job, modality: Modality, warm: int) -> Any:
     offset = backend.to_host(mean_item(backend, modality.values, modality.present))
     rows = Rows(modality.name, "tiled", offset)
     rows = replace(rows, form=_form(job, rows, warm, count))
-    return clusters.behaviour_means(*job.parts.total(tasks.sums_of_labels, rows, count), offset)
+    sums, counts = job.parts.total(tasks.sums_of_labels, rows, count)
+    return clusters.behaviour_means(sums, counts, offset)
 
 
 def label(job: Job, fitted: Fitted, warm: int) -> tuple[Fitted, list[int]]:
@@ -350,13 +348,12 @@ def write(job: Job, fitted: Fitted) -> dict[str, float]:
     """Write the vectors of all users, part by part, but for the parts that an earlier run wrote; gives their norms."""
     plan, store, path = job.parts.plan, job.store, f"{fitted.name}/users.npy"
     key, bounds, width = f"{fitted.name}/written", plan.bounds, fitted.centroids.shape[1]
-    begun = store.allocate(path, (plan.users, width), np.dtype(job.settings.dtype))
-    written = (store.finished(key) or {}) if begun else {}
-    done = {int(number): NormSums(*sums) for number, sums in written.items()}
+    store.allocate(path, (plan.users, width), np.dtype(job.settings.dtype), key)
+    done = {int(number): NormSums(*sums) for number, sums in (store.finished(key) or {}).items()}
     hashed = job.adopted.enter_context(store.adopting(path))
     with job.progress.step(f"write {fitted.name}", total=plan.users, unit="user") as step:
         step.advance(sum(bounds[number + 1] - bounds[number] for number in done))
-        for number, sums in job.parts.each(tasks.write, set(done), fitted):
+        for number, sums in job.parts.each(tasks.write, set(done), fitted, job.described):
             done[number] = sums
             store.finish(key, {str(one): list(found) for one, found in done.items()})
             step.advance(bounds[number + 1] - bounds[number])
@@ -392,7 +389,9 @@ def _some_users(
 
     weights: Any = None
     if any(part["weights"] is not None for part in found):
-        parts = [np.ones(len(part["indices"]), np.float32) if part["weights"] is None else part["weights"] for part in found]
+        parts = [
+            np.ones(len(part["indices"]), np.float32) if part["weights"] is None else part["weights"] for part in found
+        ]
         weights = backend.asarray(np.concatenate(parts))
     items, columns = np.unique(np.concatenate([part["indices"] for part in found]), return_inverse=True)
     indptr = np.cumsum([0, *np.concatenate([np.diff(part["indptr"]) for part in found])])
@@ -429,7 +428,8 @@ def run(config: JobConfig, progress: Progress) -> str:
         Not enough memory or disk, or the device failed; what was done can be resumed.
     """
     check_places(config)
-    backend = select(config.backend, progress.say)
+    backend = select(config.backend)
+    backend.say = progress.say
     with backend.explained():
         progress.say(f"backend {backend.name}: {backend.why}")
         return run_at(LocalSite(backend), config, progress)

@@ -55,6 +55,12 @@ class Data:
     interactions: Interactions | None = None
 
     @property
+    def matrix(self) -> Interactions:
+        """R, in this process."""
+        assert self.interactions is not None, "a cluster's workers have R"
+        return self.interactions
+
+    @property
     def masks(self) -> dict[str, Any]:
         """Which items (I,) have each modality."""
         return {name: source.mask for name, source in self.sources.items()}
@@ -123,11 +129,10 @@ class LocalSite:
         return Data(Counts.of(table), sources, backend, table.interactions)
 
     def parts(self, config: JobConfig, data: Data, staging: Staging) -> Parts:
-        assert data.interactions is not None
         counts = data.counts
         bounds = part_bounds(counts.users, counts.kept)
         plan = Plan(config.settings, bounds, counts.items, counts.pairs, block_bytes(config, counts.users))
-        source = LocalSource(data.backend, plan, data.interactions, data.sources, staging)
+        source = LocalSource(data.backend, plan, data.matrix, data.sources, staging)
         return LocalParts(Process(data.backend, plan, Folder(staging.path), source))
 
     def facts(self, data: Data, parts: Parts) -> dict[str, Any]:  # noqa: ARG002

@@ -5,6 +5,7 @@ Results lie on the host. Rows of users stay where the part is, or are written to
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpu_init.artifact.format import INTERACTIONS
-from gpu_init.method import clusters, kmeans, lambdas, spectral
+from gpu_init.method import clusters, lambdas, spectral
 from gpu_init.method.blend import Blend, block_rows, blocks
 from gpu_init.method.norms import NormSums, norm_sums
 from gpu_init.method.points import Dense, Factored, Points, Step, Tiled, matrix
@@ -199,6 +200,7 @@ class PartedGraph:
     def __init__(self, parts: Parts) -> None:
         self.items, self.pairs = parts.plan.items, parts.plan.pairs
         self._parts = parts
+        self._kept: Any = None
 
     def item_sums(self) -> Any:
         return self._parts.backend.asarray(self._parts.total(item_sums))
@@ -208,10 +210,12 @@ class PartedGraph:
         return spectral.large_labels(labels, self._parts.total(_component_sizes, labels), most)
 
     def keep(self, kept: Any) -> int:
-        return int(self._parts.total(_active, self._parts.broadcast("kept", kept)))
+        self._kept = self._parts.broadcast("kept", kept)
+        return int(self._parts.total(_active, self._kept))
 
     def product(self, table: Any) -> Any:
-        return self._parts.backend.asarray(self._parts.total(_product, self._parts.broadcast("table", table)))
+        sums = self._parts.total(_product, self._kept, self._parts.broadcast("table", table))
+        return self._parts.backend.asarray(sums)
 
 
 def _components(part: Part) -> Any:
@@ -223,22 +227,25 @@ def _component_sizes(part: Part, labels: Any) -> tuple[Any, Any]:
 
 
 def _graph(part: Part, kept: Any) -> tuple[spectral.Whole, int]:
-    graph = spectral.Whole(part.backend, part.interactions)
-    return graph, graph.keep(received(part, kept))
+    def make() -> tuple[spectral.Whole, int]:
+        graph = spectral.Whole(part.backend, part.interactions)
+        return graph, graph.keep(received(part, kept))
+
+    return part.keep(("graph",), make)
 
 
 def _active(part: Part, kept: Any) -> int:
-    return part.keep(("graph",), lambda: _graph(part, kept))[1]
+    return _graph(part, kept)[1]
 
 
-def _product(part: Part, table: Any) -> Any:
-    graph, _ = part.keep(("graph",), lambda: _graph(part, "scratch/kept.npy"))
+def _product(part: Part, kept: Any, table: Any) -> Any:
     with part.backend.deterministic():
-        return part.backend.to_host(graph.product(received(part, table)))
+        return part.backend.to_host(_graph(part, kept)[0].product(received(part, table)))
 
 
 def placed(part: Part) -> int:
     """Count the users who have a row of E."""
+    part.process.take(("graph", part.number))
     return len(_placed(part))
 
 
@@ -410,8 +417,8 @@ def measure(part: Part, fitted: Fitted) -> NormSums:
     return norm_sums(backend, (block for _, block in made))
 
 
-def write(part: Part, fitted: Fitted) -> NormSums:
-    """Write the users' vectors, each block while the next one is made; gives their norms."""
+def write(part: Part, fitted: Fitted, measured: bool) -> NormSums:
+    """Write the users' vectors, each block while the next one is made; gives their norms where these are wanted."""
     backend, dtype, width = part.backend, part.settings.dtype, fitted.centroids.shape[1]
     rows, fit = _block_rows(part, fitted), blend(part, fitted)
     most = min(rows, part.interactions.users)
@@ -424,7 +431,7 @@ def write(part: Part, fitted: Fitted) -> NormSums:
                 yield block  # for its norms
                 outbox.send(block)
 
-        return norm_sums(backend, made())
+        return norm_sums(backend, made() if measured else iter(deque(made(), maxlen=0)))
 
 
 def drawn(part: Part, fitted: Fitted, index: Any) -> dict[str, Any]:

@@ -20,25 +20,27 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from gpu_init import run, tasks
+from gpu_init.api import Memory, job_on_arrays
 from gpu_init.backend.interface import Backend, ranges
 from gpu_init.backend.select import select
 from gpu_init.config import CLUSTER_ON, COLUMNS, POLICIES, JobConfig, Settings, settings_to_dict
 from gpu_init.errors import InputError
 from gpu_init.files import storage
-from gpu_init.inputs import interactions
-from gpu_init.inputs import read as inputs_read
 from gpu_init.inputs.axes import ItemAxis
+from gpu_init.inputs.interactions import read as read_interactions
+from gpu_init.inputs.read import item_axis_of, read_features
 from gpu_init.inputs.tables import Columns
-from gpu_init.method import clusters as method_clusters
-from gpu_init.method import projection, spectral
-from gpu_init.method import weighting as method_weighting
+from gpu_init.method import lambdas
 from gpu_init.method.blend import Blend, global_part, of_users
-from gpu_init.method.lambdas import lambdas
+from gpu_init.method.clusters import check_warm
 from gpu_init.method.matrix import Interactions
 from gpu_init.method.modality import Modality
-from gpu_init.method.weighting import Weighting
+from gpu_init.method.projection import fit_projection, project
+from gpu_init.method.weighting import weighting
 from gpu_init.show import charts
 from gpu_init.show.progress import Progress
+from gpu_init.site import Data, LocalSite
 from gpu_init.where import parse
 
 METRICS = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
@@ -125,7 +127,7 @@ def grid(settings: Settings, widths: Mapping[str, int], most_clusters: int) -> l
     return list(dict.fromkeys(found))
 
 
-def read(config: JobConfig, backend: Backend, progress: Progress) -> tuple[inputs_read.Data, HeldOut]:
+def read(config: JobConfig, backend: Backend, progress: Progress) -> tuple[Data, HeldOut]:
     """Read a job's inputs, and held-out interactions of its users and items.
 
     Interactions that the job has as well, and those of other users or items, are left out.
@@ -139,28 +141,40 @@ def read(config: JobConfig, backend: Backend, progress: Progress) -> tuple[input
         raise InputError("tune ranks settings by held-out interactions: give --valid PATH, or --valid-where EXPR.")
     tried = grid(config.settings, dict.fromkeys(config.features, DIM), max(CLUSTERS))
     clusterings = {_keys(one, "")[1] + (one.dim, one.whiten) for one in tried}
-    data = inputs_read.read_inputs(config, backend, progress, candidates=len(clusterings))
-    path, train = config.valid or config.interactions, data.table
+    found = read_features(config, progress)
+    data = LocalSite(backend).read(config, found, item_axis_of(found.tables), progress, None, len(clusterings))
+    for name, warm in _warm(data).items():
+        check_warm(name, int(data.masks[name].sum()), warm, config.settings)
+    path, train = config.valid or config.interactions, data.counts
     where = parse(config.valid_where) if config.valid_where else None
     columns = Columns(config.user_column, config.item_column, None, where, config.session_column)
-    axis = ItemAxis(train.interactions.items) if train.item_ids is None else ItemAxis(None, [train.item_ids])
+    axis = ItemAxis(train.items) if train.item_ids is None else ItemAxis(None, [train.item_ids])
     with progress.step("read held-out", unit="row") as step:
         try:
             numbered = config.users if isinstance(config.users, int) else None
-            found = interactions.read(backend, path, columns, axis, numbered, step.advance)
+            held = read_interactions(backend, path, columns, axis, numbered, step.advance)
         except InputError as error:
             raise InputError(str(error).replace("--where", "--valid-where")) from None
-        codes, sizes = _pairs(backend, found.interactions), train.interactions
-        users = _rows(codes[0], found.user_ids, train.user_ids, sizes.users)
-        items = _rows(codes[1], found.item_ids, train.item_ids, sizes.items)
+        codes = _pairs(backend, held.interactions)
+        users = _rows(codes[0], held.user_ids, train.user_ids, train.users)
+        items = _rows(codes[1], held.item_ids, train.item_ids, train.items)
         known = (users >= 0) & (items >= 0)
-        keys = np.unique(users[known] * train.interactions.items + items[known])
-        own = _pairs(backend, train.interactions)
-        keys = np.setdiff1d(keys, own[0] * train.interactions.items + own[1])
+        keys = np.unique(users[known] * train.items + items[known])
+        own = _pairs(backend, data.matrix)
+        keys = np.setdiff1d(keys, own[0] * train.items + own[1])
         step.note(held_out=len(keys), of_unknown_users_or_items=int((~known).sum()))
     if len(keys) == 0:
         raise InputError(f"{path}: no held-out interaction is left of users and items that the job has.")
-    return data, HeldOut(*np.divmod(keys, train.interactions.items))
+    return data, HeldOut(*np.divmod(keys, train.items))
+
+
+def _warm(data: Data) -> dict[str, int]:
+    """Number of warm users in each modality."""
+    backend = data.backend
+    operators = {
+        name: weighting(backend, data.matrix, backend.asarray(mask), "mean") for name, mask in data.masks.items()
+    }
+    return {name: int(operator.warm.sum()) for name, operator in operators.items()}
 
 
 def _pairs(backend: Backend, found: Interactions) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -184,9 +198,7 @@ def _rows(codes: NDArray[np.int64], ids: Any, axis_ids: Any, size: int) -> NDArr
 # Ranking.
 
 
-def rank(
-    data: inputs_read.Data, held_out: HeldOut, candidates: Sequence[Settings], seed: int, progress: Progress
-) -> Ranking:
+def rank(data: Data, held_out: HeldOut, candidates: Sequence[Settings], seed: int, progress: Progress) -> Ranking:
     """Rank held-out interactions by each candidate, for each modality and for all together.
 
     Parameters
@@ -208,7 +220,7 @@ def rank(
         users = np.sort(np.random.default_rng(seed).choice(users, MOST_USERS, replace=False))
         held_out = HeldOut(*(part[np.isin(held_out.users, users)] for part in held_out))
     backend = data.backend
-    task = _Task(backend, data.table.interactions, users, held_out, tuple(data.sources))
+    task = _Task(backend, data.matrix, users, held_out, tuple(data.sources))
     found: dict[Candidate, NDArray[np.float32]] = {}
     by_space: dict[tuple[int | None, bool], list[Settings]] = {}
     for one in candidates:
@@ -217,18 +229,18 @@ def rank(
         space = "as they are" if dim is None else f"{dim}, whitened" if whiten else f"{dim}"
         with progress.step(f"rank, features {space}", total=len(group), unit="candidate") as step:
             spaces = {name: _space(backend, data, name, dim, whiten) for name in data.sources}
-            found |= task.ranked(spaces, data.operators, group)
+            found |= task.ranked(spaces, group)
             step.advance(len(group))
     rows = [Candidate(settings, modalities) for settings in candidates for modalities in task.combinations]
     per_pair = np.stack([found[row] for row in rows])
     return Ranking(rows, _metrics(per_pair, np.searchsorted(users, held_out.users), len(users)), users)
 
 
-def _space(backend: Backend, data: inputs_read.Data, name: str, dim: int | None, whiten: bool) -> Modality:
-    modality = data.modality(backend, name, exact=dim is not None)
+def _space(backend: Backend, data: Data, name: str, dim: int | None, whiten: bool) -> Modality:
+    modality = data.sources[name].aligned(backend, exact=dim is not None)
     if dim is None:
         return modality
-    return projection.project(backend, modality, projection.fit_projection(backend, modality, dim, whiten))
+    return project(backend, modality, fit_projection(backend, modality, dim, whiten))
 
 
 def _metrics(ranks: NDArray[np.float32], rows: NDArray[np.int64], users: int) -> dict[str, Score]:
@@ -264,11 +276,11 @@ class _Task:
         self.users = backend.asarray(users)
         self.part = train.some(backend, self.users)
         self.pairs = np.searchsorted(users, held_out.users), held_out.items
-        self.embeddings: dict[Any, spectral.Embedding] = {}
-        self.behaviours: dict[Any, method_clusters.Behaviour] = {}
+        self.embeddings: dict[Any, Memory] = {}
+        self.behaviours: dict[Any, Memory] = {}
 
     def ranked(
-        self, spaces: Mapping[str, Modality], operators: Mapping[str, Weighting], candidates: Sequence[Settings]
+        self, spaces: Mapping[str, Modality], candidates: Sequence[Settings]
     ) -> dict[Candidate, NDArray[np.float32]]:
         """Ranks of all held-out pairs by candidates whose features are in one space."""
         local: dict[Any, Any] = {}
@@ -279,7 +291,7 @@ class _Task:
             for one in candidates:
                 by_weighting, by_clusters, by_policy = _keys(one, name)
                 if by_clusters not in plans:
-                    plans[by_clusters] = self._plan(modality, operators[name], one)
+                    plans[by_clusters] = self._plan(modality, one)
                     level[by_clusters] = self._global(plans[by_clusters])
                 if by_weighting not in local:
                     local[by_weighting] = self._local(modality, one)
@@ -309,24 +321,38 @@ class _Task:
         blocks = list(self.backend.in_order(work, parts))
         return {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
 
-    def _plan(self, modality: Modality, operator: Weighting, settings: Settings) -> Blend:
+    def _plan(self, modality: Modality, settings: Settings) -> Blend:
         """All but lambda of a clustering, of all users."""
-        shared = self._behaviour(settings) if settings.cluster_on == "interactions" else None
-        labels = method_clusters.cluster_arrays(self.backend, self.train, modality, operator, settings, shared)
-        cold = method_clusters.cold_vector(self.backend, self.train, operator, *labels)
-        centroids, user_labels, item_labels = labels
-        by_user = user_labels if item_labels is None else None
-        return Blend(modality, operator, 0.0, centroids, by_user, item_labels, cold)
+        backend, name = self.backend, modality.name
+        settings = replace(settings, lam=0.0, tau=None, temperature=None, weighting="mean")
+        arrays = self._behaviour(modality, settings) if settings.cluster_on == "interactions" else Memory(backend)
+        job = job_on_arrays(backend, self.train, {name: modality}, settings, arrays)
+        warm = job.parts.map(tasks.warm, name)
+        fitted, _ = run.cluster(job, modality, warm)
+        fitted, _ = run.label(job, fitted, sum(warm))
+        by_user = fitted.item_labels is None
+        return Blend(
+            modality,
+            weighting(backend, self.train, modality.present, "mean"),
+            0.0,
+            backend.asarray(fitted.centroids),
+            arrays.load(f"{name}/labels.npy") if by_user else None,
+            None if by_user else backend.asarray(fitted.item_labels),
+            backend.asarray(fitted.cold),
+        )
 
-    def _behaviour(self, settings: Settings) -> method_clusters.Behaviour:
-        """Users clustered by what they did, whatever the features."""
+    def _behaviour(self, modality: Modality, settings: Settings) -> Memory:
+        """Clusters of the users by what they did, which are the same for all features."""
         embed = (settings.cluster_rank, settings.seed)
-        if embed not in self.embeddings:
-            self.embeddings[embed] = method_clusters.embed(self.backend, self.train, settings)
         key = (*embed, settings.clusters, settings.restarts, settings.tolerance, settings.kmeans)
         if key not in self.behaviours:
-            self.behaviours[key] = method_clusters.behaviour(self.backend, self.train, self.embeddings[embed], settings)
-        return self.behaviours[key]
+            arrays = self.embeddings.get(embed, Memory(self.backend)).copy()
+            job = job_on_arrays(self.backend, self.train, {modality.name: modality}, settings, arrays)
+            run.embed_interactions(job)
+            self.embeddings[embed] = arrays.copy()
+            run.cluster_interactions(job)
+            self.behaviours[key] = arrays
+        return self.behaviours[key].copy()
 
     def _global(self, plan: Blend) -> Any:
         """G of the users with held-out items, (n, d) float32; that of cold users is all they get."""
@@ -337,21 +363,28 @@ class _Task:
     def _local(self, modality: Modality, settings: Settings) -> Any:
         """L of the users with held-out items, (n, d) float32."""
         xp = self.backend.xp
-        operator = method_weighting.weighting(self.backend, self.train, modality.present, settings.weighting)
-        rows, nowhere = operator.local_rows[self.users], xp.zeros(modality.values.shape[1])
-        made = self.backend.kernels.aggregate(self.part.csr, modality.values, rows, operator.local_items, nowhere)
+        operator = weighting(self.backend, self.train, modality.present, settings.weighting)
+        rows, offset = operator.local_rows[self.users], xp.zeros(modality.values.shape[1])
+        made = self.backend.kernels.aggregate(self.part.csr, modality.values, rows, operator.local_items, offset)
         return made.astype(xp.float32)
 
     def _lambda(self, plan: Blend, settings: Settings) -> Any:
         """Lambda of the users with held-out items, (n, 1) float32; 0 for cold users."""
-        xp = self.backend.xp
+        backend, xp = self.backend, self.backend.xp
         own = of_users(plan, self.users)
-        if settings.lam == "shrink":  # tau is that of all users
-            values = lambdas(self.backend, self.train, plan, settings, _LAMBDA_ROWS).values[self.users]
-        elif settings.lam == "attention":
-            values = lambdas(self.backend, self.part, own, settings, _LAMBDA_ROWS).values
+        if settings.lam not in POLICIES:
+            return xp.where(own.weighting.warm, settings.lam, 0.0).astype(xp.float32)[:, None]
+        squares, counts = lambdas.effective_counts(backend, self.part, own.weighting)
+        if settings.lam == "shrink":
+            tau = settings.tau
+            if tau is None:  # that of all users
+                modalities = {plan.modality.name: plan.modality}
+                job = job_on_arrays(backend, self.train, modalities, settings, Memory(backend))
+                tau = run.find_tau(job, plan.modality)["tau"]
+            values = lambdas.shrink(backend, own.weighting.warm, counts, tau)
         else:
-            values = xp.where(own.weighting.warm, settings.lam, 0.0)
+            temperature = lambdas.TEMPERATURE if settings.temperature is None else settings.temperature
+            values = lambdas.attention(backend, self.part, own, squares, temperature, _LAMBDA_ROWS)
         return values.astype(xp.float32)[:, None]
 
     def _ranker(self, part: slice) -> Callable[[Any], NDArray[np.float32]]:
@@ -463,7 +496,7 @@ def tune(config: JobConfig, by: str, folder: str, progress: Progress) -> tuple[p
     with backend.explained():
         data, held_out = read(config, backend, progress)
         widths = {name: source.table.values.shape[1] for name, source in data.sources.items()}
-        least = min(min(int(data.operators[name].warm.sum()), int(data.sources[name].mask.sum())) for name in widths)
+        least = min(*_warm(data).values(), *(int(mask.sum()) for mask in data.masks.values()))
         candidates = grid(config.settings, widths, least)
         ranking = rank(data, held_out, candidates, config.settings.seed, progress)
     with progress.step("bootstrap") as step:

@@ -34,7 +34,6 @@ from gpu_init.artifact.format import (
     read_manifest,
     shown,
 )
-from gpu_init.method.describe import SAMPLE_COLUMNS
 from gpu_init.errors import InputError
 from gpu_init.files import remote, storage
 from gpu_init.method.describe import SAMPLE_COLUMNS

@@ -1,17 +1,20 @@
-"""Rows of an array that are written into a file where `Staging.allocate` made room for them."""
+"""Arrays of a run as tasks use them: rows are written into files where `Staging.allocate` made room for them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_init.artifact.format import misread, read_header
+from gpu_init.artifact.format import map_array, misread, read_header
+from gpu_init.backend.interface import Backend, Outbox
 from gpu_init.files import storage
+from gpu_init.kernels.threads import leaving_a_core
 
 SYNC_BYTES = 64 << 20  # Written rows are made durable, and later hashed, in pieces of this size.
 _CHUNK = 8 << 20
@@ -70,3 +73,38 @@ def row_writer(path: str, row: int) -> Iterator[Callable[[NDArray[Any]], None]]:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Folder:
+    """The arrays in a run's staging folder, by their paths in the artifact; any process that sees the folder has one."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def load(self, path: str) -> NDArray[Any]:
+        """Map an array; read-only."""
+        return map_array(os.path.join(self.path, path))
+
+    def write_rows(self, path: str, first: int) -> AbstractContextManager[Callable[[NDArray[Any]], None]]:
+        """Write rows of an array from row ``first`` on, as `row_writer` does."""
+        return row_writer(os.path.join(self.path, path), first)
+
+    @contextmanager
+    def outbox(self, backend: Backend, path: str, first: int, rows: int, width: int, dtype: str) -> Iterator[Outbox]:
+        """Give the way of blocks from the device to the file, whose rows are written from row ``first`` on.
+
+        A thread writes a block while the next one is computed.
+        """
+        before: Future[None] | None = None
+
+        def send(block: Any) -> None:
+            nonlocal before
+            if before is not None:
+                before.result()  # Its memory may be used again from here on.
+            before = writer.submit(write, block)
+
+        with self.write_rows(path, first) as write, ThreadPoolExecutor(1) as writer, leaving_a_core():
+            with backend.outbox(rows, width, dtype, send) as outbox:
+                yield outbox
+            if before is not None:
+                before.result()

@@ -20,7 +20,7 @@ from gpu_init.inputs import features
 from gpu_init.inputs.axes import ItemAxis, positions
 from gpu_init.inputs.features import FeatureTable
 from gpu_init.inputs.interactions import InteractionTable
-from gpu_init.inputs.tables import EXTENSIONS, TEXT_EXTENSIONS, Columns, read_user_ids, stated_rows, text_bytes
+from gpu_init.inputs.tables import EXTENSIONS, TEXT_EXTENSIONS, Columns, read_user_ids
 from gpu_init.kernels import kernels_for
 from gpu_init.kernels.costs import fitting_seconds, reading_seconds
 from gpu_init.method.modality import Modality, check

@@ -85,7 +85,7 @@ def cluster_items(
     points = Dense(backend, rows)
     settings, clusters, choice = with_clusters(backend, points, settings)
     start = None
-    if backend.takes_matrix(*rows.shape, clusters, settings.kmeans):
+    if backend.takes_matrix(len(rows), rows.shape[1], clusters, settings.kmeans):
         start = backend.kmeans(rows, clusters, settings.seed, settings.restarts)
     found = kmeans.fit(backend, points, clusters, settings.seed, settings.restarts, settings.tolerance, start)
     item_labels = xp.full(len(modality.values), -1, xp.int32)

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from gpu_init.artifact.format import REPORT
 from gpu_init.artifact.read import Artifact, InteractionArrays, ModalityArrays
-from gpu_init.method.describe import SAMPLE_COLUMNS
 from gpu_init.errors import InputError
 from gpu_init.files import storage
 from gpu_init.method.describe import SAMPLE_COLUMNS
@@ -109,7 +108,7 @@ def _embedding(arrays: InteractionArrays, facts: dict[str, Any]) -> tuple[str, A
 
 def _modality(artifact: Artifact, name: str, names: dict[str, str] | None) -> Iterator[Section]:
     arrays, facts = artifact[name], _mapping(artifact.manifest["modalities"].get(name))
-    sample = None if arrays.sample is None else dict(zip(arrays.sample.T, strict=True))
+    sample = None if arrays.sample is None else dict(zip(SAMPLE_COLUMNS, arrays.sample.T, strict=True))
     yield f"{name}: clusters", *_sizes(arrays, facts)
     if isinstance(facts.get("choice"), dict):
         yield f"{name}: how many clusters", *_choice(facts)

@@ -1,0 +1,1 @@
+from gpu_init.config import *
