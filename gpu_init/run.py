@@ -350,6 +350,7 @@ def write(job: Job, fitted: Fitted) -> dict[str, float]:
     key, bounds, width = f"{fitted.name}/written", plan.bounds, fitted.centroids.shape[1]
     store.allocate(path, (plan.users, width), np.dtype(job.settings.dtype), key)
     done = {int(number): NormSums(*sums) for number, sums in (store.finished(key) or {}).items()}
+    job.adopted.close()  # The vectors of the modality before are hashed by now, or soon.
     hashed = job.adopted.enter_context(store.adopting(path))
     with job.progress.step(f"write {fitted.name}", total=plan.users, unit="user") as step:
         step.advance(sum(bounds[number + 1] - bounds[number] for number in done))

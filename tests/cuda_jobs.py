@@ -15,15 +15,16 @@ import pandas as pd
 import scipy.sparse
 
 import gpu_init
-from gpu_init import where
+from gpu_init import run as run_page
+from gpu_init import tasks, where
+from gpu_init.api import Memory, job_on_arrays
 from gpu_init.artifact import read as artifact_read
 from gpu_init.backend.select import select
 from gpu_init.cli import main
 from gpu_init.config import Settings
 from gpu_init.errors import InputError
 from gpu_init.inputs import interactions, tables
-from gpu_init.method import clusters as method_clusters
-from gpu_init.method import kmeans, weighting
+from gpu_init.method import kmeans
 from gpu_init.method import matrix as method_matrix
 from gpu_init.method import modality as feature_arrays
 
@@ -329,14 +330,15 @@ def check_inertia(monkeypatch):
     device = select("cuda")
     made = method_matrix.from_matrix(device, matrix, "test")
     modality = feature_arrays.from_array(device, "text", features)
-    operator = weighting.weighting(device, made, modality.present, "mean")
     found = {}
     for form in ("dense", "factored"):
         monkeypatch.setattr(type(device), "takes_matrix", lambda *_, form=form: form == "dense")
-        found[form] = method_clusters.clusters(device, made, modality, operator, Settings(clusters=6, restarts=5)).found
-        assert found[form].form == form
-        assert found[form].library == (form == "dense")
-    assert abs(found["dense"].inertia[-1] / found["factored"].inertia[-1] - 1) <= 0.02
+        job = job_on_arrays(device, made, {"text": modality}, Settings(clusters=6, restarts=5), Memory(device))
+        _, facts = run_page.cluster(job, modality, job.parts.map(tasks.warm, "text"))
+        found[form] = facts["kmeans"]
+        assert found[form]["form"] == form
+        assert found[form]["library"] == (form == "dense")
+    assert abs(found["dense"]["inertia"][-1] / found["factored"]["inertia"][-1] - 1) <= 0.02
 
 
 def check_same_bytes(monkeypatch, tmp_path, users=9000):

@@ -24,7 +24,7 @@ from gpu_init.backend.batches import row_groups, text_parts
 from gpu_init.backend.cpu import CpuBackend
 from gpu_init.backend.interface import in_blocks
 from gpu_init.backend.select import select
-from gpu_init.cluster import partitions
+from gpu_init.cluster import worker
 from gpu_init.errors import InputError, ResourceError
 from gpu_init.kernels import cuda
 from gpu_init.method import blend as method_blend
@@ -121,11 +121,11 @@ def test_a_cluster_of_devices_makes_the_same(cupy, monkeypatch, tmp_path):
         return distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=False, **options)
 
     monkeypatch.setitem(sys.modules, "dask_cuda", types.SimpleNamespace(LocalCUDACluster=local))
-    partitions._select.cache_clear()
+    worker.backend_of.cache_clear()
     jobs.write_job(tmp_path, users=1500)
     one = jobs.run(tmp_path / "one", tmp_path, "--backend=cpu", "--clusters=3")
     many = jobs.run(tmp_path / "many", tmp_path, "--backend=cuda", "--clusters=3", "--scheduler=local")
-    partitions._select.cache_clear()
+    worker.backend_of.cache_clear()
     assert len(started) == 1
     assert many.manifest["backend"]["name"] == "cuda"
     for name in one:

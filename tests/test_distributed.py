@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,13 +20,16 @@ import pytest
 import scipy.sparse
 
 import gpu_init
-from gpu_init import cli
+from gpu_init import cli, tasks
 from gpu_init.artifact import read
-from gpu_init.cluster import partitions
+from gpu_init.artifact.rows import Folder
+from gpu_init.backend.select import select
+from gpu_init.cluster import shuffle, worker
 from gpu_init.cluster import workers as cluster_workers
-from gpu_init.config import JobConfig, Settings
+from gpu_init.config import Settings
 from gpu_init.errors import ResourceError
 from gpu_init.kernels import Csr
+from gpu_init.parts import Plan, Process, joined
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="needs Dask")
 
@@ -152,62 +154,32 @@ def test_a_job_over_workers_makes_what_one_process_makes(job, cluster, data, tmp
         )
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--lambda=attention", "--scale=items", "--weight-column=rating"),
-        pytest.param(("--weighting=sym", "--clusters=30", "--dtype=float16"), marks=pytest.mark.slow),
-        pytest.param(("--lambda=shrink", "--clusters=auto"), marks=pytest.mark.slow),
-        pytest.param(("--cluster-on=interactions", "--cluster-rank=8"), marks=pytest.mark.slow),
-        pytest.param(("--cluster-on=items", "--dim=20"), marks=pytest.mark.slow),
-    ],
-)
-def test_features_that_do_not_fit_are_taken_in_slices_of_columns(flags, cluster, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster_workers.Workers, "room", lambda self, backend: 4 * ITEMS * 17)
-    monkeypatch.setattr(cluster_workers, "CUT_BYTES", 10_000)
-    assert cli.main(arguments(data, tmp_path / "one", *flags, features=("image.npy",))) == 0
-    flags += (f"--scheduler={cluster.scheduler_address}",)
-    assert cli.main(arguments(data, tmp_path / "many", *flags, features=("image.npy",))) == 0
-    _, theirs = assert_same(tmp_path / "one", tmp_path / "many")
-    assert theirs["modalities"]["image"]["kmeans"]["form"] == ("dense" if "items" in flags[0] else "factored")
-    assert theirs["cluster"]["slices"] == {"image": 2}
-    assert not (tmp_path / "many" / "scratch").exists()
-
-
-def test_slices_of_columns_are_lines_long_and_as_few_as_fit():
-    assert cluster_workers.column_bounds(100, 40, 10**6) == (0, 40)
-    assert cluster_workers.column_bounds(100, 40, 4 * 100 * 40) == (0, 40)
-    assert cluster_workers.column_bounds(100, 40, 4 * 100 * 39) == (0, 32, 40)
-    assert cluster_workers.column_bounds(100, 40, 4 * 100 * 31) == (0, 16, 32, 40)
-    assert cluster_workers.column_bounds(100, 40, 1) == (0, 16, 32, 40)
-
-
 def test_parts_join_to_the_same_in_runs_of_any_length():
     def join(one, other):
         return f"({one}{other})"
 
     for count in range(1, 30):
-        whole = partitions.joined(join, map(str, range(count)))
+        whole = joined(join, map(str, range(count)))
         for workers in range(1, 9):
             length = cluster_workers.run_length(count, workers)
             runs = [range(first, min(first + length, count)) for first in range(0, count, length)]
             most = length * -(-len(runs) // workers)
             assert min(most, count) <= max(cluster_workers.EVEN * count / workers, -(-count // workers))
-            each = [partitions.joined(join, map(str, run)) for run in runs]
+            each = [joined(join, map(str, run)) for run in runs]
             groups = [
                 each[first : first + cluster_workers.FAN_IN] for first in range(0, len(each), cluster_workers.FAN_IN)
             ]
-            assert partitions.joined(join, [partitions.joined(join, group) for group in groups]) == whole
+            assert joined(join, [joined(join, group) for group in groups]) == whole
     assert [cluster_workers.run_length(8, workers) for workers in (1, 2, 3, 4, 8, 9)] == [16, 4, 1, 2, 1, 1]
 
 
 def test_runs_of_parts_are_dealt_in_turn_and_stay_where_they_are():
     there = {"a": 1, "b": 1}
-    workers = cluster_workers.Workers(None, SimpleNamespace(nthreads=lambda: there))
-    work = partitions.Work(JobConfig("", {}, "", Settings()), "cpu", "numpy", "run", "", tuple(range(13)), ITEMS)
+    workers = cluster_workers.Workers(None, SimpleNamespace(nthreads=lambda: there), "run")
+    parts = 12
 
     def places():
-        workers._arrange(work)
+        workers._arrange(parts)
         return "".join(workers._places[number] for number in range(12))
 
     assert places() == "aabbaabbaabb"
@@ -215,7 +187,7 @@ def test_runs_of_parts_are_dealt_in_turn_and_stay_where_they_are():
     assert places() == "ccbbccbbccbb"
     there["d"] = 1
     assert places() == "ccccbbbbdddd"
-    there, work = dict.fromkeys("abcdefg", 1), replace(work, bounds=tuple(range(101)))
+    there, parts = dict.fromkeys("abcdefg", 1), 100
     workers._places.clear()
     assert places() == "aaaabbbbcccc"
     assert max(Counter(workers._places.values()).values()) == 15
@@ -231,22 +203,22 @@ def test_batches_of_any_size_come_to_the_same_bytes(cluster, data, tmp_path, mon
     one, other, resumed = (
         arguments(data, tmp_path / name, *flags, features=("image.npy",)) for name in ("one", "other", "resumed")
     )
-    monkeypatch.setattr(cluster_workers, "PIECE_ROWS", 10_000)
-    shuffle, batches = cluster_workers.Workers.shuffle, []
+    monkeypatch.setattr(shuffle, "PIECE_ROWS", 10_000)
+    begin, batches = cluster_workers.Workers.shuffle, []
 
-    def noted(self, work, calls, axis_rows, batch):
+    def noted(self, reading, calls, batch):
         batches.append(batch)
-        return shuffle(self, work, calls, axis_rows, batch)
+        return begin(self, reading, calls, batch)
 
     def enough():
         raise ResourceError("this is enough")
 
     monkeypatch.setattr(cluster_workers.Workers, "shuffle", noted)
-    monkeypatch.setattr(cluster_workers, "BATCH_PIECES", 100)
+    monkeypatch.setattr(shuffle, "BATCH_PIECES", 100)
     assert cli.main(one) == 0
     assert batches == [(0, 15)]
-    monkeypatch.setattr(cluster_workers, "BATCH_PIECES", 3)
-    monkeypatch.setattr(cluster_workers, "BATCHES", 100)
+    monkeypatch.setattr(shuffle, "BATCH_PIECES", 3)
+    monkeypatch.setattr(shuffle, "BATCHES", 100)
     assert cli.main(other) == 0
     assert batches[1:] == [(0, 6), (6, 12), (12, 15)]
     resumed.append("--resume")
@@ -256,7 +228,7 @@ def test_batches_of_any_size_come_to_the_same_bytes(cluster, data, tmp_path, mon
     )
     assert cli.main(resumed) == 3
     monkeypatch.setattr(cluster_workers.Workers, "shuffle", noted)
-    monkeypatch.setattr(cluster_workers, "BATCH_PIECES", 4)
+    monkeypatch.setattr(shuffle, "BATCH_PIECES", 4)
     batches.clear()
     assert cli.main(resumed) == 0
     assert batches == [(6, 14), (14, 15)]
@@ -267,23 +239,25 @@ def test_batches_of_any_size_come_to_the_same_bytes(cluster, data, tmp_path, mon
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="needs Linux")
 def test_what_a_task_looked_at_of_a_part_is_left_to_the_system(tmp_path):
     items = np.random.default_rng(0).integers(0, ITEMS, 40 * USERS, np.int32)
-    work = partitions.Work(JobConfig("", {}, "", Settings()), "cpu", "numpy", "run", str(tmp_path), (0, USERS), ITEMS)
-    (tmp_path / partitions.SCRATCH).mkdir()
-    partitions.put_part(work, 0, Csr(40 * np.arange(USERS + 1), items, None))
+    work = worker.Work("run", "cpu", "numpy", str(tmp_path), Plan(Settings(), (0, USERS), ITEMS, len(items), 0))
+    (tmp_path / worker.SCRATCH).mkdir()
+    shuffle.put_part(work, 0, Csr(40 * np.arange(USERS + 1), items, None))
+    source = worker.FolderSource(select("cpu"), work)
+    process = Process(select("cpu"), work.plan, Folder(str(tmp_path)), source)
     for _ in range(2):
-        assert (partitions.item_sums(work, 0) == np.bincount(items, minlength=ITEMS)).all()
+        assert (tasks.item_sums(process.part(0)) == np.bincount(items, minlength=ITEMS)).all()
+        source.let_go(0)
         with open("/proc/self/smaps", encoding="utf-8") as file:
-            mapped = file.read().split(f"{tmp_path}/{partitions.SCRATCH}/0.indices.npy\n")[1]
+            mapped = file.read().split(f"{tmp_path}/{worker.SCRATCH}/0.indices.npy\n")[1]
         assert int(mapped.split("Size:")[1].split()[0]) >= items.nbytes >> 10
         assert int(mapped.split("Rss:")[1].split()[0]) == 0
-    partitions.forget()
 
 
 @pytest.mark.slow
 def test_a_task_that_kills_every_worker_ends_the_job_to_be_resumed(cluster, data, tmp_path, monkeypatch, capsys):
     job = arguments(data, tmp_path / "many", f"--scheduler={cluster.scheduler_address}", "--resume")
     with monkeypatch.context() as patch:
-        patch.setattr(partitions, "label", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        patch.setattr(tasks, "label", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         assert "workers died of a task" in refused(capsys, job, code=3)
     cluster.wait_for_workers(2)
     assert cli.main(job) == 0

@@ -237,16 +237,16 @@ def test_a_resumed_run_says_so(job, monkeypatch, capfd):
 SLOWLY = """
 import time
 from gpu_init import cli
-from gpu_init.method import clusters as method
-real = method.clusters
+from gpu_init import run
+real = run.cluster
 
-def clusters(*given, **named):
+def cluster(*given, **named):
     open("clustering", "x").close()
     while not __import__("os").path.exists("changed"):
         time.sleep(0.01)
     return real(*given, **named)
 
-method.clusters = clusters
+run.cluster = cluster
 cli.program()
 """
 

@@ -4,37 +4,52 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.sparse
 
 import gpu_init
+from gpu_init import tasks
+from gpu_init.api import Memory, job_on_arrays
 from gpu_init.backend.select import select
 from gpu_init.cli import main
 from gpu_init.config import Settings
 from gpu_init.errors import InputError
-from gpu_init.method.blend import Blend
-from gpu_init.method.lambdas import lambda_statistics, lambdas
+from gpu_init.method.lambdas import lambda_statistics
 from gpu_init.method.matrix import from_matrix
 from gpu_init.method.modality import from_array
-from gpu_init.method.weighting import weighting
+from gpu_init.parts import LocalParts
+from gpu_init.run import weigh_local_part
 from tests import oracle
 from tests.test_method import catalogue
 
 
 def found(R, F, lam, *, centroids=None, labels=None, item_labels=None, block_rows=4096, **settings):
-    """Lambdas of a policy on given centroids."""
+    """Lambdas of a policy on given centroids, and what it went by."""
     backend = select("cpu")
     interactions = from_matrix(backend, scipy.sparse.csr_array(R), "R")
     modality = from_array(backend, "image", np.asarray(F, np.float32))
-    operator = weighting(backend, interactions, modality.present, "mean")
-    labels = None if labels is None else np.asarray(labels, np.int32)
     item_labels = None if item_labels is None else np.asarray(item_labels, np.int32)
     if centroids is None:
-        centroids, labels = np.zeros((1, modality.values.shape[1])), np.zeros(interactions.users, np.int32)
-    plan = Blend(modality, operator, 0.0, np.asarray(centroids, np.float32), labels, item_labels, None)
-    return lambdas(backend, interactions, plan, Settings(lam=lam, **settings), block_rows)
+        centroids, labels = np.zeros((1, modality.values.shape[1])), np.zeros(interactions.users)
+    arrays = Memory(backend)
+    arrays.save("image/labels.npy", np.zeros(1) if labels is None else np.asarray(labels, np.int32))
+    job = job_on_arrays(backend, interactions, {"image": modality}, Settings(lam=lam, **settings), arrays)
+    job = replace(job, parts=LocalParts(one_part(job.parts, 16 * modality.values.shape[1] * block_rows)))
+    fitted = tasks.Fitted("image", "tiled", np.asarray(centroids, np.float32), item_labels, np.zeros(1))
+    fitted, facts = weigh_local_part(job, modality, fitted)
+    [values] = job.parts.map(tasks._lambdas, fitted)
+    return SimpleNamespace(values=values, facts=facts)
+
+
+def one_part(parts, block_bytes):
+    process = parts._process
+    process.plan = replace(process.plan, bounds=(0, process.plan.users), block_bytes=block_bytes)
+    object.__setattr__(process.source, "plan", process.plan)
+    return process
 
 
 def test_shrink_by_hand():

@@ -9,14 +9,15 @@ import scipy.sparse
 from sklearn.metrics import adjusted_rand_score
 
 import gpu_init
+from gpu_init import tasks
 from gpu_init.artifact import read
 from gpu_init.backend.cpu import CpuBackend
 from gpu_init.cli import main
 from gpu_init.config import Settings
 from gpu_init.errors import InputError, ResourceError
 from gpu_init.method import clusters as method_clusters
+from gpu_init.method import kmeans, spectral, weighting
 from gpu_init.method import points as method_points
-from gpu_init.method import spectral, weighting
 from gpu_init.method.matrix import from_matrix
 from gpu_init.method.modality import from_array
 from tests.conftest import with_threads
@@ -217,21 +218,23 @@ def test_a_cluster_without_a_member_takes_the_mean_of_all():
     operator = weighting.weighting(DEVICE, made, modality.present, "mean")
     labels = np.zeros(R.shape[0], np.int32)
     labels[:50] = 2
-    centroids, own = method_clusters.of_behaviour(DEVICE, made, modality, operator, labels, 3)
+    points = method_points.Tiled(DEVICE, made.csr, modality.values, operator.mean_rows, operator.present)
+    sums, counts = method_clusters.behaviour_sums(DEVICE, points, labels, 3)
+    centroids = method_clusters.behaviour_means(sums, counts, points.offset)
     M = method_points.Tiled(DEVICE, made.csr, modality.values, operator.mean_rows, operator.present, np.zeros(12))
     M = M.rows(np.arange(R.shape[0]))
     for label, expected in ((0, M[50:]), (1, M), (2, M[:50])):
         np.testing.assert_allclose(centroids[label], expected.mean(axis=0), atol=1e-5)
-    np.testing.assert_array_equal(own, labels)
 
 
 def test_users_outside_take_the_label_of_the_shortest_centroid():
     R, _ = log()
     made, found = from_matrix(DEVICE, with_strays(R), "test"), embedded(with_strays(R))
-    clusters = method_clusters.behaviour(DEVICE, made, found, Settings(clusters=4, cluster_on="interactions"))
-    shortest = np.linalg.norm(clusters.centroids, axis=1).argmin()
-    assert (clusters.labels[R.shape[0] :] == shortest).all()
-    assert (clusters.labels >= 0).all()
+    points = spectral.points(DEVICE, made, found.items, found.item_factors)
+    centroids = kmeans.fit(DEVICE, points, 4, seed=0).centroids
+    labels = method_clusters.behaviour_labels(DEVICE, made, points, centroids)
+    assert (labels[R.shape[0] :] == np.linalg.norm(centroids, axis=1).argmin()).all()
+    assert (labels >= 0).all()
 
 
 def test_more_clusters_than_users_that_hang_together():
@@ -335,17 +338,17 @@ def test_inspect_and_the_report_show_it(job, capsys):
 def test_a_stopped_run_goes_on_from_what_it_has(job, monkeypatch):
     """Stopped where a modality's clusters come; what was found of the interactions is not sought again."""
     whole = job("whole")
-    of_behaviour = method_clusters.of_behaviour
+    sums_of_labels = tasks.sums_of_labels
 
     def full(*_):
         raise ResourceError("no space is left")
 
-    monkeypatch.setattr(method_clusters, "of_behaviour", full)
+    monkeypatch.setattr(tasks, "sums_of_labels", full)
     flags = ["--interactions=log.parquet", "--weight-column=w", "--cluster-on=interactions", "--cluster-rank=12"]
     flags += ["--features=a=a.parquet", "--features=b=b.parquet", "--clusters=4", "--out=out"]
     assert main(["run", *flags]) == 3
-    monkeypatch.setattr(method_clusters, "of_behaviour", of_behaviour)
-    monkeypatch.setattr(method_clusters, "embed", full)
+    monkeypatch.setattr(tasks, "sums_of_labels", sums_of_labels)
+    monkeypatch.setattr(spectral, "fit", full)
     made = job("out", "--resume")
     assert read.verify("out") == []
     assert {name: one["sha256"] for name, one in made.manifest["files"].items()} == {

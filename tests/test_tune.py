@@ -18,9 +18,10 @@ from gpu_init.cli import main
 from gpu_init.config import Settings
 from gpu_init.errors import InputError
 from gpu_init.inputs import interactions as inputs_interactions
-from gpu_init.inputs import read
+from gpu_init.inputs.read import item_axis_of, read_features
 from gpu_init.kernels import costs
 from gpu_init.show.progress import Progress
+from gpu_init.site import Data, LocalSite
 
 USERS, ITEMS = 200, 90
 
@@ -99,13 +100,19 @@ def test_scores_are_those_of_the_vectors(place):
     assert {one.modalities for one in found.candidates} == {("image",), ("text",), ("image", "text")}
 
 
+def site_data(place):
+    asked, progress = loaded(place), Progress(None)
+    found = read_features(asked, progress)
+    return LocalSite(select("cpu")).read(asked, found, item_axis_of(found.tables), progress, None)
+
+
 def test_all_candidates_count_where_kernels_are_chosen(place, monkeypatch):
-    one = read.read_inputs(loaded(place), select("cpu"), Progress(None)).backend
+    one = site_data(place).backend
     assert one.kernels.name == "numpy"
     of_one = costs.fitting_seconds(USERS, ITEMS, len(log(1)), [12, 9], 8)
     monkeypatch.setattr(kernels, "NUMPY_SECONDS", 1.01 * of_one)
     monkeypatch.setattr(inputs_interactions, "reading_seconds", lambda *_: 0.0)
-    assert read.read_inputs(loaded(place), select("cpu"), Progress(None)).backend.kernels.name == "numpy"
+    assert site_data(place).backend.kernels.name == "numpy"
     data, _ = tune.read(loaded(place), select("cpu"), Progress(None))
     assert data.backend.kernels.name == "numba"
 
@@ -199,7 +206,7 @@ def test_ids_of_text_and_rows_that_the_job_does_not_know(place, capsys):
         for pair in zip(valid["user_id"], valid["item_id"], strict=True)
         if pair not in seen and pair[0] in set(train["user_id"])
     }
-    users = data.table.user_ids.to_numpy()[held_out.users]
+    users = data.counts.user_ids.to_numpy()[held_out.users]
     assert set(zip(users, held_out.items, strict=True)) == expected
 
 
@@ -240,7 +247,7 @@ def test_many_users_are_sampled(place, monkeypatch):
     monkeypatch.setattr(tune, "MOST_USERS", 20)
     backend, progress = select("cpu"), Progress(None)
     data, held_out = tune.read(loaded(place), backend, progress)
-    assert isinstance(data, read.Data)
+    assert isinstance(data, Data)
     found = tune.rank(data, held_out, CANDIDATES[:1], 0, progress)
     assert len(found.users) == found.scores["recall@20"].shape[1] == 20
 

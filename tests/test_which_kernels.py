@@ -13,12 +13,11 @@ import pandas as pd
 import pytest
 
 import gpu_init
-from gpu_init import config, demo, kernels, manifest
+from gpu_init import config, demo, kernels, manifest, site
 from gpu_init.backend.cpu import CpuBackend
 from gpu_init.backend.select import for_work, select
 from gpu_init.cli import main
 from gpu_init.inputs import interactions, tables
-from gpu_init.inputs import read as inputs_read
 from gpu_init.kernels import costs
 from gpu_init.show.progress import Progress
 from tests import oracle
@@ -154,7 +153,7 @@ def test_neither_cores_nor_what_is_compiled_decide(small, tmp_path, monkeypatch)
 def test_what_a_large_job_needs_is_compiled_while_it_reads(small, tmp_path, monkeypatch):
     asked, before_reading, reads = [], [], interactions.read
     monkeypatch.setattr(CpuBackend, "prepare", lambda _, *given: asked.append(given))
-    monkeypatch.setattr(inputs_read, "read", lambda *given: (before_reading.append(len(asked)), reads(*given))[1])
+    monkeypatch.setattr(site, "read_interactions", lambda *given: (before_reading.append(len(asked)), reads(*given))[1])
     run(tmp_path / "small", *small[0])
     monkeypatch.setattr(kernels, "NUMPY_SECONDS", 0)
     run(tmp_path / "large", *small[0])

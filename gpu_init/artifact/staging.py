@@ -410,7 +410,7 @@ class Staging:
             with self._mutex:
                 if key is not None and self._journal["finished"].pop(key, None) is not None:
                     self._write_journal()
-            with storage.create(path) as sink:
+            with storage.create(path, size) as sink:
                 sink.write(prefix)
                 os.ftruncate(sink.descriptor, size)
         return False

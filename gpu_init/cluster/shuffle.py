@@ -17,8 +17,7 @@ import numpy as np
 import pandas as pd
 
 from gpu_init.backend.interface import Backend
-from gpu_init.backend.select import select
-from gpu_init.cluster.worker import Work, keeper, part_path
+from gpu_init.cluster.worker import Work, backend_of, keeper, part_path
 from gpu_init.config import JobConfig
 from gpu_init.files.storage import create
 from gpu_init.ids import is_text
@@ -59,7 +58,7 @@ class Reading:
     @property
     def backend(self) -> Backend:
         """The backend that this process reads with."""
-        return select(self.work.backend).with_kernels(self.work.kernels)
+        return backend_of(self.work.backend, self.work.kernels)
 
     def checks(self, items: int | None) -> Checks:
         """What rows are checked by."""

@@ -8,6 +8,7 @@ worker but its time.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 from collections.abc import Callable
@@ -88,10 +89,16 @@ class Keeper(WorkerPlugin):
         """What the worker holds of a run."""
         if self._process is None or self._process[0] != work:
             self.known.clear()
-            backend = select(work.backend).with_kernels(work.kernels)
+            backend = backend_of(work.backend, work.kernels)
             self.source = FolderSource(backend, work)
             self._process = (work, Process(backend, work.plan, Folder(work.staging), self.source))
         return self._process[1]
+
+
+@functools.cache
+def backend_of(name: str, kernels: str) -> Backend:
+    """The backend of a name, with kernels of a name; made once in a process, since kernels are compiled for it."""
+    return select(name).with_kernels(kernels)
 
 
 def keeper(run: str) -> Keeper:
