@@ -69,8 +69,7 @@ def assign(source: Artifact, config: JobConfig, given: Collection[str], progress
     """
     check_places(config)
     _check_source(source, config, given)
-    backend = select(config.backend)
-    backend.say = progress.say
+    backend = select(config.backend, progress.say)
     with backend.explained():
         return _assign(source, config, given, backend, progress)
 

@@ -56,8 +56,7 @@ def run(config: JobConfig, progress: Progress) -> str:
         Not enough memory or disk, or the device failed; what was done can be resumed.
     """
     check_places(config)
-    backend = select(config.backend)
-    backend.say = progress.say
+    backend = select(config.backend, progress.say)
     with backend.explained():
         return _run(config, backend, progress)
 
