@@ -27,19 +27,12 @@ class Free(NamedTuple):
 
 
 def require(place: str, needed: int) -> None:
-    """Refuse work that needs more memory than is free.
-
-    Parameters
-    ----------
-    place : str
-        What the memory is for, such as a file; the message begins with it.
-    needed : int
-        Bytes.
+    """Refuse work that needs more bytes of memory than are free.
 
     Raises
     ------
     ResourceError
-        The message has both figures, and what limits the memory.
+        The message begins with ``place``, such as a file, and has both figures, and what limits the memory.
     """
     _require(place, needed, available())
 

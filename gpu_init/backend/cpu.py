@@ -12,7 +12,7 @@ import numpy as np
 
 from gpu_init import memory
 from gpu_init.backend.batches import TEXT_BLOCK_BYTES, decoded, long_texts
-from gpu_init.backend.interface import Outbox, one_line, silent, versions
+from gpu_init.backend.interface import Backend, Outbox, one_line, silent, versions
 from gpu_init.errors import InputError
 from gpu_init.files.lines import trouble
 from gpu_init.files.remote import is_url
@@ -27,7 +27,7 @@ PARQUET_BUFFER_BYTES = 1 << 20
 REMOTE_BUFFER_BYTES = 8 << 20
 
 
-class CpuBackend:
+class CpuBackend(Backend):
     """Implements `Backend` with numpy, scipy, pandas over pyarrow, and numba for large jobs."""
 
     name = "cpu"
@@ -90,12 +90,6 @@ class CpuBackend:
 
     def out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, MemoryError)
-
-    def explained(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext()
-
-    def peak_memory(self) -> dict[str, int]:
-        return {}
 
     def batches(
         self, path: str, separator: str | None, columns: list[str], groups: range | None = None
@@ -169,18 +163,15 @@ def _text(path: str, separator: str, columns: list[str]) -> Generator[Any, None,
             raise InputError(trouble(path, separator, said, TEXT_BLOCK_BYTES)) from None
 
 
-class _HostOutbox:
+class _HostOutbox(Outbox):
     """Uses two arrays in turn, one for the writer and one to be filled: a new array costs the system new pages."""
 
     def __init__(self, rows: int, width: int, dtype: str, write: Callable[[Any], None]) -> None:
         self._spaces = itertools.cycle([arrays.empty((rows, width), dtype) for _ in range(2)])
-        self.send = write
-
-    def __enter__(self) -> _HostOutbox:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        pass
+        self._write = write
 
     def space(self, rows: int) -> Any:
         return next(self._spaces)[:rows]
+
+    def send(self, block: Any) -> None:
+        self._write(block)

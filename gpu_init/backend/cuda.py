@@ -7,13 +7,13 @@ import functools
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from gpu_init.backend.batches import row_groups, text_parts
-from gpu_init.backend.interface import LIBRARIES, Outbox, distributions, one_line, silent, versions
+from gpu_init.backend.interface import LIBRARIES, Backend, Outbox, distributions, one_line, silent, versions
 from gpu_init.errors import InputError, ResourceError
 from gpu_init.files.storage import source, stream
 from gpu_init.kernels import Kernels
@@ -30,7 +30,7 @@ _OF_MEMORY = re.compile(r"out[ _]of[ _]memory|bad_alloc|cudaErrorMemoryAllocatio
 _OF_CUDA = re.compile(r"cuda|cublas|cusparse|cusolver|cudf|cuml|cuvs|cupy|raft|rmm|nvrtc", re.IGNORECASE)
 
 
-class CudaBackend:
+class CudaBackend(Backend):
     """Implements `Backend` with cupy, cupyx, cudf and cuml, and one pool of device memory for all of them.
 
     Raises
@@ -59,9 +59,6 @@ class CudaBackend:
         self._pinned: Callable[..., Any] = cupyx.empty_pinned
         self._memory, self._limit = _pool(cupy)
 
-    def with_kernels(self, name: str) -> CudaBackend:  # noqa: ARG002
-        return self
-
     def prepare(self, reading: bool, fitting: bool, on_interactions: bool) -> None:
         """Do nothing: CuPy compiles a kernel when it is first used, and which ones those are is not known before."""
 
@@ -74,9 +71,6 @@ class CudaBackend:
     def to_host(self, array: Any) -> np.ndarray[Any, Any]:
         return self.xp.asnumpy(array, order="C")  # type: ignore[no-any-return]
 
-    def deterministic(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext()
-
     def local_cluster(self, **options: Any) -> Any:
         try:
             from dask_cuda import LocalCUDACluster
@@ -85,10 +79,6 @@ class CudaBackend:
                 f"--scheduler local on CUDA needs dask-cuda ({one_line(error)}): pip install 'gpu-init[dask-cuda]'"
             ) from None
         return LocalCUDACluster(**options)
-
-    def in_order(self, function: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
-        """Take one part after another, as one of them keeps the device busy."""
-        return map(function, parts)
 
     def kmeans(self, matrix: Any, clusters: int, seed: int, restarts: int) -> Any:
         """Run cuML with every setting given: its default seed is None, and its default number of starts varies.
@@ -202,7 +192,7 @@ class CudaBackend:
         return versions("numpy", *itertools.chain(*map(distributions, (*LIBRARIES, "rmm"))))
 
 
-class _PinnedOutbox:
+class _PinnedOutbox(Outbox):
     """Copies a block to pinned memory while the next one is computed and the one before is written."""
 
     def __init__(
@@ -215,9 +205,6 @@ class _PinnedOutbox:
         self._stream = xp.cuda.Stream(non_blocking=True)
         self._write = write
         self._copied: Any = None
-
-    def __enter__(self) -> _PinnedOutbox:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stream.synchronize()  # no copy may go on into memory that is freed

@@ -15,34 +15,21 @@ LIBRARIES = ("cupy", "cudf", "cuml")
 
 
 class Backend(Protocol):
-    """A device and its libraries; the docstring of `gpu_init.backend` lists them.
+    """A device and its libraries; the docstring of `gpu_init.backend` lists them."""
 
-    Attributes
-    ----------
-    name : {"cpu", "cuda"}
-    why : str
-        The reason for the choice, which a run reports.
-    xp, sparse, tables : module
-        numpy, scipy.sparse and pandas, or what replaces them on the device.
-    kernels : Kernels
-    kmeans_name, kmeans_dtype : str
-        What the manifest calls `kmeans`, and the dtype of the rows that it takes.
-    say : callable
-        Tells the user one line.
-    """
-
-    name: str
-    why: str
-    xp: Any
-    sparse: Any
-    tables: Any
+    name: str  # "cpu" or "cuda"
+    why: str  # the reason for the choice, which a run reports
+    say: Callable[[str], None]  # tells the user one line
     kernels: Kernels
-    kmeans_name: str
-    kmeans_dtype: str
-    say: Callable[[str], None]
+    xp: Any  # numpy or cupy
+    sparse: Any  # the module with sparse matrices of these arrays
+    tables: Any  # pandas or cudf
+    kmeans_name: str  # the manifest's name for `kmeans`
+    kmeans_dtype: str  # dtype of the rows that `kmeans` takes
 
-    def with_kernels(self, name: str) -> Backend:
+    def with_kernels(self, name: str) -> Backend:  # noqa: ARG002
         """Give the same backend with the kernels of this name, ``numpy`` or ``numba``; CUDA has only its own."""
+        return self
 
     def prepare(self, reading: bool, fitting: bool, on_interactions: bool) -> None:
         """Compile, in the background, the kernels that a large job needs for reading or for fitting."""
@@ -58,6 +45,7 @@ class Backend(Protocol):
 
     def deterministic(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, dense products give the same bytes whatever the number of threads."""
+        return contextlib.nullcontext()
 
     def local_cluster(self, **options: Any) -> Any:
         """Start Dask workers on this machine, one for each core or for each CUDA device.
@@ -69,7 +57,8 @@ class Backend(Protocol):
         """
 
     def in_order(self, function: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
-        """Give ``function`` of each part, in order. Parts run side by side, each inside `deterministic`."""
+        """Give ``function`` of each part, in order. A CPU runs parts side by side, each inside `deterministic`."""
+        return map(function, parts)
 
     def kmeans(self, matrix: Any, clusters: int, seed: int, restarts: int) -> Any:
         """Centroids (K, D) that a library's K-means finds for the rows of a matrix (n, D)."""
@@ -99,9 +88,11 @@ class Backend(Protocol):
 
     def explained(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, failures of the device become a `ResourceError` that says what failed."""
+        return contextlib.nullcontext()
 
     def peak_memory(self) -> dict[str, int]:
         """Peak of the device memory in use so far, in bytes, under its name in the manifest; empty on a CPU."""
+        return {}
 
     def batches(
         self, path: str, separator: str | None, columns: list[str], groups: range | None = None
@@ -129,9 +120,11 @@ class Outbox(Protocol):
     It is a context manager: when it ends without an exception, every block has been handed over.
     """
 
-    def __enter__(self) -> Outbox: ...
+    def __enter__(self) -> Outbox:
+        return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        return None
 
     def space(self, rows: int) -> Any:
         """Memory for the next block, (rows, D) on the device; it is used again for the block after the next."""
