@@ -19,7 +19,7 @@ from gpu_init.files.storage import source, stream
 from gpu_init.kernels import Kernels
 from gpu_init.kernels.cuda import CudaKernels, choose_cache_folder
 
-KMEANS_ITERATIONS = 300  # the limit is scikit-learn's default
+KMEANS_ITERATIONS = 300  # limit of cuML's iterations, which is scikit-learn's default
 DEVICE_TEXT_BYTES = 256 << 20  # bytes of a text file that a device reads at a time
 DEVICE_ROWS = 1 << 24  # rows of a Parquet file that a device reads at a time, or one row group that has more
 LIBRARY_VALUES = 2**31  # rows x columns, or rows x clusters, from which cuML's K-means was seen to crash (raft#1258)
@@ -60,7 +60,7 @@ class CudaBackend(Backend):
         self._memory, self._limit = _pool(cupy)
 
     def prepare(self, reading: bool, fitting: bool, on_interactions: bool) -> None:
-        """Do nothing: CuPy compiles a kernel when it is first used, and which ones those are is not known before."""
+        """Do nothing: CuPy compiles each kernel when it is first used, and it is not known before which ones are."""
 
     def asarray(self, array: Any) -> Any:
         return self.xp.ascontiguousarray(self.xp.asarray(array))
@@ -83,7 +83,7 @@ class CudaBackend(Backend):
     def kmeans(self, matrix: Any, clusters: int, seed: int, restarts: int) -> Any:
         """Run cuML with every setting given: its default seed is None, and its default number of starts varies.
 
-        The tolerance is loose, because gpu-init's own passes over all rows follow.
+        gpu-init's own passes over all rows follow, and go on beyond cuML's tolerance.
         """
         from cuml.cluster import KMeans
 
