@@ -56,8 +56,7 @@ def assign(source: Artifact, config: JobConfig, given: Collection[str], progress
         As in `run`.
     """
     check_places(config)
-    backend = select(config.backend)
-    backend.say = progress.say
+    backend = select(config.backend, progress.say)
     with backend.explained():
         progress.say(f"backend {backend.name}: {backend.why}")
         return assign_at(LocalSite(backend), source, config, given, progress)

@@ -1,4 +1,4 @@
-"""What can go wrong, and the exit code of each (design, section 4)."""
+"""The errors that end a command with a message and an exit code, and no traceback."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ class GpuInitError(Exception):
 
 
 class InputError(GpuInitError, ValueError):
-    """The input or the settings are wrong: which file, which row or key, what was found, what to do."""
+    """The input or the settings are wrong; the message says which file, row or key, what was found, what to do."""
 
     exit_code = 2
 
 
 class ResourceError(GpuInitError):
-    """Not enough memory, disk or device; the message carries the figure that was needed."""
+    """Memory, disk or device do not suffice; the message gives the figure that was needed."""
 
     exit_code = 3
 
@@ -24,12 +24,12 @@ class ResourceError(GpuInitError):
 class Stopped(BaseException):
     """A signal asked the job to end; what is written so far can be resumed.
 
-    No `Exception`, as KeyboardInterrupt is none: whoever catches everything a library raises lets it through.
+    Like `KeyboardInterrupt`, it is no `Exception`, so code that catches all errors of a library lets it through.
 
     Parameters
     ----------
     signum : int
-        The signal's number; the exit code is 128 + signum, as shells report it.
+        Number of the signal; the exit code is 128 + signum, as in a shell.
     """
 
     def __init__(self, signum: int) -> None:

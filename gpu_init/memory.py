@@ -1,7 +1,7 @@
 """Memory that this process may still take: of the machine, and of the containers (cgroups) that it runs in.
 
-Nothing is reserved: what is free may be gone a moment later. It is asked before work that would need more, so that
-the answer is a figure and not the kernel's killer.
+Nothing is reserved, and what is free may be gone a moment later. Callers ask before work that needs much memory, so
+that the user reads a figure, where otherwise the kernel would kill the process.
 """
 
 from __future__ import annotations
@@ -15,89 +15,81 @@ from typing import NamedTuple
 
 from gpu_init.errors import ResourceError
 
-LIBRARY_BYTES = 128 << 20  # of memory that the libraries take, less what several processes share
-ADDRESSES = 2 << 30  # that the libraries and their threads reserve, most of them never touched
+LIBRARY_BYTES = 128 << 20  # memory that the libraries take, without the pages that several processes share
+ADDRESSES = 2 << 30  # bytes of addresses that the libraries and their threads reserve; most are never used
 
 
 class Free(NamedTuple):
-    """Bytes that may still be taken, and what says so, such as "the container's limit"."""
+    """Number of bytes that may still be taken, and what limits them, such as "by the container's limit"."""
 
     bytes: int
     why: str
 
 
 def require(place: str, needed: int) -> None:
-    """Refuse work for which less memory is free than it needs.
-
-    Parameters
-    ----------
-    place : str
-        What the memory is for, such as a file; begins the message.
-    needed : int
-        Bytes.
+    """Refuse work that needs more bytes of memory than are free.
 
     Raises
     ------
     ResourceError
-        With both figures, and what limits the memory.
+        The message begins with ``place``, such as a file, and has both figures, and what limits the memory.
     """
-    free = available()
-    if needed > free.bytes:
-        raise _too_little(place, needed, free)
+    _require(place, needed, available())
 
 
 def require_libraries() -> None:
-    """Refuse to begin where the libraries and their threads do not fit, which would fail in any way they like.
+    """Refuse to start where the libraries and their threads do not fit: they would fail in unforeseen ways.
 
     Raises
     ------
     ResourceError
-        With both figures, and what limits the memory.
+        The message has both figures, and what limits the memory.
     """
-    resident = min([_machine("/"), *_groups("/")])
-    for free, needed in [(resident, LIBRARY_BYTES), *((reserved, ADDRESSES) for reserved in _process("/"))]:
-        if free.bytes < needed:
-            raise _too_little("the libraries", needed, free)
+    _require("the libraries", LIBRARY_BYTES, min([_machine("/"), *_groups("/")]))
+    for addresses in _process("/"):
+        _require("the libraries", ADDRESSES, addresses)
+
+
+def _require(place: str, needed: int, free: Free) -> None:
+    if needed > free.bytes:
+        raise ResourceError(f"{place}: {needed:,} bytes of memory are needed, {free.bytes:,} are free ({free.why}).")
 
 
 def available(root: str = "/") -> Free:
-    """Memory that this process may still take: the least of what the machine has and of every limit on the process.
+    """Memory that this process may still take: the least of what the machine and every limit on the process leave.
 
     Parameters
     ----------
     root : str
-        Where `proc`, and the cgroups that it names, are found.
+        Folder that holds `proc`, and the cgroups that `proc` names.
 
     Returns
     -------
     Free
-        Of the machine, `MemAvailable`. Of each cgroup that the process is in, of its parents too: the limit
-        (`memory.max`, `memory.high`; in version 1 `memory.limit_in_bytes`) less what is in use there, where pages
-        of files and what else the kernel gives back under pressure do not count. Of the process, `ulimit -v`.
+        The least of: `MemAvailable` of the machine; `ulimit -v` less the addresses in use; and, for each cgroup of
+        the process and each parent of one, the limit (`memory.max` and `memory.high`; in version 1
+        `memory.limit_in_bytes`) less the memory in use, without what the kernel gives back under pressure, such as
+        cached pages of files.
     """
     return min([_machine(root), *_groups(root), *_process(root)])
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Inside, an allocation beyond what is free fails at once, where later the process might be killed for it.
+    """Inside, an allocation of more than is free fails at once; otherwise the process might be killed for it later.
 
-    For libraries that read what strangers wrote: a file of a few bytes may unpack to gigabytes.
+    It is for libraries that read files of unknown origin: a file of a few bytes may unpack to gigabytes.
     """
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    taken = next(iter(_lines("/", "proc/self/statm")), "").split()
-    if taken:
-        wanted = int(taken[5]) * os.sysconf("SC_PAGE_SIZE") + available().bytes
+    pages = _pages("/")
+    if pages:
+        wanted = pages[5] * os.sysconf("SC_PAGE_SIZE") + available().bytes
         limit = min([wanted, *(one for one in before if one != resource.RLIM_INFINITY)])
         resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
-def _too_little(place: str, needed: int, free: Free) -> ResourceError:
-    return ResourceError(f"{place}: {needed:,} bytes of memory are needed, {free.bytes:,} are free ({free.why}).")
 
 
 def _machine(root: str) -> Free:
@@ -109,12 +101,18 @@ def _machine(root: str) -> Free:
 
 def _process(root: str) -> Iterator[Free]:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    taken = next(iter(_lines(root, "proc/self/statm")), "").split()
-    if limit != resource.RLIM_INFINITY and taken:
-        yield Free(max(limit - int(taken[0]) * os.sysconf("SC_PAGE_SIZE"), 0), "by ulimit -v")
+    pages = _pages(root)
+    if limit != resource.RLIM_INFINITY and pages:
+        yield Free(max(limit - pages[0] * os.sysconf("SC_PAGE_SIZE"), 0), "by ulimit -v")
 
 
-# A version of cgroups: its limits, what is in use, and what of that is given back under pressure.
+def _pages(root: str) -> list[int]:
+    """Counts of pages of this process, the first of its addresses, the sixth of its data; empty where not known."""
+    return [int(count) for line in _lines(root, "proc/self/statm") for count in line.split()]
+
+
+# The files of a version of cgroups: its limits, the memory in use, and the entries of memory.stat that count memory
+# which the kernel gives back under pressure.
 _Version = tuple[tuple[str, ...], str, tuple[str, ...]]
 _VERSION_2: _Version = (
     ("memory.max", "memory.high"),
@@ -129,7 +127,7 @@ _VERSION_1: _Version = (
 
 
 def _groups(root: str) -> Iterator[Free]:
-    """What every memory cgroup leaves that this process is in, from its own up to the topmost that can be seen."""
+    """Memory that each cgroup of this process leaves, from its own up to the topmost one that is mounted."""
     for own, top, (limits, usage, given_back) in _folders(root):
         folder = own
         while folder.startswith(top):
@@ -143,33 +141,33 @@ def _groups(root: str) -> Iterator[Free]:
 
 
 def _folders(root: str) -> Iterator[tuple[str, str, _Version]]:
-    """Folder of this process's own group and the topmost one, for each version that is mounted."""
-    paths: dict[str, str] = {}  # by controller; "" is version 2
+    """For each version that is mounted: the folder of this process's own cgroup, and the topmost folder."""
+    paths: dict[str, str] = {}  # of version 1 by controller; that of version 2 by ""
     for line in _lines(root, "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         paths |= dict.fromkeys(controllers.split(","), path)
     for line in _lines(root, "proc/self/mountinfo"):
         mount, _, kind = line.partition(" - ")
-        shown, place = (_plain(part) for part in mount.split()[3:5])
+        shown, place = (_unescaped(part) for part in mount.split()[3:5])
         system, *_, options = kind.split()
         if system == "cgroup2" and "" in paths:
-            controller, version = "", _VERSION_2
+            path, version = paths[""], _VERSION_2
         elif system == "cgroup" and "memory" in paths and "memory" in options.split(","):
-            controller, version = "memory", _VERSION_1
+            path, version = paths["memory"], _VERSION_1
         else:
             continue
         top = os.path.normpath(os.path.join(root, place.lstrip("/")))
-        path = os.path.relpath(paths[controller], shown)
-        # a path that leads out of what is mounted is another namespace's word for it: what is mounted is ours
-        yield top if path.startswith("..") else os.path.normpath(os.path.join(top, path)), top, version
+        inside = os.path.relpath(path, shown)
+        # A path outside the mount is written in another namespace's terms; then the mount itself is our cgroup.
+        yield top if inside.startswith("..") else os.path.normpath(os.path.join(top, inside)), top, version
 
 
-def _plain(field: str) -> str:
+def _unescaped(field: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), field)
 
 
 def _number(folder: str, name: str) -> int | None:
-    """Number in a file; None where there is no file, or no limit ("max")."""
+    """Number in a file; None where there is no such file, or no limit ("max")."""
     text = next(iter(_lines(folder, name)), "").strip()
     return int(text) if text.isdigit() else None
 

@@ -429,8 +429,7 @@ def run(config: JobConfig, progress: Progress) -> str:
         Not enough memory or disk, or the device failed; what was done can be resumed.
     """
     check_places(config)
-    backend = select(config.backend)
-    backend.say = progress.say
+    backend = select(config.backend, progress.say)
     with backend.explained():
         progress.say(f"backend {backend.name}: {backend.why}")
         return run_at(LocalSite(backend), config, progress)

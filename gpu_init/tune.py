@@ -491,8 +491,7 @@ def tune(config: JobConfig, by: str, folder: str, progress: Progress) -> tuple[p
         As `job.run`, or nothing is held out.
     """
     storage.require_utf8(folder)
-    backend = select(config.backend)
-    backend.say = progress.say
+    backend = select(config.backend, progress.say)
     with backend.explained():
         data, held_out = read(config, backend, progress)
         widths = {name: source.table.values.shape[1] for name, source in data.sources.items()}

@@ -11,6 +11,8 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +30,7 @@ from gpu_init.cluster import worker
 from gpu_init.errors import InputError, ResourceError
 from gpu_init.kernels import cuda
 from gpu_init.method import blend as method_blend
-from gpu_init.method import clusters, points
+from gpu_init.method import points
 from gpu_init.method.norms import NORM_ROWS
 from tests import cuda_jobs as jobs
 from tests import shim, stand_ins
@@ -171,9 +173,8 @@ def test_where_they_do_not_fit_one_line_says_so(monkeypatch, programs, capsys, t
 
 def test_room_is_asked_for_twice_the_matrix(cupy, monkeypatch):
     monkeypatch.setattr(backend_cuda, "LIBRARY_FASTER", 1 << 40)
-    device = select("cuda")
     said = []
-    device.say = said.append
+    device = select("cuda", said.append)
     users = int(0.9 * stand_ins.GPU_BYTES) // (2 * 4 * 100 + backend_cuda.LIBRARY_ROW_BYTES)
     for wanted in ("auto", "cuml"):
         assert device.takes_matrix(users, 100, 8, wanted)
@@ -198,9 +199,8 @@ def test_shapes_that_crash_the_library_are_kept_from_it(cupy, monkeypatch):
 
 
 def test_the_library_runs_where_it_is_faster_or_asked_for(cupy):
-    device = select("cuda")
     said = []
-    device.say = said.append
+    device = select("cuda", said.append)
     assert device.takes_matrix(backend_cuda.LIBRARY_FASTER // 64, 64, 8, "auto")
     assert not device.takes_matrix(backend_cuda.LIBRARY_FASTER // 64 + 1, 64, 8, "auto")
     assert device.takes_matrix(backend_cuda.LIBRARY_FASTER // 64 + 1, 64, 8, "cuml")
@@ -261,8 +261,8 @@ def test_a_pool_that_is_there_stays(cupy):
 @given(count=st.integers(0, 60), rows=st.integers(1, 8), failures=st.sets(st.integers(0, 30)))
 def test_blocks_cover_every_row_once_whatever_runs_out(count, rows, failures):
     """The n-th call fails, for some n, unless it asks for the least."""
-    device, calls, said = CpuBackend("test"), [], []
-    device.say = said.append
+    calls, said = [], []
+    device = CpuBackend("test", say=said.append)
 
     def make(part):
         calls.append(part)
@@ -291,7 +291,7 @@ def test_a_job_goes_on_with_half_the_rows(cupy, monkeypatch, capsys, tmp_path, d
     flags = ("--backend=cuda", "--clusters=3", "--users=9500", f"--dtype={dtype}")
     whole = jobs.run(tmp_path / "whole", tmp_path, *flags)
     capsys.readouterr()
-    blend = clusters.blend
+    blend = method_blend.blend
 
     def fails(device, interactions, plan, part, *out):
         if part.stop - part.start > NORM_ROWS:
@@ -424,6 +424,20 @@ def test_a_broken_file_is_named(cupy, tmp_path, name):
     path.write_bytes(b"\x1f\x8bPAR1 and nothing else")
     with pytest.raises(InputError, match=name):
         list(select("cuda").batches(str(path), None if name.endswith("parquet") else ",", ["user_id"]))
+
+
+@pytest.mark.parametrize("kind", ["text", "a dictionary", "long text"])
+def test_parquet_text_that_is_not_utf8_is_refused(tmp_path, kind):
+    """Pyarrow reads it, and only what uses it later would fail."""
+    path, text = tmp_path / "clicks.parquet", "alpha" * (100 if kind == "long text" else 1)
+    users = pa.array([text, "beta"] * 5)
+    table = pa.table({"item_id": range(10), "user_id": users.dictionary_encode() if kind == "a dictionary" else users})
+    pq.write_table(table, path, compression="NONE", use_dictionary=kind != "text", write_statistics=False)
+    path.write_bytes(path.read_bytes().replace(b"alpha", b"al\xffha"))
+    assert len(pq.read_table(path)) == 10
+    with pytest.raises(InputError, match="clicks.parquet, column user_id: Invalid UTF8 .*; write the file again"):
+        list(CpuBackend("test").batches(str(path), None, ["user_id", "item_id"]))
+    assert len(next(CpuBackend("test").batches(str(path), None, ["item_id"]))) == 10
 
 
 # What is missing, and the fix.

@@ -16,11 +16,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("cupy", "cudf", "cuml", "rmm")
-ON_DEVICE = ("backend", "kmeans", "method", "blend", "features", "interactions", "ids", "tables", "where", "axes")
+INPUTS = ("axes", "features", "interactions", "tables")
+ON_DEVICE = ("backend/*.py", "method/*.py", *(f"inputs/{name}.py" for name in INPUTS), "ids.py", "where.py")
 XP = {"xp", "_xp", "backend.xp", "self.xp", "self._xp", "self.backend.xp", "cupy"}
 TABLES = {"self.tables", "backend.tables"}
-# of arrays and columns that lie on the host whatever the backend: pyarrow's, and RowNumbers and Codes of axes.py
-HOST_ONLY = {"zero_copy_only", "types_mapper", "mode", "tzinfo"}
+# Keywords of methods of pyarrow, of RowNumbers and Codes, and of the labels in method/spectral.py, whose arrays and
+# columns lie on the host with either backend.
+HOST_ONLY = {"zero_copy_only", "types_mapper", "mode", "tzinfo", "initial"}
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +38,10 @@ def rapids():
 
 
 def nodes(kind):
-    for module in ON_DEVICE:
-        path = ROOT / "gpu_init" / f"{module}.py"
+    for path in (path for pattern in ON_DEVICE for path in (ROOT / "gpu_init").glob(pattern)):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, kind):
-                yield f"{module}.py:{node.lineno}", node
+                yield f"{path.name}:{node.lineno}", node
 
 
 def dotted(node):

@@ -1,7 +1,8 @@
-"""Files in batches: groups of Parquet rows, and whole lines of text."""
+"""Cuts files into batches: groups of Parquet rows, and whole lines of text."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -9,12 +10,15 @@ import numpy as np
 
 from gpu_init.files.storage import source
 
-TEXT_BLOCK_BYTES = 16 << 20  # of a text file read at a time; no line may be longer
-LONG_TEXT_BYTES = 256  # a batch of longer texts may take much more than its file
+TEXT_BLOCK_BYTES = 16 << 20  # bytes of a text file that are read at a time; no line may be longer
+LONG_TEXT_BYTES = 256  # a batch of texts longer than this may take much more memory than its file takes on disk
 
 
 def row_groups(rows: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Numbers of row groups, from how many rows each has: as many as have ``most`` rows together, one at least."""
+    """Join row groups, given by their numbers of rows, to lists of group numbers with at most ``most`` rows together.
+
+    A row group that has more rows stands alone.
+    """
     groups: list[int] = []
     held = 0
     for group, count in enumerate(rows):
@@ -28,7 +32,7 @@ def row_groups(rows: Sequence[int], most: int) -> Iterator[list[int]]:
 
 
 def long_texts(path: str, columns: Iterable[str], options: dict[str, Any]) -> list[str]:
-    """Columns of text of which a row group repeats a long one: a file of a few bytes may hold gigabytes of it."""
+    """Columns whose dictionary holds a long text, which may be repeated: a small file may unpack to gigabytes."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -39,15 +43,14 @@ def long_texts(path: str, columns: Iterable[str], options: dict[str, Any]) -> li
     found: set[str] = set()
     with pq.ParquetFile(source(path), read_dictionary=texts, **options) as file:
         for group in range(file.num_row_groups) if texts else ():
-            for row in file.iter_batches(1, row_groups=[group], columns=texts):
+            for row in itertools.islice(file.iter_batches(1, row_groups=[group], columns=texts), 1):
                 lengths = {name: pc.max(pc.binary_length(row.column(name).dictionary)).as_py() for name in texts}
                 found.update(name for name, longest in lengths.items() if (longest or 0) > LONG_TEXT_BYTES)
-                break
     return sorted(found)
 
 
 def decoded(batch: Any) -> Iterator[Any]:
-    """A batch of Parquet with its text written out, in parts of at most `TEXT_BLOCK_BYTES`, or of one row."""
+    """Write out the dictionaries of a batch, in parts of at most `TEXT_BLOCK_BYTES` of text, or of one row."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -68,34 +71,34 @@ def decoded(batch: Any) -> Iterator[Any]:
 
 
 def text_parts(stream: Any, size: int) -> Iterator[bytes]:
-    """Lines of a text file, some ``size`` bytes at a time, each part with the header before it.
+    """Cut a text file into parts of about ``size`` bytes, each with the file's header before it.
 
-    A part ends with a line, and not within quotes. Where twice as many bytes have no such end, a mark is open that
-    quotes nothing, and the last line's end is taken.
+    A part ends where a line ends outside quotes. Where none does in twice as many bytes, a quotation mark is taken to
+    stand alone, and the part ends with its last line.
     """
     head, _, rest = stream.read(size).partition(b"\n")
     head = head.removeprefix(b"\xef\xbb\xbf")
     windows = head.endswith(b"\r")
     several = False
+
+    def part(data: bytes) -> bytes:
+        joined = b"".join([head, b"\n", data])
+        return joined.replace(b"\r\n", b"\n") if windows else joined
+
     while more := stream.read(size):
         rest += more
         end = _end_of_lines(rest)
         if not end and len(rest) > 2 * size:
             end = rest.rfind(b"\n") + 1
         if end:
-            yield _lines(head, rest[:end], windows)
+            yield part(rest[:end])
             rest, several = rest[end:], True
     if rest or not several:
-        yield _lines(head, rest, windows)
-
-
-def _lines(head: bytes, data: bytes, windows: bool) -> bytes:
-    joined = b"".join([head, b"\n", data])
-    return joined.replace(b"\r\n", b"\n") if windows else joined
+        yield part(rest)
 
 
 def _end_of_lines(data: bytes) -> int:
-    """Where the last line that ends outside quotes does, the next one's start; 0 where there is none."""
+    """Number of bytes up to the end of the last line that ends outside quotes; 0 where no line does."""
     end = data.rfind(b"\n")
     quotes = data.count(b'"', 0, max(end, 0))
     while end >= 0 and quotes % 2:

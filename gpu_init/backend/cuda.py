@@ -1,4 +1,4 @@
-"""The backend for CUDA: CuPy, cuDF and cuML over one pool of device memory."""
+"""The backend for CUDA: CuPy, cuDF and cuML, which share one pool of device memory."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ import functools
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from gpu_init.backend.batches import row_groups, text_parts
-from gpu_init.backend.interface import LIBRARIES, Outbox, distributions, one_line, silent, versions
+from gpu_init.backend.interface import LIBRARIES, Backend, Outbox, distributions, one_line, silent, versions
 from gpu_init.errors import InputError, ResourceError
 from gpu_init.files.storage import source, stream
 from gpu_init.kernels import Kernels
 from gpu_init.kernels.cuda import CudaKernels, choose_cache_folder
 
-KMEANS_ITERATIONS = 300  # as scikit-learn's default
-DEVICE_TEXT_BYTES = 256 << 20  # of a text file that a device reads at a time
-DEVICE_ROWS = 1 << 24  # of a Parquet file, likewise, or one row group that has more
-LIBRARY_VALUES = 2**31  # rows x columns, or rows x clusters, from where cuML's K-means was seen to crash (raft#1258)
-LIBRARY_FASTER = 1 << 27  # values up to which cuML's K-means is taken: it was faster at 20,000 users
-LIBRARY_ROW_BYTES = 64  # that K-means takes per row beside the rows: labels, distances, bounds
-SPARE = 0.9  # of the free memory that a plan may count on
+KMEANS_ITERATIONS = 300  # limit of cuML's iterations, which is scikit-learn's default
+DEVICE_TEXT_BYTES = 256 << 20  # bytes of a text file that a device reads at a time
+DEVICE_ROWS = 1 << 24  # rows of a Parquet file that a device reads at a time, or one row group that has more
+LIBRARY_VALUES = 2**31  # rows x columns, or rows x clusters, from which cuML's K-means was seen to crash (raft#1258)
+LIBRARY_FASTER = 1 << 27  # number of values up to which cuML's K-means is taken: it was faster at 20,000 users
+LIBRARY_ROW_BYTES = 64  # bytes that cuML's K-means takes for each row's label, distance and bounds
+SPARE = 0.9  # share of the free memory that a plan may count on
 _OF_MEMORY = re.compile(r"out[ _]of[ _]memory|bad_alloc|cudaErrorMemoryAllocation|ALLOC_FAILED", re.IGNORECASE)
 _OF_CUDA = re.compile(r"cuda|cublas|cusparse|cusolver|cudf|cuml|cuvs|cupy|raft|rmm|nvrtc", re.IGNORECASE)
 
 
-class CudaBackend:
-    """cupy, cupyx, cudf, cuml, and one pool of device memory for all of them.
+class CudaBackend(Backend):
+    """Implements `Backend` with cupy, cupyx, cudf and cuml, and one pool of device memory for all of them.
 
     Raises
     ------
     ImportError
-        One of them is not installed; `select` looks before.
+        One of them is not installed; `select` checks this first.
     """
 
     name = "cuda"
     kmeans_name = "cuml.cluster.KMeans"
     kmeans_dtype = "float32"
 
-    def __init__(self, why: str) -> None:
+    def __init__(self, why: str, say: Callable[[str], None] = silent) -> None:
         choose_cache_folder()
         import cudf
         import cupy
@@ -51,7 +51,7 @@ class CudaBackend:
         import cupyx.scipy.sparse
 
         self.why = why
-        self.say: Callable[[str], None] = silent
+        self.say = say
         self.xp: Any = cupy
         self.sparse: Any = cupyx.scipy.sparse
         self.tables: Any = cudf
@@ -59,31 +59,19 @@ class CudaBackend:
         self._pinned: Callable[..., Any] = cupyx.empty_pinned
         self._memory, self._limit = _pool(cupy)
 
-    def with_kernels(self, name: str) -> CudaBackend:  # noqa: ARG002
-        """See `Backend.with_kernels`: there is no choice."""
-        return self
-
     def prepare(self, reading: bool, fitting: bool, on_interactions: bool) -> None:
-        """See `Backend.prepare`: which ones are needed is known only when they are."""
+        """Do nothing: CuPy compiles each kernel when it is first used, and it is not known before which ones are."""
 
     def asarray(self, array: Any) -> Any:
-        """See `Backend.asarray`."""
         return self.xp.ascontiguousarray(self.xp.asarray(array))
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """See `Backend.empty`."""
         return self.xp.empty(shape, dtype)
 
     def to_host(self, array: Any) -> np.ndarray[Any, Any]:
-        """See `Backend.to_host`."""
         return self.xp.asnumpy(array, order="C")  # type: ignore[no-any-return]
 
-    def deterministic(self) -> contextlib.AbstractContextManager[Any]:
-        """See `Backend.deterministic`: threads of the host have no part in a device's products."""
-        return contextlib.nullcontext()
-
     def local_cluster(self, **options: Any) -> Any:
-        """See `Backend.local_cluster`: one for each device."""
         try:
             from dask_cuda import LocalCUDACluster
         except ImportError as error:
@@ -92,14 +80,10 @@ class CudaBackend:
             ) from None
         return LocalCUDACluster(**options)
 
-    def in_order(self, function: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
-        """See `Backend.in_order`: one after another, a device being busy with one."""
-        return map(function, parts)
-
     def kmeans(self, matrix: Any, clusters: int, seed: int, restarts: int) -> Any:
-        """See `Backend.kmeans`: every setting given, since cuML's own seed is None and its number of starts varies.
+        """Run cuML with every setting given: its default seed is None, and its default number of starts varies.
 
-        The passes over all rows that follow go further than its tolerance.
+        gpu-init's own passes over all rows follow, and go on beyond cuML's tolerance.
         """
         from cuml.cluster import KMeans
 
@@ -115,7 +99,7 @@ class CudaBackend:
         return self.asarray(model.cluster_centers_)
 
     def takes_matrix(self, rows: int, width: int, clusters: int, wanted: str) -> bool:
-        """See `Backend.takes_matrix`: its peak is about twice its input (cuvs#1773), and what is kept per row."""
+        """Expect a peak of about twice the matrix (cuvs#1773), and `LIBRARY_ROW_BYTES` for each row."""
         if wanted == "own" or (wanted == "auto" and rows * width > LIBRARY_FASTER):
             return False
         needed, free = rows * (2 * width * 4 + LIBRARY_ROW_BYTES), self.free_memory()
@@ -131,22 +115,20 @@ class CudaBackend:
         return False
 
     def free_memory(self) -> int:
-        """See `Backend.free_memory`: of the device, what no array of the pool has."""
+        """Bytes that the pool may grow to, less those in use by its arrays."""
         return int(self._limit - self._memory.allocation_counts.current_bytes)
 
     def outbox(self, rows: int, width: int, dtype: str, write: Callable[[Any], None]) -> Outbox:
-        """See `Backend.outbox`: through pinned memory."""
         return _PinnedOutbox(self.xp, self._pinned, (rows, width), dtype, write)
 
     def out_of_memory(self, error: BaseException) -> bool:
-        """See `Backend.out_of_memory`: each library has its own error for that."""
+        """Recognise the errors of CuPy, RMM, cuDF and cuML, each of which has its own."""
         return isinstance(error, MemoryError) or (
             isinstance(error, RuntimeError) and bool(_OF_MEMORY.search(str(error)))
         )
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """See `Backend.explained`."""
         try:
             yield
         except Exception as error:
@@ -164,26 +146,20 @@ class CudaBackend:
             raise
 
     def peak_memory(self) -> dict[str, int]:
-        """See `Backend.peak_memory`."""
         return {"peak_device_memory_bytes": int(self._memory.allocation_counts.peak_bytes)}
 
     def batches(
         self, path: str, separator: str | None, columns: list[str], groups: range | None = None
     ) -> Iterator[Any]:
-        """See `Backend.batches`: straight to the device, some row groups or many lines at a time."""
+        """Read to the device, several row groups or many lines at a time."""
         frames = self._parquet(path, columns, groups) if separator is None else self._text(path, separator, columns)
-        while True:
-            try:
-                frame = next(frames, None)
-            except InputError:
+        try:
+            for frame in frames:
+                yield frame[columns]
+        except Exception as error:  # pyarrow, cudf and Python raise many kinds of error for a broken file
+            if isinstance(error, InputError) or self.out_of_memory(error) or "CUDA error" in str(error):
                 raise
-            except Exception as error:  # a broken file: pyarrow, cudf and Python have many kinds of error for it
-                if self.out_of_memory(error) or "CUDA error" in str(error):
-                    raise
-                raise InputError(f"{path}: {one_line(error)}") from None
-            if frame is None:
-                return
-            yield frame[columns]
+            raise InputError(f"{path}: {one_line(error)}") from None
 
     def _parquet(self, path: str, columns: list[str], wanted: range | None) -> Iterator[Any]:
         import pyarrow.parquet as pq
@@ -193,7 +169,7 @@ class CudaBackend:
         rows = [metadata.row_group(group).num_rows for group in wanted]
         for groups in row_groups(rows, DEVICE_ROWS):
             chosen = [wanted[group] for group in groups]
-            # an index that pandas wrote would take its column away
+            # use_pandas_metadata would take away a column that pandas wrote as its index
             yield self.tables.read_parquet(path, columns=columns, row_groups=chosen, use_pandas_metadata=False)
 
     def _text(self, path: str, separator: str, columns: list[str]) -> Iterator[Any]:
@@ -210,45 +186,38 @@ class CudaBackend:
                 )
 
     def host_column(self, column: Any) -> Any:
-        """See `Backend.host_column`."""
         return self.tables.Series(column).to_pandas()
 
     def versions(self) -> dict[str, str]:
-        """See `Backend.versions`."""
         return versions("numpy", *itertools.chain(*map(distributions, (*LIBRARIES, "rmm"))))
 
 
-class _PinnedOutbox:
-    """While a block is computed, the one before is copied to pinned memory, and the one before that is written."""
+class _PinnedOutbox(Outbox):
+    """Copies a block to pinned memory while the next one is computed and the one before is written."""
 
     def __init__(
         self, xp: Any, pinned: Callable[..., Any], shape: tuple[int, int], dtype: str, write: Callable[[Any], None]
     ) -> None:
         self._xp = xp
-        self._make = (lambda: xp.empty(shape, dtype), lambda: pinned(shape, dtype))
-        self._slots: list[tuple[Any, Any]] = []  # made when they are needed: memory may run out
+        self._make: Callable[[], tuple[Any, Any]] = lambda: (xp.empty(shape, dtype), pinned(shape, dtype))
+        self._slots: list[tuple[Any, Any]] = []  # made when first needed, inside `in_blocks`: memory may run out
         self._turn = 0
         self._stream = xp.cuda.Stream(non_blocking=True)
         self._write = write
         self._copied: Any = None
 
-    def __enter__(self) -> _PinnedOutbox:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._stream.synchronize()  # nothing may be on its way into memory that is let go
+        self._stream.synchronize()  # no copy may go on into memory that is freed
         if kind is None:
             self._flush()
 
     def space(self, rows: int) -> Any:
-        """See `Outbox.space`."""
         self._turn = 1 - self._turn
         while len(self._slots) <= self._turn:
-            self._slots.append((self._make[0](), self._make[1]()))
+            self._slots.append(self._make())
         return self._slots[self._turn][0][:rows]
 
     def send(self, block: Any) -> None:
-        """See `Outbox.send`."""
         self._flush()
         computed = self._xp.cuda.Event(disable_timing=True)
         computed.record()
@@ -257,7 +226,7 @@ class _PinnedOutbox:
         self._xp.asnumpy(block, stream=self._stream, out=self._copied, blocking=False)
 
     def _flush(self) -> None:
-        """Hand over the block before; the writer gives back the one before that, whose memory is the next one's."""
+        """Hand over the last block. The writer is then done with the block before, whose memory is used next."""
         if self._copied is not None:
             self._stream.synchronize()
             block, self._copied = self._copied, None
@@ -266,10 +235,10 @@ class _PinnedOutbox:
 
 @functools.cache
 def _pool(cupy: Any) -> tuple[Any, int]:
-    """One pool for CuPy, cuDF and cuML that counts what is in use, and the bytes that it may grow to.
+    """Make one pool for CuPy, cuDF and cuML that counts the bytes in use; give it, and the bytes it may grow to.
 
-    Importing cuDF makes CuPy allocate through RMM, which takes each array from the driver unless told otherwise. A
-    resource that the program has chosen stays below. What others take later is seen only when it is missing.
+    Once cuDF is imported, CuPy allocates through RMM, whose default takes each array from the driver. A resource that
+    the caller's program has chosen is kept, below the counter. Memory that other programs take later is not seen.
     """
     import rmm.mr
     from rmm.allocators.cupy import rmm_cupy_allocator

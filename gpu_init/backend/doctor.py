@@ -1,38 +1,36 @@
-"""What `gpu-init doctor` reports, and what keeps the CUDA backend from running."""
+"""The report of `gpu-init doctor`, and the reason why the CUDA backend cannot run here."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib
-import importlib.metadata
 import importlib.util
 import platform
 import sys
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gpu_init import memory
 from gpu_init.backend.cpu import CpuBackend
-from gpu_init.backend.interface import LIBRARIES, distributions, one_line, version
+from gpu_init.backend.interface import LIBRARIES, distributions, one_line, versions
 from gpu_init.errors import InputError
 from gpu_init.kernels import compile_all
 from gpu_init.kernels.ahead import compile_cuda
 from gpu_init.kernels.cuda import OLDEST, ahead_folder, choose_cache_folder
 from gpu_init.kernels.threads import cores
 
-# What doctor says.
-
 
 @dataclass(frozen=True)
 class Fact:
-    """One line of ``gpu-init doctor``."""
+    """One line of ``gpu-init doctor``; ``fix`` says what to do where something is wrong."""
 
     name: str
     found: str
-    fix: str = ""  # what to do, where something is wrong
+    fix: str = ""
 
 
 def facts() -> list[Fact]:
-    """What the job would find on this machine: system, libraries, driver, devices."""
+    """Look at what a job would find on this machine: system, libraries, driver, devices."""
     free = memory.available()
     lines = [
         Fact("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
@@ -40,15 +38,13 @@ def facts() -> list[Fact]:
         Fact("memory", f"{free.bytes / 1e9:.1f} GB free {free.why}"),
     ]
     lines += [Fact(name, version) for name, version in CpuBackend("doctor").versions().items()]
-    torch = version("torch")
-    lines.append(
-        Fact("torch", torch or "not installed", "" if torch else "for .pt features: pip install 'gpu-init[torch]'")
-    )
-    return lines + _cuda_facts()
+    torch = versions("torch").get("torch")
+    fix = "" if torch else "for .pt features: pip install 'gpu-init[torch]'"
+    return [*lines, Fact("torch", torch or "not installed", fix), *_cuda_facts()]
 
 
 def compiled_facts() -> list[Fact]:
-    """Compile all kernels ahead of time, for this processor and, where CuPy is, for devices; and say where they are."""
+    """Compile all kernels ahead of time, for this processor and, with CuPy, for devices; say where they are kept."""
     count, folder = compile_all()
     lines = [Fact("CPU kernels", f"{count} compiled, in {folder}" if folder else f"{count} compiled, and not kept")]
     if distributions("cupy"):
@@ -65,7 +61,7 @@ def _cuda_facts() -> list[Fact]:
     lines = [Fact("CUDA driver", f"for CUDA {driver[0]}.{driver[1]}" if driver else "none found")]
     for library in (*LIBRARIES, "rmm"):
         found = distributions(library)
-        shown = ", ".join(f"{name} {version(name)}" for name in found)
+        shown = ", ".join(f"{name} {version}" for name, version in versions(*found).items())
         fix = f"keep one: pip uninstall {' or '.join(found)}, then install the other again" if len(found) > 1 else ""
         lines.append(Fact(library, shown or "not installed", fix))
     missing = missing_for_cuda()
@@ -78,70 +74,65 @@ def _cuda_facts() -> list[Fact]:
         properties = cupy.cuda.runtime.getDeviceProperties(device)
         with cupy.cuda.Device(device):
             free, total = cupy.cuda.runtime.memGetInfo()
-        name = properties["name"].decode()
-        capability = f"{properties['major']}.{properties['minor']}"
-        lines.append(
-            Fact(
-                f"device {device}",
-                f"{name}, compute capability {capability}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free",
-            )
-        )
+        shown = f"{properties['name'].decode()}, compute capability {properties['major']}.{properties['minor']}"
+        lines.append(Fact(f"device {device}", f"{shown}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"))
     return [*lines, Fact("CUDA backend", "ready, on device 0")]
 
 
-@dataclass(frozen=True)
-class _Missing:
+class Missing(NamedTuple):
+    """What the CUDA backend lacks on this machine, and what to do about it."""
+
     what: str
     fix: str
 
 
-def missing_for_cuda() -> _Missing | None:
-    """The first thing that keeps the CUDA backend from running here, or None."""
+def missing_for_cuda() -> Missing | None:
+    """Give the first thing that keeps the CUDA backend from running here, or None."""
     driver = _driver_version()
     if driver is None:
-        return _Missing(
+        return Missing(
             "no NVIDIA driver is loaded on this machine (libcuda.so.1 not found)",
             "Run on a machine with an NVIDIA GPU (containers: --gpus all), or use --backend cpu.",
         )
     if driver[0] < 12:
-        return _Missing(
-            f"the NVIDIA driver serves CUDA {driver[0]}.{driver[1]}, and 12.0 is the oldest that will do",
+        return Missing(
+            f"the NVIDIA driver serves CUDA {driver[0]}.{driver[1]}, and 12.0 is the oldest that works",
             "Install a newer driver, or use --backend cpu.",
         )
     install = f"pip install 'gpu-init[{'cuda13' if driver[0] >= 13 else 'cuda12'}]'"
     twice = distributions("cupy")
     if len(twice) > 1:
-        return _Missing(
-            f"{' and '.join(twice)} are installed side by side, and break one another",
+        return Missing(
+            f"{' and '.join(twice)} are installed side by side, and break each other",
             f"Install with: pip uninstall --yes {' '.join(twice)} && {install}",
         )
     choose_cache_folder()
     absent = [library for library in LIBRARIES if not _importable(library)]
     if absent:
-        return _Missing(f"{', '.join(absent)} cannot be imported", f"Install with: {install}")
+        return Missing(f"{', '.join(absent)} cannot be imported", f"Install with: {install}")
     import cupy
 
     try:
         if cupy.cuda.runtime.getDeviceCount() == 0:
-            return _Missing("the driver reports no device", "Check nvidia-smi, and CUDA_VISIBLE_DEVICES.")
+            return Missing("the driver reports no device", "Check nvidia-smi, and CUDA_VISIBLE_DEVICES.")
         properties = cupy.cuda.runtime.getDeviceProperties(0)
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        return _Missing(one_line(error), f"Check nvidia-smi and CUDA_VISIBLE_DEVICES; this driver takes: {install}")
+        return Missing(one_line(error), f"Check nvidia-smi and CUDA_VISIBLE_DEVICES; this driver takes: {install}")
     if 10 * properties["major"] + properties["minor"] < OLDEST:
-        return _Missing(
+        return Missing(
             f"device 0 has compute capability {properties['major']}.{properties['minor']}, and kernels need"
             f" {OLDEST / 10} (Volta) or newer",
             "Choose another device with CUDA_VISIBLE_DEVICES, or use --backend cpu.",
         )
     try:
         cupy.cuda.nvrtc.getVersion()
-    except Exception:  # what CuPy raises for a library that is not there has changed from version to version
-        return _Missing("CuPy finds no NVRTC, the compiler of kernels", f"Install with: {install}")
+    except Exception:  # CuPy's error for a library that is missing has changed from version to version
+        return Missing("CuPy finds no NVRTC, the compiler of kernels", f"Install with: {install}")
     return None
 
 
 def _driver_version() -> tuple[int, int] | None:
-    """The CUDA version that the driver serves."""
+    """Major and minor version of CUDA that the driver serves, or None without a driver."""
     try:
         version = ctypes.c_int()
         if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
@@ -152,11 +143,11 @@ def _driver_version() -> tuple[int, int] | None:
 
 
 def _importable(library: str) -> bool:
-    """Whether a library can be imported; of cuML, which takes seconds and few jobs need, whether it is there."""
+    """Whether a library can be imported. cuML is only looked for: its import takes seconds, and few jobs need it."""
     try:
         if library == "cuml" and library not in sys.modules:
             return importlib.util.find_spec(library) is not None
         importlib.import_module(library)
-    except Exception:  # a broken installation raises whatever it likes
+    except Exception:  # a broken installation may raise anything
         return False
     return True

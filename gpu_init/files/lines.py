@@ -1,13 +1,12 @@
-"""Text files of rows, looked at again once something is wrong with one: which line it is, and what to do.
+"""Looks at a text file again when a row of it is wrong, to name the line and what to do.
 
-Lines are numbered as an editor does, from 1. Empty lines are no rows, and line ends within quotes end none.
+Lines are numbered as in an editor, from 1. Empty lines are no rows, and a line end within quotes does not end a row.
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import IO
 
@@ -16,12 +15,12 @@ from gpu_init.files.storage import local
 
 
 def line_of(path: str, row: int) -> int:
-    """Line where a row starts, from 0 for the first one after the header.
+    """Number of the line where a row starts; row 0 is the first one after the header.
 
     Raises
     ------
     InputError
-        There is no such row: the file is not what it was.
+        There is no such row, so the file has changed.
     """
     found, open_quote = -2, False
     with _opened(path) as lines:
@@ -35,47 +34,39 @@ def line_of(path: str, row: int) -> int:
 
 
 def trouble(path: str, separator: str, said: str, most: int) -> str:
-    """What is wrong with a file, and what to do, from what Arrow said of it; no line may have ``most`` bytes."""
+    """Say what is wrong with a file and what to do, from Arrow's message; a line may have at most ``most`` bytes."""
     if "UTF8" in said:
-        return f"{path}: {_place(_not_utf8(path))} is not UTF-8 text; save it as UTF-8."
+        return f"{path}: {_not_utf8(path)} is not UTF-8 text; save it as UTF-8."
     if "straddling" in said:
         return f"{path}: a line of more than {most:,} bytes, or a quote that is not closed; correct it."
     if "Expected" in said and "columns" in said:
-        return f"{path}: {_place(_uneven(path, separator))} has not as many fields as the header; correct or quote it."
+        return f"{path}: {_uneven(path, separator)} has not as many fields as the header; correct or quote it."
     return f"{path}: {said}"
 
 
 def _opened(path: str) -> IO[str]:
-    """Text whose letters are bytes, whatever they mean; lines end in any way."""
+    """Open a file as text with one letter for each byte, whatever its encoding and its line ends."""
     path = local(path)
     return gzip.open(path, "rt", encoding="latin-1") if path.endswith(".gz") else open(path, encoding="latin-1")
 
 
-def _place(line: int | None) -> str:
-    return "a line" if line is None else f"line {line}"
-
-
-def _not_utf8(path: str) -> int | None:
+def _not_utf8(path: str) -> str:
     with _opened(path) as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 line.encode("latin-1").decode()
             except UnicodeDecodeError:
-                return number
-    return None
+                return f"line {number}"
+    return "a line"
 
 
-def _uneven(path: str, separator: str) -> int | None:
+def _uneven(path: str, separator: str) -> str:
     with _opened(path) as lines, suppress(csv.Error):
-        rows = _rows(csv.reader(lines, delimiter=separator))
-        _, header = next(rows, (1, []))
-        return next((line for line, fields in rows if fields and len(fields) != len(header)), None)
-    return None
-
-
-def _rows(reader: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
-    """Fields of each row, and the line where it starts."""
-    line = 1
-    for fields in reader:
-        yield line, fields
-        line = reader.line_num + 1  # type: ignore[attr-defined]
+        rows = csv.reader(lines, delimiter=separator)
+        width = len(next(rows, []))
+        before = rows.line_num
+        for fields in rows:
+            if fields and len(fields) != width:
+                return f"line {before + 1}"
+            before = rows.line_num
+    return "a line"

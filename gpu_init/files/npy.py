@@ -1,12 +1,13 @@
-"""Files in numpy's formats, .npy and .npz, read without trust: what they declare is held to what they have.
+"""Reads files in numpy's formats, .npy and .npz, of unknown origin.
 
-No pickle is ever loaded, and nothing is allocated or mapped for an array before its header is found to fit the
-bytes that are there.
+No pickle is ever loaded, and no memory is allocated or mapped for an array before its header is found to agree with
+the size of the file.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import mmap
 import struct
 import zipfile
@@ -19,25 +20,16 @@ import numpy as np
 
 from gpu_init.errors import InputError
 
-MAX_LIST_BYTES = 1 << 20  # of an archive's list of members, which costs Python twenty times as much
+MAX_LIST_BYTES = 1 << 20  # limit for an archive's list of members, which takes twenty times as much in Python's memory
 
-_HEADER_BYTES = 12 + 10_000  # magic, length, and the longest header that numpy takes
-_END_BYTES = 76 + 22 + 65_535  # of the records that end a zip file, and the comment after them
-_BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others may unpack gigabytes at once
+_HEADER_BYTES = 12 + 10_000  # the magic bytes and the length, and the longest header that numpy takes
+_END_BYTES = 76 + 22 + 65_535  # the records at the end of a zip file, and the longest comment after them
+_BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # other methods may unpack gigabytes at once
 
 
 @dataclass(frozen=True)
 class Header:
-    """What an .npy file says of itself.
-
-    Attributes
-    ----------
-    shape : tuple of int
-    order : {"C", "F"}
-    dtype : dtype
-    offset : int
-        Where the values start.
-    """
+    """The header of an .npy file; the values start at byte ``offset``."""
 
     shape: tuple[int, ...]
     order: Literal["C", "F"]
@@ -46,19 +38,11 @@ class Header:
 
     @property
     def end(self) -> int:
-        """Bytes of header and values."""
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length  # Python's integers do not wrap
-        return self.offset + size
+        """Number of bytes of header and values together."""
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
 
     def require_size(self, place: str, size: int) -> None:
-        """Refuse a file that is not as long as its header says.
-
-        Raises
-        ------
-        InputError
-        """
+        """Raise an `InputError` where a file of ``size`` bytes is not as long as its header says."""
         if self.end != size:
             shape = " x ".join(map(str, self.shape)) or "1"
             raise InputError(
@@ -68,12 +52,12 @@ class Header:
 
 
 def read_header(file: Any) -> Header:
-    """Header of an .npy file, from its start; the shape is not yet held to the file's size.
+    """Read the header at the start of an .npy file, without a comparison to the file's size.
 
     Raises
     ------
     ValueError
-        It is none.
+        It is no such header.
     """
     start = io.BytesIO(file.read(_HEADER_BYTES))
     version = np.lib.format.read_magic(start)
@@ -87,7 +71,10 @@ def read_header(file: Any) -> Header:
 
 
 def read_rows(path: str, index: Any) -> Any:
-    """Some rows (n,) of a matrix in an .npy file of ours, each read by itself: a mapping reads around them."""
+    """Copy the rows ``index`` (n,) of a matrix from an .npy file that gpu-init wrote.
+
+    The system is told that the rows are scattered, so that it does not read ahead of each.
+    """
     with open(path, "rb") as file:
         header = read_header(file)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -96,7 +83,7 @@ def read_rows(path: str, index: Any) -> Any:
 
 
 def _rows(mapped: mmap.mmap, header: Header, index: Any) -> Any:
-    """Copied, so that nothing holds the mapping when this is left."""
+    """Copy rows of a mapping, in a function of its own, so that no array holds the mapping when it is closed."""
     return np.ndarray(header.shape, header.dtype, mapped, header.offset)[index]
 
 
@@ -107,9 +94,9 @@ def archive(file: io.BufferedReader, path: str) -> Iterator[zipfile.ZipFile]:
     Raises
     ------
     InputError
-        A list of members beyond `MAX_LIST_BYTES`, or a member packed in a way that numpy does not use.
+        The list of members exceeds `MAX_LIST_BYTES`, or a member is packed in a way that numpy does not use.
     zipfile.BadZipFile
-        It is none.
+        It is no zip file.
     """
     _require_short_list(file, path)
     with zipfile.ZipFile(file) as opened:
@@ -120,7 +107,7 @@ def archive(file: io.BufferedReader, path: str) -> Iterator[zipfile.ZipFile]:
 
 
 def _require_short_list(file: io.BufferedReader, path: str) -> None:
-    """Look at the end of a zip file, where zipfile does, before it reads the list of members whole."""
+    """Check the size of the list of members at the end of a zip file, before `zipfile` reads all of it."""
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - _END_BYTES))
     tail = file.read()
@@ -132,6 +119,6 @@ def _require_short_list(file: io.BufferedReader, path: str) -> None:
         raise zipfile.BadZipFile("not a zip file")
     [listed] = struct.unpack_from("<L", tail, at + 12)
     if at >= 76 and tail[at - 20 : at - 16] == b"PK\6\7" and tail[at - 76 : at - 72] == b"PK\6\6":
-        [listed] = struct.unpack_from("<Q", tail, at - 36)  # a large archive says it here
+        [listed] = struct.unpack_from("<Q", tail, at - 36)  # the record of large archives (ZIP64)
     if listed > MAX_LIST_BYTES:
         raise InputError(f"{path}: a list of members of {listed:,} bytes; this is no archive of numpy or torch.")

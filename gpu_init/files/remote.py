@@ -1,8 +1,8 @@
-"""Object storage, through fsspec: `s3://`, `gs://`, `az://` and what else it knows.
+"""Object storage, through fsspec: `s3://`, `gs://`, `az://` and the other schemes that it knows.
 
-Credentials, endpoints and regions come from the environment alone, as the libraries behind fsspec read them. These try
-again by themselves; what fails all the same is tried a few times more, and then is a `ResourceError`: it may be gone
-when the job is resumed.
+Credentials, endpoints and regions come from the environment alone, as the libraries behind fsspec read them. Those
+libraries retry by themselves. What fails all the same is retried here a few times, and then raises `ResourceError`,
+because the store may work again when the job is resumed.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gpu_init.errors import GpuInitError, InputError, ResourceError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-WHOLE_BYTES = 1 << 20  # objects up to this size are hashed whole
+WHOLE_BYTES = 1 << 20  # objects up to this size are hashed whole; of larger ones, this many pieces of this size
 PIECES = 16
 PIECE_BYTES = 1 << 16
-STREAM_BYTES = 16 << 20  # asked for at a time where an object is read from start to end
+STREAM_BYTES = 16 << 20  # bytes of each request where an object is read from start to end
 ATTEMPTS = 4
-FIRST_PAUSE = 0.5  # seconds; each further one is four times as long
+FIRST_PAUSE = 0.5  # seconds before the second attempt; each further pause is four times as long
 
+_T = TypeVar("_T")
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
-_GLOB = frozenset("*?[")
 _FINAL = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "InvalidRegionError")
-_TAGS = ("md5Hash", "crc32c", "ETag", "etag")  # of the content, as the stores call them
+_TAGS = ("md5Hash", "crc32c", "ETag", "etag")  # the stores' names for a checksum or tag of the content
 
 
 def is_url(path: str) -> bool:
@@ -43,17 +43,28 @@ def is_url(path: str) -> bool:
     return _URL.match(path) is not None
 
 
+def is_glob(pattern: str) -> bool:
+    """Whether a path has wildcards."""
+    return not {"*", "?", "["}.isdisjoint(pattern)
+
+
+def left_out(name: str) -> bool:
+    """Whether the search of a folder leaves out this name, as engines that write tables expect (`_SUCCESS`)."""
+    return name.startswith((".", "_"))
+
+
 def state(url: str) -> tuple[int, int]:
-    """Size of an object, and a number that another content would have changed."""
+    """Size of an object in bytes, and a number that changes with its content."""
     size, tag = _facts(url)
     return size, int.from_bytes(hashlib.sha256(tag.encode()).digest()[:8], "little")
 
 
 def fingerprint(url: str) -> dict[str, int | str]:
-    """Recognise an object again, as `storage.fingerprint` does a file, without reading all of it.
+    """Identify the content of an object, as `storage.fingerprint` does for a file, without reading all of it.
 
-    Up to 1 MiB, the SHA-256 of its content; above, of its size (8 bytes, little endian), the checksum or tag that the
-    store gives it, and 16 pieces of 64 KiB, spread evenly, the first and the last included.
+    An object of up to 1 MiB is hashed whole with SHA-256. For a larger one, the hash is of its size (8 bytes, little
+    endian), of the checksum or tag that the store gives it, and of 16 pieces of 64 KiB, spread evenly, the first and
+    the last included.
     """
     size, tag = _facts(url)
     if size <= WHOLE_BYTES:
@@ -61,69 +72,55 @@ def fingerprint(url: str) -> dict[str, int | str]:
     digest = hashlib.sha256(size.to_bytes(8, "little") + tag.encode())
     for piece in range(PIECES):
         start = piece * (size - PIECE_BYTES) // (PIECES - 1)
-        digest.update(_cat(url, start, start + PIECE_BYTES))
+        digest.update(read(url, start, start + PIECE_BYTES))
     return {"bytes": size, "hash": f"sampled-sha256:{digest.hexdigest()}"}
 
 
 def find(pattern: str, extensions: tuple[str, ...]) -> list[str]:
-    """Objects that a URL stands for, as `storage.expand` finds files."""
+    """Find the objects that a URL stands for, by the rules of `storage.expand`."""
     bucket = _URL.sub("", pattern).split("/", 1)[0]
     if not bucket or "@" in bucket:
         raise InputError(f"{pattern}: wanted is a bucket after ://, and no credentials: the environment has those.")
     if _kind(pattern) == "file":
         return [pattern]
-    is_glob = not _GLOB.isdisjoint(pattern)
-    roots = _call(pattern, lambda store, path: sorted(store.glob(path))) if is_glob else [_split(pattern)[1]]
+    wild = is_glob(pattern)
+    roots = _call(pattern, lambda store, path: sorted(store.glob(path))) if wild else [_split(pattern)[1]]
     found: set[str] = set()
     for root in roots:
         one = _split(pattern)[0].unstrip_protocol(root)
-        if is_glob and _kind(one) == "file":
+        if wild and _kind(one) == "file":
             found.update([one] if root.endswith(extensions) else [])
             continue
-        below = sizes(one)
-        found.update(f"{one.rstrip('/')}/{name}" for name in below if name.endswith(extensions) and not _left_out(name))
+        for name in sizes(one):
+            if name.endswith(extensions) and not any(map(left_out, name.split("/"))):
+                found.add(f"{one.rstrip('/')}/{name}")
     if found:
         return sorted(found)
     where = "no objects there that end in " + ", ".join(extensions)
-    raise InputError(f"{pattern}: {where if is_glob or sizes(pattern) else 'there is no such object'}.")
-
-
-def _left_out(name: str) -> bool:
-    return any(part.startswith((".", "_")) for part in name.split("/"))
+    raise InputError(f"{pattern}: {where if wild or sizes(pattern) else 'there is no such object'}.")
 
 
 def sizes(url: str) -> dict[str, int]:
-    """Size of each object below a URL, to any depth, by its name from there."""
+    """Sizes in bytes of all objects below a URL, to any depth, by their names relative to it."""
 
     def listed(store: Any, path: str) -> dict[str, int]:
         prefix = path.rstrip("/") + "/"
-        try:
-            infos = store.find(prefix, detail=True)
-        except FileNotFoundError:
-            return {}
-        return {name.removeprefix(prefix): int(info["size"]) for name, info in infos.items() if name.startswith(prefix)}
+        infos = store.find(prefix, detail=True)
+        found = {name.removeprefix(prefix): info for name, info in infos.items() if name.startswith(prefix)}
+        return {name: int(info["size"]) for name, info in found.items() if name and not name.endswith("/")}
 
-    found: dict[str, int] = _call(url, listed)
-    return {name: size for name, size in found.items() if name and not name.endswith("/")}
+    return _if_there(url, listed) or {}
 
 
-def read(url: str) -> bytes:
-    """Content of a small object."""
-    return _cat(url, None, None)
+def read(url: str, start: int | None = None, stop: int | None = None) -> bytes:
+    """Content of a small object, or the bytes from ``start`` to ``stop`` of any object."""
+    content: bytes = _call(url, lambda store, path: store.cat_file(path, start=start, end=stop))
+    return content
 
 
 def read_if_there(url: str) -> bytes | None:
-    """Content of a small object, None where there is none."""
-
-    def fetch(store: Any, path: str) -> bytes | None:
-        try:
-            content: bytes = store.cat_file(path)
-        except FileNotFoundError:
-            return None
-        return content
-
-    found: bytes | None = _call(url, fetch)
-    return found
+    """Content of a small object, or None where there is none."""
+    return _if_there(url, lambda store, path: store.cat_file(path))
 
 
 def write(url: str, data: bytes) -> None:
@@ -137,20 +134,13 @@ def upload(path: str, url: str) -> None:
 
 
 def copy(url: str, to: str) -> None:
-    """Copy an object within a store, which does it by itself."""
+    """Copy an object within a store, without moving its bytes through this machine."""
     _call(url, lambda store, path: store.cp_file(path, _split(to)[1]))
 
 
 def remove(url: str) -> None:
     """Remove an object, if it is there."""
-
-    def unlink(store: Any, path: str) -> None:
-        try:
-            store.rm_file(path)
-        except FileNotFoundError:
-            return
-
-    _call(url, unlink)
+    _if_there(url, lambda store, path: store.rm_file(path))
 
 
 def download(url: str, to: str) -> None:
@@ -166,12 +156,12 @@ def download(url: str, to: str) -> None:
 
 
 def local(url: str) -> str:
-    """Copy of an object on this machine, in `TMPDIR`, until the process ends: what must be mapped needs a file."""
+    """Copy an object into a file in `TMPDIR` that stays until the process ends, for readers that map files."""
     return _copy(url, state(url))
 
 
 @functools.cache
-def _copy(url: str, of: tuple[int, int]) -> str:  # noqa: ARG001
+def _copy(url: str, state: tuple[int, int]) -> str:  # noqa: ARG001  # a changed object is copied again
     to = os.path.join(new_folder(), os.path.basename(url))
     download(url, to)
     return to
@@ -190,7 +180,7 @@ def _copies() -> str:
 
 
 class Object(io.RawIOBase):
-    """An object to read from, any part of it, each asked for when it is read."""
+    """An object as a file that is read at any place; each read is a request."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -198,29 +188,24 @@ class Object(io.RawIOBase):
         self._at = 0
 
     def readable(self) -> bool:
-        """Tell that it can be read."""
         return True
 
     def seekable(self) -> bool:
-        """Tell that any part can be read."""
         return True
 
     def tell(self) -> int:
-        """Give the place of the next byte."""
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Go to a place, from the start, from here or from the end."""
         self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
         return self._at
 
     def readinto(self, buffer: Buffer, /) -> int:
-        """Read as many bytes as the buffer holds, fewer only at the end."""
         view = memoryview(buffer).cast("B")
         stop = min(self._at + len(view), self._size)
         if stop <= self._at:
             return 0
-        data = _cat(self._url, self._at, stop)
+        data = read(self._url, self._at, stop)
         if len(data) != stop - self._at:
             raise InputError(f"{self._url}: changed while it was read; run again when it is complete.")
         view[: len(data)] = data
@@ -242,25 +227,12 @@ def _facts(url: str) -> tuple[int, str]:
 
 
 def _kind(url: str) -> str | None:
-    """Give ``file`` or ``directory``; None where there is nothing."""
-
-    def look(store: Any, path: str) -> str | None:
-        try:
-            return str(store.info(path)["type"])
-        except FileNotFoundError:
-            return None
-
-    found: str | None = _call(url, look)
-    return found
-
-
-def _cat(url: str, start: int | None, stop: int | None) -> bytes:
-    content: bytes = _call(url, lambda store, path: store.cat_file(path, start=start, end=stop))
-    return content
+    """Give ``file`` or ``directory``, or None where there is nothing."""
+    return _if_there(url, lambda store, path: str(store.info(path)["type"]))
 
 
 def _split(url: str) -> tuple[Any, str]:
-    """File system of fsspec, which keeps no listings, and the path in it."""
+    """File system of fsspec, which does not cache listings, and the path in it."""
     scheme = url.split("://", 1)[0].lower()
     extra = _EXTRAS.get(scheme)
     try:
@@ -275,15 +247,27 @@ def _split(url: str) -> tuple[Any, str]:
     return store, str(path)
 
 
-def _call(url: str, function: Callable[[Any, str], Any]) -> Any:
-    """Do something with an object's file system and path, again where that may help.
+def _if_there(url: str, function: Callable[[Any, str], _T]) -> _T | None:
+    """As `_call`, but None where there is no such object."""
+
+    def guarded(store: Any, path: str) -> _T | None:
+        try:
+            return function(store, path)
+        except FileNotFoundError:
+            return None
+
+    return _call(url, guarded)
+
+
+def _call(url: str, function: Callable[[Any, str], _T]) -> _T:
+    """Call a function with an object's file system and path, again where that may help.
 
     Raises
     ------
     InputError
-        Nothing there, or no permission.
+        There is no such object, or no permission.
     ResourceError
-        The store could not be reached, or failed, each time.
+        The store could not be reached, or failed, in every attempt.
     """
     store, path = _split(url)
     pause = FIRST_PAUSE
@@ -296,7 +280,7 @@ def _call(url: str, function: Callable[[Any, str], Any]) -> Any:
             raise InputError(f"{url}: there is no such object or bucket.") from None
         except PermissionError as error:
             raise InputError(f"{url}: no permission ({_one_line(error)}).") from None
-        except Exception as error:  # each store's library has its own
+        except Exception as error:  # the library of each store has its own errors
             if type(error).__name__ in _FINAL:
                 raise InputError(f"{url}: {_one_line(error)}.") from None
             if attempt == ATTEMPTS:

@@ -1,7 +1,7 @@
-"""Files: found, recognised again, read; on local disks written so that they last. Inputs may be URLs (`remote`).
+"""Finds, identifies and reads files on disks and in object storage (`remote`); writes files durably on disks.
 
-What is written goes to a temporary file beside its place, is synced, and is then renamed; the folder is synced too.
-One writer at a time is assumed for each folder; `Lock` sees to that for the output.
+A file is written to a temporary file beside its place, synced, and then renamed; its folder is synced too. Each folder
+may have one writer at a time, which `Lock` ensures for the output.
 """
 
 from __future__ import annotations
@@ -24,26 +24,17 @@ from gpu_init.files import remote
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-WHOLE_BYTES = 256 << 20  # files up to this size are hashed whole
-_PIECE = 1 << 20
+WHOLE_BYTES = 256 << 20  # files up to this size are hashed whole; of larger ones, this many pieces of this size
 _PIECES = 256
-_CHUNK = 8 << 20
-_GLOB = frozenset("*?[")
-
-
-# Inputs.
+_PIECE = 1 << 20
+_CHUNK = 8 << 20  # bytes that are hashed and written at a time
 
 
 def fingerprint(path: str) -> dict[str, int | str]:
-    """Recognise a file again by its content; never by its time.
+    """Identify the content of a file, whatever its time.
 
-    Up to 256 MiB, the SHA-256 of all of it; above, of its size (8 bytes, little endian) followed by 256 pieces of
-    1 MiB, spread evenly, the first and the last of the file included.
-
-    Parameters
-    ----------
-    path : str
-        A file.
+    A file of up to 256 MiB is hashed whole with SHA-256. For a larger one, the hash is of its size (8 bytes, little
+    endian), followed by 256 pieces of 1 MiB, spread evenly, the first and the last of the file included.
 
     Returns
     -------
@@ -70,7 +61,7 @@ def fingerprint(path: str) -> dict[str, int | str]:
 
 @contextmanager
 def reading(path: str) -> Iterator[io.BufferedReader]:
-    """Open a regular file; what the system says while it is read becomes an InputError that names it."""
+    """Open a regular file. Errors of the system while it is read become an `InputError` that names it."""
     if "\0" in path:
         raise InputError(f"{path!r} is not a path.")
     path = local(path)
@@ -85,7 +76,7 @@ def reading(path: str) -> Iterator[io.BufferedReader]:
 
 
 def file_state(path: str) -> tuple[int, int]:
-    """Size of a file, and a number that another content would have changed: for a local one, when it last changed.
+    """Size of a file in bytes, and a number that changes with its content: its time of change where it is local.
 
     Raises
     ------
@@ -102,7 +93,7 @@ def file_state(path: str) -> tuple[int, int]:
 
 
 def require_local(path: str) -> None:
-    """Refuse a URL where only a disk will do."""
+    """Refuse a URL where a place on a disk is needed."""
     if remote.is_url(path):
         raise InputError(f"{path}: is in object storage; name a place on a disk.")
 
@@ -120,17 +111,17 @@ def real_path(path: str) -> str:
 
 
 def local(path: str) -> str:
-    """Path on this machine of a file, of which a copy is made where it is a URL."""
+    """Path of a file on this machine; a URL is copied first."""
     return remote.local(path) if remote.is_url(path) else path
 
 
 def source(path: str) -> Any:
-    """Give what a library takes as a file of which it reads parts: the path, or an open object."""
+    """Give a library the file that it reads parts of: the path itself, or an open `remote.Object`."""
     return remote.Object(path) if remote.is_url(path) else path
 
 
 def stream(path: str) -> Any:
-    """Open a text file for pyarrow, from start to end; unpacked where its name says that it is packed."""
+    """Open a text file for pyarrow, to be read from start to end, and decompressed as its name tells."""
     import pyarrow as pa
 
     if remote.is_url(path):
@@ -139,15 +130,15 @@ def stream(path: str) -> Any:
 
 
 def expand(pattern: str, extensions: tuple[str, ...]) -> list[str]:
-    """Files that a path stands for.
+    """Find the files that a path stands for.
 
     Parameters
     ----------
     pattern : str
-        A file, taken whatever its name; a folder, searched to any depth; or a glob (`**` too), whose folders are
-        searched likewise. Names found in folders and by globs that start with a dot or an underscore are left out.
+        A file of any name; a folder, searched to any depth; or a glob (`**` too), whose folders are searched too.
+        In folders and globs, names that start with a dot or an underscore are left out.
     extensions : tuple of str
-        How the names of files from folders and globs end, such as ".csv".
+        Endings of the names that are taken from folders and globs, such as ".csv".
 
     Returns
     -------
@@ -157,14 +148,14 @@ def expand(pattern: str, extensions: tuple[str, ...]) -> list[str]:
     Raises
     ------
     InputError
-        A folder that cannot be read, or nothing found.
+        A folder cannot be read, or nothing is found.
     """
     require_utf8(pattern)
     if remote.is_url(pattern):
         return remote.find(pattern, extensions)
     if os.path.isfile(pattern):
         return [pattern]
-    is_glob = not os.path.lexists(pattern) and not _GLOB.isdisjoint(pattern)
+    is_glob = not os.path.lexists(pattern) and remote.is_glob(pattern)
     found: set[str] = set()
     for path in _matches(pattern) if is_glob else [pattern]:
         if os.path.isdir(path):
@@ -182,7 +173,7 @@ def expand(pattern: str, extensions: tuple[str, ...]) -> list[str]:
 
 
 def require_utf8(path: str) -> None:
-    """Refuse a name of bytes that are no text: the manifest and the libraries that read tables know only UTF-8."""
+    """Refuse a name that is not UTF-8, which the manifest and the libraries that read tables cannot hold."""
     if any("\ud800" <= letter <= "\udfff" for letter in path):
         raise InputError(f"{path!a}: its name is not UTF-8; rename it.")
 
@@ -190,38 +181,28 @@ def require_utf8(path: str) -> None:
 def _matches(pattern: str) -> Iterator[str]:
     written = set(pattern.split(os.sep))
     for path in glob.iglob(pattern, recursive=True):
-        if not any(_left_out(name) and name not in written for name in path.split(os.sep)):
+        if not any(remote.left_out(name) and name not in written for name in path.split(os.sep)):
             yield path
 
 
 def _below(folder: str, extensions: tuple[str, ...]) -> Iterator[str]:
-    """Files of a folder, to any depth; links to folders are not followed, so there are no circles."""
+    """Files of a folder, to any depth. Links to folders are not followed, as they may form circles."""
 
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be read ({_why(error)}).")
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not _left_out(name)]
+        folders[:] = [name for name in folders if not remote.left_out(name)]
         for name in names:
             path = os.path.join(parent, name)
-            if name.endswith(extensions) and not _left_out(name) and os.path.isfile(path):
+            if name.endswith(extensions) and not remote.left_out(name) and os.path.isfile(path):
                 yield path
 
 
-def _left_out(name: str) -> bool:
-    return name.startswith((".", "_"))
-
-
-# Outputs.
-
-
 class Sink(io.RawIOBase):
-    """A file being written: its SHA-256 and its size are taken on the way.
+    """A file that is written from its start to its end, with the SHA-256 digest and the size of what is written.
 
-    Parameters
-    ----------
-    descriptor : int
-        Open for writing, at the place where the next byte goes; whoever opened it closes it.
+    The descriptor is open for writing, at the place of the next byte; the caller closes it.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -230,32 +211,28 @@ class Sink(io.RawIOBase):
         self.size = 0
 
     def writable(self) -> bool:
-        """Tell that it can be written to."""
         return True
 
     def tell(self) -> int:
-        """Give the number of bytes so far."""
         return self.size
 
     def write(self, data: Buffer, /) -> int:
-        """Write all of a C-contiguous buffer and give its size in bytes."""
+        """Write all of a C-contiguous buffer, and give its size in bytes."""
         view = memoryview(data)
         if view.nbytes == 0:
             return 0
         view = view.cast("B")
         for start in range(0, len(view), _CHUNK):
-            self._write_all(view[start : start + _CHUNK])
+            chunk = view[start : start + _CHUNK]
+            self.digest.update(chunk)
+            while chunk:
+                written = os.write(self.descriptor, chunk)
+                self.size += written
+                chunk = chunk[written:]
         return len(view)
 
-    def _write_all(self, chunk: memoryview) -> None:
-        self.digest.update(chunk)
-        while chunk:
-            written = os.write(self.descriptor, chunk)
-            self.size += written
-            chunk = chunk[written:]
-
     def skip(self, end: int | None = None) -> None:
-        """Count the bytes that stand in the file already, from here to the byte ``end``, or to the file's end."""
+        """Read what the file holds already, from here to the byte ``end``, or to its own end, as if just written."""
         while data := os.read(self.descriptor, _CHUNK if end is None else min(_CHUNK, end - self.size)):
             self.digest.update(data)
             self.size += len(data)
@@ -263,19 +240,14 @@ class Sink(io.RawIOBase):
 
 @contextmanager
 def create(path: str, needed: int = 0) -> Iterator[Sink]:
-    """Write a file that appears at its place whole and durable, or not at all.
+    """Write a file that appears at its path whole and durable, or not at all; it replaces a file that is there.
 
-    Parameters
-    ----------
-    path : str
-        Its place; what stands there is replaced.
-    needed : int, optional
-        Bytes that will be written, for the message where the disk is full.
+    ``needed`` is the number of bytes that will be written, for the message where the disk is full.
 
     Raises
     ------
     ResourceError
-        The disk is full.
+        The disk is full, or fails.
     InputError
         The folder does not take files.
     """
@@ -309,7 +281,7 @@ def write_file(path: str, data: bytes) -> None:
 
 @contextmanager
 def writing(folder: str, needed: int = 0) -> Iterator[None]:
-    """Turn what the system says while a folder is written to into the project's errors."""
+    """Inside, errors of the system while a folder is written to become `InputError` or `ResourceError`."""
     try:
         yield
     except OSError as error:
@@ -324,19 +296,13 @@ def writing(folder: str, needed: int = 0) -> Iterator[None]:
 
 
 def require_free(folder: str, needed: int) -> None:
-    """Refuse work whose result would not fit on the disk.
-
-    Raises
-    ------
-    ResourceError
-        Fewer than `needed` bytes are free where `folder` lies.
-    """
+    """Raise a `ResourceError` where fewer than ``needed`` bytes are free on the disk of a folder."""
     if free_bytes(folder) < needed:
         raise _too_little(folder, needed, "not enough disk")
 
 
 def free_bytes(path: str) -> int:
-    """Bytes that this user may still write where a path, or its nearest parent that exists, lies."""
+    """Bytes that this user may still write on the disk of a path, or of its nearest parent that exists."""
     while not os.path.exists(path):
         path = os.path.dirname(os.path.abspath(path))
     state = os.statvfs(path)
@@ -359,7 +325,7 @@ def sync_dir(path: str) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # file systems that keep no such promise say so
+        if error.errno != errno.EINVAL:  # some file systems cannot sync a folder, and say so
             raise
     finally:
         os.close(descriptor)
@@ -368,15 +334,8 @@ def sync_dir(path: str) -> None:
 def exchange(a: str, b: str) -> bool:
     """Exchange two paths in one step (Linux, renameat2 with RENAME_EXCHANGE).
 
-    Returns
-    -------
-    bool
-        False, and nothing done, where the system or the file system cannot.
-
-    Raises
-    ------
-    OSError
-        It can, but not with these two paths.
+    Gives False, and changes nothing, where the system or the file system cannot; raises `OSError` where it can, but
+    not with these two paths.
     """
     at_working_folder, rename_exchange = -100, 2
     try:
@@ -392,18 +351,18 @@ def exchange(a: str, b: str) -> bool:
 
 
 class Lock:
-    """A lock file, held by at most one run; the system lets go of it when its holder ends, however it ends.
+    """A lock file that at most one run holds; the system frees it when the process ends, in whatever way.
 
-    The file is removed while the lock is held. So whoever gets a lock looks whether its file still stands at the
-    path, and starts again where it does not: no two runs hold locks on one path, and none is left behind. After
-    SIGKILL an empty lock, free to take, remains until the next run.
+    The holder removes the file before it lets go. So a run that gets a lock checks that its file is still at the path,
+    and starts again where it is not: no two runs hold locks on one path, and no file is left behind. Only SIGKILL
+    leaves a file, which is free to take, until the next run.
 
     Parameters
     ----------
     path : str
         The lock file.
     guarded : str
-        What it guards, for the message.
+        The name, for the message, of what the lock guards.
 
     Raises
     ------
