@@ -35,22 +35,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mmrec_runs
 import numpy as np
-import pandas as pd
 import small_model
 import torch
 from common import RESULTS, row, show
 from graph_sums import keep_memory, replace_sums
 from numpy.typing import NDArray
 from ranking import Split, metrics
-from scipy.sparse import csr_matrix
 from scipy.stats import t as student
 
 import gpu_init
 from gpu_init import mmrec
 from gpu_init.torch import Table
-
-del sys.modules["common"]  # the libraries have a package of that name
 
 MODELS = ("MMGCN", "FREEDOM", "DRAGON", "LGMRec")
 SMALL = "LightGCN"
@@ -90,7 +87,7 @@ class Recorder:
         self.best_test: dict[str, float] = {}
 
     def __call__(self, kind: str, users: NDArray[np.int64], top: NDArray[np.int64]) -> None:
-        """Take an evaluation, as `gpu_init.mmrec.Observer`."""
+        """Take an evaluation, as `mmrec_runs.Observer`."""
         found = metrics(users, top, self.split, getattr(self.split, kind))
         if kind == "valid":
             self.valid.append(found)
@@ -150,15 +147,15 @@ def _arguments() -> argparse.Namespace:
 
 
 def _run_all(given: argparse.Namespace, path: Path) -> None:
-    data = mmrec.read_data(given.data)
-    split = split_of(data)
-    library = mmrec.Library(given.library) if given.library else None
+    data = mmrec_runs.read_data(given.data)
+    split = mmrec_runs.split_of(data)
+    library = mmrec_runs.Library(given.library) if given.library else None
     recipes = _recipes(given.recipes)
     arms = given.arms or ["random", "preset", *recipes]
     for seed in given.seeds:  # outermost: the table is even, whenever one stops
         for model in given.models:
             preset = SMALL_PRESET if library is None else mmrec.preset_of(model)
-            config = {**CONFIG.get(model, {}), **mmrec.values_of(given.config)}
+            config = {**CONFIG.get(model, {}), **mmrec_runs.values_of(given.config)}
             if given.epochs:
                 config["epochs"] = given.epochs
             for arm in arms:
@@ -186,8 +183,8 @@ def _run_all(given: argparse.Namespace, path: Path) -> None:
 def _run_one(
     path: Path,
     key: Mapping[str, str],
-    library: mmrec.Library | None,
-    data: mmrec.Data,
+    library: mmrec_runs.Library | None,
+    data: mmrec_runs.Data,
     split: Split,
     seed: int,
     config: Mapping[str, Any],
@@ -201,8 +198,8 @@ def _run_one(
             width = int(
                 library.config(key["model"], data, config)["embedding_size"] if library else config.get("dim", 64)
             )
-            preset, settings = mmrec.fitted(preset, width, data)
-            artifact = gpu_init.load(mmrec.make(data, {"seed": seed, **settings}, f"{folder}/vectors"))
+            preset, settings = mmrec_runs.fitted(preset, width, data)
+            artifact = gpu_init.load(mmrec_runs.make(data, {"seed": seed, **settings}, f"{folder}/vectors"))
 
         def prepare(model: Any) -> None:
             if artifact is not None:
@@ -274,20 +271,6 @@ def _recipes(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
         with path.open("rb") as file:
             found.update(tomllib.load(file))
     return found
-
-
-def split_of(data: mmrec.Data) -> Split:
-    """Interactions of a data folder; users without a training interaction are left out of the other two parts."""
-    table = pd.read_csv(data.inter, sep="\t")
-    shape = (data.users, data.items)
-
-    def ones(part: pd.DataFrame) -> csr_matrix:
-        pairs = part[[data.user_column, data.item_column]].drop_duplicates().to_numpy()
-        return csr_matrix((np.ones(len(pairs), np.float32), (pairs[:, 0], pairs[:, 1])), shape=shape)
-
-    label = table["x_label"]
-    known = table[data.user_column].isin(table.loc[label == 0, data.user_column])
-    return Split(ones(table[label == 0]), ones(table[(label == 1) & known]), ones(table[(label == 2) & known]))
 
 
 # Tables and plots.

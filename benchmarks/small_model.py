@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmrec_runs import Observer, Outcome
 from ranking import KS, Split, demo_split, metrics
 from scipy.sparse import coo_matrix, csr_matrix
 
 import gpu_init
-from gpu_init.mmrec import Observer, Outcome
 from gpu_init.torch import Table, init_model_
 
 # The mean of the modalities, in one whitened space for users and items.

@@ -1,9 +1,9 @@
-"""Vectors of an artifact as the start of a model's tables.
+"""Put the vectors of an artifact into the tables of a model.
 
-`init_` fills one table, `init_model_` several of a model, named by dotted paths. A table is an `nn.Embedding`, a
-parameter or a plain tensor, in any floating-point dtype and on any device. It is filled in place, block by block, so
-that an artifact larger than memory stays on the disk; `requires_grad` and all random states stay as they are, so a
-run from random tables and one from filled tables differ in nothing else.
+`init_` fills one table, `init_model_` several tables of a model, named by dotted paths. A table is an `nn.Embedding`, a
+parameter or a plain tensor, of any floating-point dtype and on any device. It is filled in place, block by block, so
+that an artifact larger than memory stays on the disk. `requires_grad` and all random states stay as they are, so a
+run from random tables and a run from filled tables differ in nothing else.
 
 Everything is checked before the first row is written. After a model has been filled, nothing may initialise it again:
 call these functions last, just before the optimizer is made.
@@ -17,15 +17,15 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from gpu_init.artifact.read import Artifact
+from gpu_init.artifact.read import Artifact, ModalityArrays
 from gpu_init.errors import InputError
 from gpu_init.ids import WHOLE_NUMBER, is_text
 
@@ -36,37 +36,19 @@ try:
 except ModuleNotFoundError:
     raise ImportError("torch is not installed, and gpu_init.torch needs it: pip install 'gpu-init[torch]'.") from None
 
-BLOCK_BYTES = 64 << 20  # of vectors in memory at a time
+if TYPE_CHECKING:
+    from gpu_init.api import ModalityResult
 
-_MODES = ("replace", "add")
-_COLDS = ("fill", "keep")
-_COLUMNS = ("all", "first", "last")
+BLOCK_BYTES = 64 << 20  # most bytes of vectors that are in memory at a time
+
 _SIDES = ("users", "items")
+_CHOICES = {"mode": ("replace", "add"), "cold": ("fill", "keep"), "columns": ("all", "first", "last")}
+# A modality's name, which a weight and a star may precede.
 _TERM = re.compile(r"(?:([0-9]+(?:\.[0-9]+)?)\*)?([^\W_][\w.-]*)")
 
 Holder: TypeAlias = torch.Tensor | nn.Embedding | nn.EmbeddingBag
 Step = str | Callable[[Any], Any]
 Gain = float | str | None
-
-
-class Modality(Protocol):
-    """What is read of a modality: `artifact.ModalityArrays` and `method.ModalityResult` have it."""
-
-    @property
-    def users(self) -> Any:
-        """Array of shape (U, d)."""
-
-    @property
-    def labels(self) -> Any:
-        """Array of shape (U,); -1 for a cold user."""
-
-    @property
-    def items(self) -> Any:
-        """Array of shape (I, d), or None without projection."""
-
-    @property
-    def items_mask(self) -> Any:
-        """Array of shape (I,), bool, or None without projection."""
 
 
 @dataclass(frozen=True)
@@ -76,27 +58,30 @@ class Table:
     Parameters
     ----------
     modalities : str
-        ``"image"``; ``"image+audio"``, their mean; ``"0.3*image+0.7*audio"``, the mean with weights;
-        ``"image,audio"``, side by side. With ``"items:"`` before it the projected items are taken, else the users.
+        ``"image"`` is one modality; ``"image+audio"`` the mean of two; ``"0.3*image+0.7*audio"`` their weighted mean;
+        ``"image,audio"`` puts them side by side. After ``"items:"`` these are vectors of the projected items,
+        otherwise of the users.
     mode : {"replace", "add"}
-        ``add``: to what the table holds, so that what tells two rows apart survives.
+        Whether vectors replace the table's rows or are added to them. Rows that are added to keep the differences that
+        they had at random.
     gain : float, "match" or None
-        None: vectors as they are. A number: one factor makes their mean row norm so many times the mean row norm
-        that the table had; ``"match"`` is 1. Means over the rows that are written and not cold.
+        None: vectors are written as they are. A number: all vectors are scaled by one factor, so that their mean row
+        norm is this number times the table's mean row norm; ``"match"`` is 1. Both means are over the rows that are
+        written and not cold.
     centre : bool
-        Take the mean of the rows that are not cold out of all rows: features share a large one, and without its
-        removal all rows point one way.
+        Whether the mean of the rows that are not cold is subtracted from every vector. Features often share a large
+        mean, and without its removal all vectors have nearly the same direction.
     cold : {"fill", "keep"}
-        What a cold user's row, or that of an item without the modality, gets: the artifact's vector for it, or
-        nothing. A row that is warm in one of several modalities is warm.
+        Whether the row of a cold user, or of an item without the modality, gets the artifact's vector for it or keeps
+        its values. With several modalities, a row is cold if it is cold in all of them.
     via : path, callable, or sequence of them
-        What the vectors go through first, such as ``"v_gcn.MLP"``: the model's own way from the features' width to
-        its own. Modules run in evaluation mode and without gradients.
+        Transforms through which the vectors go before they are written, such as ``"v_gcn.MLP"``, with which the model
+        itself brings features to its own width. Modules run in evaluation mode and without gradients.
     offset : int, "users" or None
-        Row of the table that gets the first vector; ``"users"``: the number of users, where one table holds users
-        and then items. None: 0, or 1 for an `nn.Embedding` whose row 0 is padding.
+        Row of the table that gets the first vector. ``"users"`` is the number of users, for a table that holds users
+        and then items. None is 0, or 1 for an `nn.Embedding` whose row 0 is padding.
     rows : int array of shape (n,), optional
-        For row ``offset + i`` of the table, the artifact's row; -1 leaves the row as it is. `rows_of` makes it.
+        Row of the artifact for each row ``offset + i`` of the table; -1 leaves that row as it is. `rows_of` makes it.
     columns : {"all", "first", "last"}
         Which columns are filled, where the table is wider than the vectors.
     """
@@ -112,14 +97,11 @@ class Table:
     columns: str = "all"
 
     def __post_init__(self) -> None:
-        for name, choices in (("mode", _MODES), ("cold", _COLDS), ("columns", _COLUMNS)):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name}: found {getattr(self, name)!r}; wanted is {' or '.join(choices)}.")
-        wrong = isinstance(self.gain, bool) or not (
-            self.gain in (None, "match")
-            or (isinstance(self.gain, int | float) and math.isfinite(self.gain) and self.gain > 0)
-        )
-        if wrong:
+        is_number = isinstance(self.gain, int | float) and not isinstance(self.gain, bool)
+        if self.gain not in (None, "match") and not (is_number and 0 < float(self.gain or 0) < math.inf):
             raise InputError(f"gain: found {self.gain!r}; wanted is a number above 0, 'match' or None.")
         if self.offset not in (None, "users") and not (isinstance(self.offset, int) and self.offset >= 0):
             raise InputError(f"offset: found {self.offset!r}; wanted is a row number, 'users' or None.")
@@ -128,7 +110,7 @@ class Table:
 
 def init_(
     target: Holder,
-    modality: Modality,
+    modality: ModalityArrays | ModalityResult,
     *,
     of: str = "users",
     mode: str = "replace",
@@ -145,13 +127,13 @@ def init_(
     Parameters
     ----------
     target : nn.Embedding, Parameter or Tensor, shape (n, width)
-        Dense, of a floating-point dtype. Rows beyond those of the artifact stay as they are.
+        A dense table of a floating-point dtype. Rows beyond those of the artifact stay as they are.
     modality : ModalityArrays or ModalityResult
         Such as ``gpu_init.load("vectors")["image"]``.
     of : {"users", "items"}
-        Which vectors; items need an artifact made with a projection.
+        Whose vectors are taken; those of items need an artifact that was made with a projection.
     mode, gain, centre, cold, via, offset, rows, columns
-        As in `Table`; ``via`` takes callables here.
+        As in `Table`, but ``via`` takes callables only.
 
     Returns
     -------
@@ -161,8 +143,8 @@ def init_(
     Raises
     ------
     InputError
-        Shapes that do not fit, a padding row that would be written to, options that are wrong, or vectors that the
-        dtype cannot hold.
+        Shapes do not fit, a padding row would be written to, an option is wrong, or the table's dtype cannot hold the
+        vectors.
     """
     if of not in _SIDES:
         raise InputError(f"of: found {of!r}; wanted is users or items.")
@@ -183,14 +165,14 @@ def init_model_(
     Parameters
     ----------
     model : nn.Module
-        Attributes that are plain tensors are found as well as parameters and modules.
+        Its tables may be modules, parameters or attributes that are plain tensors.
     artifact : Artifact or Result
         Modality name to its arrays.
     tables : mapping of str to str, Table, or a sequence of those
-        What each table gets: ``{"user_embedding.weight": "image+audio"}``, or a `Table` where more is to be said;
-        several, where one tensor holds users and items.
+        Path of each table, and the modalities that it is filled with, such as ``{"user_embedding.weight":
+        "image+audio"}``, or a `Table` with its options. A table that holds users and items gets a sequence of two.
     **options
-        Fields of `Table` for the entries that are text.
+        Fields of `Table` for entries that are texts.
 
     Returns
     -------
@@ -200,25 +182,25 @@ def init_model_(
     Raises
     ------
     InputError
-        As in `init_`, or a path that leads nowhere. Nothing has been written then, but for vectors that the dtype
-        cannot hold.
+        As in `init_`, or a path does not lead to a table. Nothing has been written then, except where a dtype cannot
+        hold the vectors.
 
     Examples
     --------
     >>> init_model_(model, gpu_init.load("vectors"), {"user_embedding.weight": "image+audio"}, mode="add", gain="match")
     """
-    plans = [
-        _plan(path, _find(model, path), artifact, spec, model)
-        for path, given in tables.items()
-        for spec in _specs(given, options)
-    ]
+    plans = []
+    for path, given in tables.items():
+        for one in [given] if isinstance(given, str | Table) else given:
+            spec = one if isinstance(one, Table) else Table(one, **options)
+            plans.append(_plan(path, _find(model, path), artifact, spec, model))
     for plan in plans:
         _write(plan)
     return model
 
 
 def rows_of(artifact: Artifact, ids: Iterable[int | str], *, of: str = "users") -> NDArray[np.int64]:
-    """Give the artifact's row of each id that another library's table has, in the order of that table.
+    """Give the artifact's row of each id of another library's table, in the order of that table.
 
     Parameters
     ----------
@@ -227,7 +209,7 @@ def rows_of(artifact: Artifact, ids: Iterable[int | str], *, of: str = "users") 
     ids : iterable of int or str, length n
         Raw ids, such as RecBole's ``dataset.field2id_token["user_id"]``; numbers may be written as text.
     of : {"users", "items"}
-        Whose ids they are.
+        Whether these are ids of users or of items.
 
     Returns
     -------
@@ -240,17 +222,14 @@ def rows_of(artifact: Artifact, ids: Iterable[int | str], *, of: str = "users") 
         None of the ids is known.
     """
     known = artifact.user_ids if of == "users" else artifact.item_ids
+    index = pd.RangeIndex(artifact.manifest[of]["rows"]) if known is None else pd.Index(known)
     wanted = [one if isinstance(one, str) else str(int(one)) for one in ids]
-    if known is not None and is_text(str(known.dtype)):
-        rows = pd.Index(known).get_indexer(pd.Index(wanted, dtype=known.dtype))
+    if is_text(str(index.dtype)):
+        rows = index.get_indexer(pd.Index(wanted, dtype=index.dtype))
     else:
         whole = [re.fullmatch(WHOLE_NUMBER, one) is not None for one in wanted]
-        numbers = np.array([int(one) if fits else -1 for one, fits in zip(wanted, whole, strict=True)], np.int64)
-        count = artifact.manifest[of]["rows"]
-        if known is None:
-            rows = np.where((numbers >= 0) & (numbers < count), numbers, -1)
-        else:
-            rows = np.where(whole, pd.Index(known).get_indexer(pd.Index(numbers)), -1)
+        numbers = [int(one) if is_whole else -1 for one, is_whole in zip(wanted, whole, strict=True)]
+        rows = np.where(whole, index.get_indexer(pd.Index(numbers, dtype=np.int64)), -1)
     found: NDArray[np.int64] = np.asarray(rows, np.int64)
     if not (found >= 0).any():
         shown = ", ".join(repr(one) for one in wanted[:3])
@@ -259,110 +238,113 @@ def rows_of(artifact: Artifact, ids: Iterable[int | str], *, of: str = "users") 
 
 
 def parse_modalities(text: str) -> tuple[str, list[tuple[float, str]], bool]:
-    """Read ``"image+audio"`` and its like: side, weights and names, and whether they go side by side.
+    """Read the `modalities` of a `Table`.
 
-    Weights of a mean are made to sum to 1; those of parts side by side are factors, as they are.
+    Returns
+    -------
+    side : str
+        ``"users"`` or ``"items"``.
+    terms : list of (float, str)
+        Weight and name of each modality. Weights of a mean sum to 1; those of modalities side by side are the factors
+        that the text gives.
+    side_by_side : bool
+        Whether the modalities go side by side.
 
     Raises
     ------
     InputError
-        It is not of that form.
+        The text is not of that form.
     """
     side, colon, rest = text.replace(" ", "").partition(":")
     if not colon:
         side, rest = "users", side
-    beside = "," in rest
-    terms = [_TERM.fullmatch(term) for term in rest.split("," if beside else "+")]
+    side_by_side = "," in rest
+    terms = [_TERM.fullmatch(term) for term in rest.split("," if side_by_side else "+")]
     if side not in _SIDES or not all(terms):
         raise InputError(
             f"modalities {text!r}: wanted is a name, names with + (their mean; 0.3*image+0.7*audio with weights)"
             " or with , (side by side), and items: before them for the items' vectors."
         )
     parts = [(float(term[1] or 1), term[2]) for term in terms if term]
-    total = 1.0 if beside else sum(weight for weight, _ in parts)
     if min(weight for weight, _ in parts) <= 0:
         raise InputError(f"modalities {text!r}: a weight of 0 takes nothing from a modality; leave it out.")
-    return side, [(weight / total, name) for weight, name in parts], beside
+    total = 1.0 if side_by_side else sum(weight for weight, _ in parts)
+    return side, [(weight / total, name) for weight, name in parts], side_by_side
 
 
-# Where to.
+# Paths of a model.
 
 
-def _specs(given: str | Table | Sequence[str | Table], options: Mapping[str, Any]) -> Iterator[Table]:
-    for one in [given] if isinstance(given, str | Table) else given:
-        yield one if isinstance(one, Table) else Table(one, **options)
+def _look_up(model: nn.Module, path: str) -> Any:
+    """Give what a dotted path leads to; AttributeError where it leads nowhere."""
+    found: Any = model
+    for part in path.split("."):
+        found = found[part] if isinstance(found, Mapping) and part in found else getattr(found, part)
+    return found
 
 
 def _find(model: nn.Module, path: str) -> Holder:
-    """Table at a dotted path: the embedding for its weight too, since it knows which row is padding."""
-    parts = path.split(".")
-    found = [model, *_walk(model, parts)]
-    if len(found) == len(parts) + 1:
-        if parts[-1] == "weight" and isinstance(found[-2], nn.Embedding | nn.EmbeddingBag):
-            return found[-2]
-        if isinstance(found[-1], torch.Tensor | nn.Embedding | nn.EmbeddingBag):
-            return found[-1]
+    """Give the table at a path; for the weight of an embedding the embedding, which knows which row is padding."""
+    owner_path, _, name = path.rpartition(".")
+    try:
+        found = _look_up(model, path)
+        owner = _look_up(model, owner_path) if owner_path else model
+    except AttributeError:
+        problem = "is not there"
+    else:
+        if name == "weight" and isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+            return owner
+        if isinstance(found, Holder):
+            return found
+        problem = f"is {type(found).__name__}"
     names = sorted(_tables(model))
-    close = difflib.get_close_matches(path, names, 5, 0.4) or names[:10]
-    what = f"is {type(found[-1]).__name__}" if len(found) == len(parts) + 1 else "is not there"
-    raise InputError(
-        f"{type(model).__name__}.{path} {what}; wanted is a table, such as {', '.join(close) or '(it has none)'}."
-    )
-
-
-def _walk(model: nn.Module, parts: Sequence[str]) -> Iterator[Any]:
-    """Yield what each part of a path leads to, as far as it does."""
-    here: Any = model
-    for part in parts:
-        if isinstance(here, Mapping) and part in here:
-            here = here[part]
-        elif hasattr(here, part):
-            here = getattr(here, part)
-        else:
-            return
-        yield here
+    close = ", ".join(difflib.get_close_matches(path, names, 5, 0.4) or names[:10]) or "(it has none)"
+    raise InputError(f"{type(model).__name__}.{path} {problem}; wanted is a table, such as {close}.")
 
 
 def _tables(model: nn.Module) -> Iterator[str]:
-    """Paths of a model's tables of two dimensions: parameters, buffers and plain tensors."""
+    """Yield the paths of a model's tables of two dimensions: parameters and plain tensors."""
     for prefix, module in model.named_modules():
         for name, value in itertools.chain(module.named_parameters(recurse=False), vars(module).items()):
             if isinstance(value, torch.Tensor) and value.ndim == 2 and value.is_floating_point():
                 yield f"{prefix}.{name}".lstrip(".")
 
 
-def _steps(via: Any, model: nn.Module | None) -> list[Callable[[Any], Any]]:
-    """What vectors go through, paths looked up."""
-    steps = [via] if isinstance(via, str) or callable(via) else list(via)
-    for position, step in enumerate(steps):
+def _transforms(via: Any, model: nn.Module | None) -> list[Callable[[Any], Any]]:
+    """Give the callables of a table's ``via``, with paths looked up in the model."""
+    transforms = []
+    for step in [via] if isinstance(via, str) or callable(via) else via:
+        found = step
         if isinstance(step, str) and model is not None:
-            found = list(_walk(model, step.split(".")))
-            steps[position] = found[-1] if len(found) == step.count(".") + 1 else None
-        if not callable(steps[position]):
+            with suppress(AttributeError):
+                found = _look_up(model, step)
+        if not callable(found):
             raise InputError(f"via {step!r}: not a path of the model to something that can be called.")
-    return steps
+        transforms.append(found)
+    return transforms
 
 
-# What.
+# Vectors.
 
 
-@dataclass
-class _Vectors:
-    """Vectors of one or several modalities, made into one and taken through the model, any rows at a time."""
+@dataclass(frozen=True)
+class _Source:
+    """Vectors of one or several modalities, combined and transformed, any rows at a time."""
 
-    parts: list[tuple[float, Any, Any]]  # weight, array (n, d), labels or mask (n,)
-    beside: bool
-    steps: list[Callable[[Any], Any]]
-    device: torch.device
-    what: str
+    name: str  # what errors call these vectors
+    parts: list[tuple[float, Any, Any]]  # weight, vectors (n, d), and labels or mask (n,)
+    side_by_side: bool
+    transforms: list[Callable[[Any], Any]]
+    device: torch.device  # the table's
 
     def __len__(self) -> int:
         return int(self.parts[0][1].shape[0])
 
     @property
-    def source_width(self) -> int:
+    def width(self) -> int:
+        """Columns before the transforms."""
         widths = [int(array.shape[1]) for _, array, _ in self.parts]
-        return sum(widths) if self.beside else widths[0]
+        return sum(widths) if self.side_by_side else widths[0]
 
     def warm(self, rows: Any) -> torch.Tensor:
         """Mask (n,) of rows that are warm in any of the modalities."""
@@ -370,76 +352,75 @@ class _Vectors:
         return torch.stack([mark if mark.dtype == torch.bool else mark >= 0 for mark in marks]).any(dim=0)
 
     def block(self, rows: Any) -> torch.Tensor:
-        """Rows (n, width) float32, on the table's device."""
+        """Transformed vectors (n, width) of some rows, float32, on the table's device."""
         parts = [weight * _tensor(array, rows).to(self.device, torch.float32) for weight, array, _ in self.parts]
-        values = torch.cat(parts, dim=1) if self.beside else torch.stack(parts).sum(dim=0)
-        for step in self.steps:
-            values = _through(step, values, self.what)
+        values = torch.cat(parts, dim=1) if self.side_by_side else torch.stack(parts).sum(dim=0)
+        for transform in self.transforms:
+            values = self._transformed(transform, values)
         return values.to(self.device, torch.float32)
+
+    def _transformed(self, transform: Callable[[Any], Any], values: torch.Tensor) -> torch.Tensor:
+        own = next(transform.parameters(), None) if isinstance(transform, nn.Module) else None
+        try:
+            return torch.as_tensor(transform(values if own is None else values.to(own.device, own.dtype)))
+        except (RuntimeError, IndexError) as error:
+            name = getattr(transform if own is None else type(transform), "__name__", "via")
+            raise InputError(
+                f"{self.name}: {name} does not take vectors of width {values.shape[-1]}"
+                f" ({str(error).splitlines()[0][:120]})."
+                " A transform of raw features needs an artifact made without dim."
+            ) from None
 
 
 def _tensor(array: Any, rows: Any) -> torch.Tensor:
-    """Rows of an array as a tensor of its own: torch may write through what it shares with a read-only map."""
+    """Copy rows of an array to a tensor, as torch may write to memory that it shares, even if that is read-only."""
     if isinstance(array, np.ndarray):
         return torch.from_numpy(np.array(array[rows]))
     return torch.as_tensor(from_dlpack(array)[rows]).clone()
 
 
-def _through(step: Callable[[Any], Any], values: torch.Tensor, what: str) -> torch.Tensor:
-    own = next(step.parameters(), None) if isinstance(step, nn.Module) else None
-    try:
-        return torch.as_tensor(step(values if own is None else values.to(own.device, own.dtype)))
-    except (RuntimeError, IndexError) as error:
-        name = type(step).__name__ if isinstance(step, nn.Module) else getattr(step, "__name__", "via")
-        raise InputError(
-            f"{what}: {name} does not take vectors of width {values.shape[-1]} ({str(error).splitlines()[0][:120]})."
-            " A transform of raw features needs an artifact made without dim."
-        ) from None
-
-
-def _vectors(
-    path: str, artifact: Mapping[str, Any], spec: Table, steps: list[Callable[[Any], Any]], device: torch.device
-) -> _Vectors:
-    side, terms, beside = parse_modalities(spec.modalities)
+def _source(
+    path: str, artifact: Mapping[str, Any], spec: Table, model: nn.Module | None, device: torch.device
+) -> _Source:
+    side, terms, side_by_side = parse_modalities(spec.modalities)
     parts: list[tuple[float, Any, Any]] = []
     for weight, name in terms:
         if name not in artifact:
             raise InputError(f"{path}: the artifact has no modality {name}; it has {', '.join(artifact)}.")
         modality = artifact[name]
-        array = modality.users if side == "users" else modality.items
+        users = side == "users"
+        array, marks = (modality.users, modality.labels) if users else (modality.items, modality.items_mask)
         if array is None:
             raise InputError(f"{path}: modality {name} has no projected items; make the artifact with dim.")
-        parts.append((weight, array, modality.labels if side == "users" else modality.items_mask))
-    what = f"{path} from {spec.modalities}"
-    widths = {int(array.shape[1]) for _, array, _ in parts}
-    if len(widths) > 1 and not beside:
+        parts.append((weight, array, marks))
+    source = _Source(f"{path} from {spec.modalities}", parts, side_by_side, _transforms(spec.via, model), device)
+    widths = sorted({int(array.shape[1]) for _, array, _ in parts})
+    if len(widths) > 1 and not side_by_side:
         raise InputError(
-            f"{what}: modalities of widths {', '.join(map(str, sorted(widths)))} have no mean;"
+            f"{source.name}: modalities of widths {', '.join(map(str, widths))} have no mean;"
             " make the artifact with dim, or put them side by side with a comma."
         )
-    return _Vectors(parts, beside, steps, device, what)
+    return source
 
 
-# How.
+# Writing.
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Plan:
     """One table, checked and ready to be written."""
 
     path: str
-    table: torch.Tensor  # detached; the columns that are filled
-    vectors: _Vectors
+    table: torch.Tensor  # detached, and of the columns that are filled
+    source: _Source
     spec: Table
     offset: int
-    modules: list[nn.Module] = field(default_factory=list)
 
     def blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Yield rows of the table (n,), the vectors that they get (n, width), and which of them are warm (n,)."""
+        """Yield rows of the table (n,), their vectors (n, width), and which of them are warm (n,)."""
         rows = self.spec.rows
-        count = len(self.vectors) if rows is None else len(rows)
-        widest = max(self.table.shape[1], self.vectors.source_width)
-        step = max(1, BLOCK_BYTES // (4 * widest))
+        count = len(self.source) if rows is None else len(rows)
+        step = max(1, BLOCK_BYTES // (4 * max(self.table.shape[1], self.source.width)))
         for start in range(0, count, step):
             stop = min(start + step, count)
             places = torch.arange(start, stop)
@@ -447,8 +428,8 @@ class _Plan:
             if rows is not None:
                 taken = np.asarray(rows[start:stop], np.int64)
                 places, taken = places[torch.from_numpy(taken >= 0)], taken[taken >= 0]
-            warm = self.vectors.warm(taken).cpu()
-            values = self.vectors.block(taken)
+            warm = self.source.warm(taken).cpu()
+            values = self.source.block(taken)
             if self.spec.cold == "keep":
                 places, values, warm = places[warm], values[warm.to(values.device)], warm[warm]
             if len(places):
@@ -457,119 +438,105 @@ class _Plan:
 
 def _plan(path: str, target: Holder, artifact: Mapping[str, Any], spec: Table, model: nn.Module | None) -> _Plan:
     """Check everything that can be checked before a row is written."""
-    weight = target if isinstance(target, torch.Tensor) else target.weight
-    if weight.ndim != 2 or not weight.is_floating_point() or weight.layout != torch.strided or weight.is_meta:
+    table = target if isinstance(target, torch.Tensor) else target.weight
+    if table.ndim != 2 or not table.is_floating_point() or table.layout != torch.strided or table.is_meta:
         raise InputError(
-            f"{path}: {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}; wanted is a dense table of"
+            f"{path}: {table.dtype} of shape {tuple(table.shape)} on {table.device}; wanted is a dense table of"
             " two dimensions and floating-point numbers."
         )
-    steps = _steps(spec.via, model)
-    vectors = _vectors(path, artifact, spec, steps, weight.device)
-    modules = [step for step in steps if isinstance(step, nn.Module)]
+    source = _source(path, artifact, spec, model, table.device)
     padding = None if isinstance(target, torch.Tensor) else target.padding_idx
-    plan = _Plan(path, weight.detach(), vectors, spec, _offset(path, weight, padding, vectors, artifact, spec), modules)
-    _check_rows(plan, padding)
-    plan.table = _columns(plan)
-    return plan
-
-
-def _offset(
-    path: str,
-    weight: torch.Tensor,
-    padding: int | None,
-    vectors: _Vectors,
-    artifact: Mapping[str, Any],
-    spec: Table,
-) -> int:
     if isinstance(spec.offset, int):
-        return spec.offset
-    if spec.offset == "users":
-        return int(next(iter(artifact.values())).users.shape[0])
-    if spec.rows is not None:
-        return 0
-    if padding is None and weight.shape[0] > len(vectors):
+        offset = spec.offset
+    elif spec.offset == "users":
+        offset = int(next(iter(artifact.values())).users.shape[0])
+    else:
+        offset = 0 if spec.rows is not None else _default_offset(path, len(table), len(source), padding)
+    _check_rows(path, table, source, spec, offset, padding)
+    return _Plan(path, _columns(table.detach(), source, spec.columns), source, spec, offset)
+
+
+def _default_offset(path: str, have: int, count: int, padding: int | None) -> int:
+    if padding is None and have > count:
         warnings.warn(
-            f"{path}: the table has {weight.shape[0]:,} rows, the artifact {len(vectors):,}; the first"
-            f" {len(vectors):,} are filled. Give offset=1 if row 0 is padding, or offset=0 to say that it is not.",
+            f"{path}: the table has {have:,} rows, the artifact {count:,}; the first {count:,} are filled."
+            " Give offset=1 if row 0 is padding, or offset=0 to say that it is not.",
             UserWarning,
             stacklevel=4,
         )
-    if padding is None or padding >= len(vectors):
+    if padding is None or padding >= count:
         return 0
     if padding == 0:
         return 1
     raise InputError(f"{path}: row {padding} is padding, amid the rows; give rows, the artifact's row of each.")
 
 
-def _check_rows(plan: _Plan, padding: int | None) -> None:
-    have, count, rows = plan.table.shape[0], len(plan.vectors), plan.spec.rows
+def _check_rows(path: str, table: torch.Tensor, source: _Source, spec: Table, offset: int, padding: int | None) -> None:
+    count, rows = len(source), spec.rows
     if rows is not None:
         rows = np.asarray(rows)
         if rows.ndim != 1 or rows.dtype.kind not in "iu":
-            raise InputError(f"{plan.path}: rows is {rows.dtype} of shape {rows.shape}; wanted are row numbers (n,).")
+            raise InputError(f"{path}: rows is {rows.dtype} of shape {rows.shape}; wanted are row numbers (n,).")
         if len(rows) and int(rows.max()) >= count:
-            raise InputError(f"{plan.path}: rows names row {int(rows.max())}; the artifact has {count:,}.")
-    needed = plan.offset + (count if rows is None else len(rows))
-    if needed > have:
-        source = f"{count:,} rows of width {plan.vectors.source_width}"
+            raise InputError(f"{path}: rows names row {int(rows.max())}; the artifact has {count:,}.")
+    needed = offset + (count if rows is None else len(rows))
+    if needed > len(table):
         raise InputError(
-            f"{plan.path}: a table of shape {tuple(plan.table.shape)} has no room for the artifact's {source}"
-            + (f" from row {plan.offset} on" if plan.offset else "")
-            + "; were both made from the same users and items?"
+            f"{path}: a table of shape {tuple(table.shape)} has no room for the artifact's {count:,} rows of width"
+            f" {source.width}{f' from row {offset} on' if offset else ''};"
+            " were both made from the same users and items?"
         )
-    if padding is not None and plan.offset <= padding < needed and (rows is None or rows[padding - plan.offset] >= 0):
-        raise InputError(f"{plan.path}: row {padding} is padding and would be filled; give another offset or rows.")
+    if padding is not None and offset <= padding < needed and (rows is None or rows[padding - offset] >= 0):
+        raise InputError(f"{path}: row {padding} is padding and would be filled; give another offset or rows.")
 
 
-def _columns(plan: _Plan) -> torch.Tensor:
-    """Columns of the table that are filled; one row is taken through the model to learn how many."""
-    with _quiet(plan.modules):
-        shape = tuple(plan.vectors.block(slice(0, 1)).shape)
-    have, columns = plan.table.shape[1], plan.spec.columns
+def _columns(table: torch.Tensor, source: _Source, columns: str) -> torch.Tensor:
+    """Give the columns of a table that are filled; one row is transformed to learn how wide the vectors are."""
+    with _evaluating(source.transforms):
+        shape = tuple(source.block(slice(0, 1)).shape)
+    have = table.shape[1]
     if len(shape) != 2 or shape[1] > have or (shape[1] < have and columns == "all"):
         raise InputError(
-            f"{plan.vectors.what}: the vectors are {shape[-1]} wide, the table {have};"
+            f"{source.name}: the vectors are {shape[-1]} wide, the table {have};"
             f" make the artifact with dim {have}, or say which columns (first or last) are filled."
         )
-    return plan.table[:, have - shape[1] :] if columns == "last" else plan.table[:, : shape[1]]
+    return table[:, have - shape[1] :] if columns == "last" else table[:, : shape[1]]
 
 
 @contextmanager
-def _quiet(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Run without gradients and in evaluation mode, so that no random numbers are drawn; put modes back after."""
-    every = [part for module in modules for part in module.modules()]
-    modes = [part.training for part in every]
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        try:
-            for part in every:
-                part.training = False
+def _evaluating(transforms: Iterable[Callable[[Any], Any]]) -> Iterator[None]:
+    """Run modules in evaluation mode, in which they draw no random numbers, and without gradients."""
+    modules = [part for one in transforms if isinstance(one, nn.Module) for part in one.modules()]
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        with torch.no_grad():
             yield
-        finally:
-            for part, mode in zip(every, modes, strict=True):
-                part.training = mode
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
 
 
 def _write(plan: _Plan) -> None:
-    with _quiet(plan.modules):
-        mean = _mean(plan) if plan.spec.centre else None
-        factor = _factor(plan, mean) if plan.spec.gain is not None else None
+    table = plan.table
+    with _evaluating(plan.source.transforms):
+        mean = _mean(plan) if plan.spec.centre else 0.0
+        factor = 1.0 if plan.spec.gain is None else _factor(plan, mean)
         for places, values, _ in plan.blocks():
-            shifted = values if mean is None else values - mean
-            scaled = shifted if factor is None else shifted * factor
-            result = plan.table[places] + scaled if plan.spec.mode == "add" else scaled
-            stored = result.to(plan.table.dtype)
-            if not bool(torch.isfinite(stored).all()):
-                row = int(places[~torch.isfinite(stored).all(dim=1)][0])
+            scaled = (values - mean) * factor
+            stored = (table[places] + scaled if plan.spec.mode == "add" else scaled).to(table.dtype)
+            finite = torch.isfinite(stored).all(dim=1)
+            if not bool(finite.all()):
                 raise InputError(
-                    f"{plan.vectors.what}: row {row} would not be finite in {plan.table.dtype}; a gain makes vectors"
-                    " shorter. Rows before it may be filled already."
+                    f"{plan.source.name}: row {int(places[~finite][0])} would not be finite in {table.dtype}; a gain"
+                    " makes vectors shorter. Rows before it may be filled already."
                 )
-            plan.table.index_copy_(0, places, stored)
+            table.index_copy_(0, places, stored)
 
 
 def _mean(plan: _Plan) -> torch.Tensor:
-    """Mean (width,) of the warm rows, summed in float64."""
+    """Mean (width,) of the warm vectors, float32, summed in float64."""
     total = torch.zeros(plan.table.shape[1], dtype=torch.float64, device=plan.table.device)
     count = 0
     for _, values, warm in plan.blocks():
@@ -578,14 +545,13 @@ def _mean(plan: _Plan) -> torch.Tensor:
     return (total / max(count, 1)).to(torch.float32)
 
 
-def _factor(plan: _Plan, mean: torch.Tensor | None) -> float:
-    """Factor that gives the warm vectors `gain` times the mean row norm that their rows of the table have."""
+def _factor(plan: _Plan, mean: torch.Tensor | float) -> float:
+    """Factor by which the warm vectors' mean row norm becomes `gain` times that of the rows they are written to."""
     own = given = 0.0
     for places, values, warm in plan.blocks():
-        shifted = values[warm] if mean is None else values[warm] - mean
-        given += float(shifted.norm(dim=1).sum(dtype=torch.float64))
-        own += float(plan.table[places[warm.to(places.device)]].double().norm(dim=1).sum())
+        given += float((values[warm] - mean).norm(dim=1).sum(dtype=torch.float64))
+        own += float(plan.table[places[warm]].double().norm(dim=1).sum())
     if own <= 0 or given <= 0:
         which = "the table's rows are all zero" if own <= 0 else "the vectors are all zero"
-        raise InputError(f"{plan.vectors.what}: {which}, so there is no norm to match; give gain=None.")
+        raise InputError(f"{plan.source.name}: {which}, so there is no norm to match; give gain=None.")
     return own / given * (1.0 if plan.spec.gain == "match" else float(plan.spec.gain or 1.0))

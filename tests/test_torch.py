@@ -2,6 +2,8 @@
 
 import copy
 import importlib
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -428,3 +430,11 @@ def test_rows_of_text_ids(tmp_path):
     flags = [f"--interactions={tmp_path}/clicks.parquet", f"--features=image={tmp_path}/image.npy", "--clusters=2"]
     assert cli.main(["run", *flags, f"--out={tmp_path}/out"]) == 0
     assert loader.rows_of(gpu_init.load(tmp_path / "out"), ["a", "7", "007", "b"]).tolist() == [1, -1, 0, 2]
+
+
+@pytest.mark.parametrize("module", ["torch", "mmrec"])
+def test_without_torch_it_says_so(module):
+    code = f"import sys; sys.modules['torch'] = None; import gpu_init.{module}"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ImportError: torch is not installed, and gpu_init.torch needs it: pip install" in done.stderr
