@@ -243,14 +243,14 @@ def misread(path: str) -> ResourceError:
     return ResourceError(f"{path}: read back, it is not what was written; check the disk.")
 
 
-def parse_journal(data: bytes | None) -> Json | None:
-    """Parse the journal of a run; None where there is none, or it is damaged."""
-    journal = unseal(data) if data is not None else None
-    if journal is None or journal.get("format") != JOURNAL_FORMAT or not isinstance(journal.get("identity"), dict):
-        return None
+def parse_journal(data: bytes | None) -> Json:
+    """Parse the journal of a run; the result is empty where there is none, or it is damaged."""
+    journal = (unseal(data) if data is not None else None) or {}
+    if journal.get("format") != JOURNAL_FORMAT or not isinstance(journal.get("identity"), dict):
+        return {}
     parts = [journal.get(key) for key in ("finished", "files")]
     whole = all(isinstance(part, dict) and all(isinstance(one, dict) for one in part.values()) for part in parts)
-    return journal if whole else None
+    return journal if whole else {}
 
 
 def listed_files(*sealed: bytes | None) -> Json:

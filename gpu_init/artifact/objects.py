@@ -87,13 +87,13 @@ class ObjectStorage:
         self._has_noted = False  # The journal in the store has this run's mark, unless another has taken over.
 
     def unfinished(self, resume: bool) -> Json | None:
-        there = parse_journal(self._staged_data(JOURNAL)) if resume else None
-        if there is None:
+        there = parse_journal(self._staged_data(JOURNAL)) if resume else {}
+        if not there:
             return None
-        if (journal_in(self.staging) or {}).get("mark") != there.get("mark"):
+        if journal_in(self.staging).get("mark") != there.get("mark"):
             self._restore(there)
         self._stored = {name: entry["sha256"] for name, entry in there["files"].items()}
-        return unfinished_in(self.staging, [])
+        return unfinished_in(self.staging)
 
     def _restore(self, journal: Json) -> None:
         """Copy what a run left in the store to the staging folder, the journal last."""
@@ -153,9 +153,8 @@ class ObjectStorage:
 
     def publish(self, manifest: Json, *, replaces: bool) -> None:  # noqa: ARG002
         """Have the store copy the files to their places; a manifest that is there goes first, whatever it is of."""
-        journal = journal_in(self.staging)
-        if not self._has_noted and journal is not None:  # An earlier run was killed while it published.
-            self.note(journal)
+        if not self._has_noted:  # An earlier run was killed while it published.
+            self.note(journal_in(self.staging))
         self._require_newest()
         files = manifest["files"]
         old = remote.read_if_there(self._url(MANIFEST))
@@ -188,7 +187,7 @@ class ObjectStorage:
         return listed_files(self._staged_data(JOURNAL), self._staged_data(REPLACED))
 
     def _require_newest(self) -> None:
-        if (parse_journal(self._staged_data(JOURNAL)) or {}).get("mark") != self._mark:
+        if parse_journal(self._staged_data(JOURNAL)).get("mark") != self._mark:
             raise InputError(f"{self.out}: another run has taken over; this one ends.")
 
     def _clear_store(self) -> bool:

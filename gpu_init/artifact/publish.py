@@ -50,42 +50,34 @@ class Place(Protocol):
     lock: str
 
     def unfinished(self, resume: bool) -> Json | None:
-        """Return the manifest or the journal of an earlier run that can be resumed, its files in the staging folder.
+        """Return the manifest or journal of a run that can be resumed, its files in the staging folder; else None.
 
-        None where there is no such run, and, always, without ``resume``. What another run left half done where it
-        replaced an artifact is put right first. An InputError says that the staging folder is not a run's.
+        Without ``resume`` it is None. Before that, what a killed run left half replaced is put right. An InputError
+        says that the staging folder is not a run's.
         """
 
     def artifact(self) -> Json | None:
-        """Return the manifest of the artifact at the output; None where nothing is there.
-
-        An InputError says that something else is there.
-        """
+        """Return the manifest at the output, None where nothing is there; an InputError says what else is there."""
 
     def is_whole(self, manifest: Json) -> bool:
         """Tell whether the files of the artifact at the output are there."""
 
     def foreign(self, files: Json) -> Iterator[str]:
-        """Yield names at the output that are not in a list of files, and no run's."""
+        """Yield the names of files at the output that are not among these, and no run's."""
 
     def discard(self) -> bool:
-        """Remove all that an unfinished run left; tell whether there was one."""
+        """Remove all that unfinished runs left; tell whether there was anything."""
 
     def abandon(self) -> None:
-        """Remove what this run made, which goes on with no other and has not finished."""
+        """Remove what this run has made, before it began to publish."""
 
     def note(self, journal: Json) -> None:
-        """Write the journal, durably, and first what it says is finished, where that is not yet safe."""
+        """Write the journal durably, once all files that it lists are as safe."""
 
     def publish(self, manifest: Json, *, replaces: bool) -> None:
-        """Make the staging folder, which has its manifest, the artifact; every step may be taken again.
+        """Put the staging folder, which has its manifest, at the output; every step may be taken again.
 
-        Parameters
-        ----------
-        manifest : dict
-            Content of that manifest.
-        replaces : bool
-            An artifact stood at the output when the run began.
+        ``manifest`` is its content; ``replaces`` says that an artifact stood at the output when the run began.
         """
 
 
@@ -112,7 +104,7 @@ class Disk:
                 storage.sync_dir(os.path.dirname(self.out))
         if os.path.lexists(self.staging):
             check_ours(self.staging)
-        return unfinished_in(self.staging, [self.out] if self._inside else []) if resume else None
+        return unfinished_in(self.staging, *([self.out] if self._inside else [])) if resume else None
 
     def artifact(self) -> Json | None:
         if not os.path.isdir(self.out):
@@ -150,7 +142,7 @@ class Disk:
         old, parent = self.staging, os.path.dirname(self.out)
         replaces = replaces and os.path.isdir(self.out)
         if not replaces:
-            os.rename(self.staging, self.out)  # An empty folder gives way, a full one does not.
+            os.rename(self.staging, self.out)  # Only an empty folder gives way.
         elif not storage.exchange(self.staging, self.out):
             old = self._aside
             os.rename(self.out, old)
@@ -247,29 +239,22 @@ def check_ours(folder: str) -> None:
     raise InputError(f"{folder} is in the way and was not left by gpu-init; move it away.")
 
 
-def unfinished_in(staging: str, others: list[str]) -> Json | None:
-    """Return the manifest or the journal in a staging folder, if it is whole and all that it lists is there.
-
-    Files that were moved from there to ``others`` count.
-    """
-    with suppress(InputError):
-        manifest = read_manifest(staging)
-        if isinstance(manifest.get("files"), dict) and _all_there(manifest["files"], [staging, *others]):
-            return manifest
-    journal = journal_in(staging)
-    with suppress(InputError):
-        if journal is not None and _all_there(journal["files"], [staging, *others]):
-            return journal
+def unfinished_in(staging: str, *others: str) -> Json | None:
+    """Return the manifest or the journal in a staging folder, if all files that it lists are there or in ``others``."""
+    for read in (read_manifest, journal_in):
+        with suppress(InputError):
+            found = read(staging)
+            files, roots = found.get("files"), (staging, *others)
+            if isinstance(files, dict) and all(
+                any(file_problem(root, name, entry) is None for root in roots) for name, entry in files.items()
+            ):
+                return found
     return None
 
 
-def journal_in(folder: str) -> Json | None:
-    """Read the journal in a staging folder; None where there is none, or it is damaged."""
+def journal_in(folder: str) -> Json:
+    """Read the journal in a staging folder; the result is empty where there is none, or it is damaged."""
     return parse_journal(_read_if_there(os.path.join(folder, JOURNAL)))
-
-
-def _all_there(files: Json, roots: list[str]) -> bool:
-    return all(any(file_problem(root, name, entry) is None for root in roots) for name, entry in files.items())
 
 
 def _read_if_there(path: str) -> bytes | None:
@@ -304,8 +289,5 @@ def _prune(folder: str, kept: set[str]) -> None:
             if os.path.relpath(path, folder) not in kept:
                 os.unlink(path)
         for name in folders:
-            path = os.path.join(parent, name)
-            if os.path.islink(path):
-                os.unlink(path)
-            elif not os.listdir(path):
-                os.rmdir(path)
+            with suppress(OSError):  # It is not empty.
+                os.rmdir(os.path.join(parent, name))

@@ -14,7 +14,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
@@ -275,7 +275,7 @@ class Staging:
         return False
 
     @contextmanager
-    def adopting(self, relpath: str) -> Iterator[Callable[[int], None]]:
+    def adopting(self, relpath: str) -> Iterator[Callable[[int], object]]:
         """Note an array as finished, when this is left, that others fill by `row_writer` in the meantime.
 
         Yields
@@ -284,7 +284,7 @@ class Staging:
             It takes the number of first rows of the array that are written and durable by now: a thread then hashes
             them, so that little is left to hash at the end.
         """
-        path, sink, left = self._path_for(relpath), storage.Sink(-1), threading.Event()
+        path, sink = self._path_for(relpath), storage.Sink(-1)
         header = read_header(path)
         if header is None:
             raise misread(path)
@@ -294,22 +294,17 @@ class Staging:
                 sink.descriptor = file.fileno()
                 os.lseek(sink.descriptor, sink.size, os.SEEK_SET)
                 for start in range(sink.size, end, SYNC_BYTES):
-                    if left.is_set():
-                        return
                     sink.skip(min(start + SYNC_BYTES, end))
                     # Nobody reads these pages soon: the next rows take their place in memory, not that of others.
                     os.posix_fadvise(sink.descriptor, start, sink.size - start, os.POSIX_FADV_DONTNEED)
 
         row_bytes = (header.end - header.offset) // max(header.shape[0], 1)
-        parts: list[Future[None]] = []
-        with ThreadPoolExecutor(1) as thread:
-            try:
-                yield lambda rows: parts.append(thread.submit(hash_to, header.offset + rows * row_bytes))
-                parts.append(thread.submit(hash_to, header.end))
-                for part in parts:
-                    part.result()
-            finally:
-                left.set()
+        thread = ThreadPoolExecutor(1)
+        try:
+            yield lambda rows: thread.submit(hash_to, header.offset + rows * row_bytes)
+        finally:
+            thread.shutdown(cancel_futures=True)
+        hash_to(header.end)  # This goes on where the thread ended, and raises again what it met there.
         self._note_array(relpath, sink)
 
     def _path_for(self, relpath: str) -> str:
@@ -371,7 +366,7 @@ class Staging:
             "identity": self._journal["identity"],
         }
         sealed = seal(whole)
-        self._created = False  # from here on nothing takes the finished work away
+        self._created = False  # From here on nothing takes the finished work away.
         storage.write_file(os.path.join(self.path, MANIFEST), sealed)
         with storage.writing(self._place.out):
             self._place.publish(json.loads(sealed), replaces=self._replaces)
