@@ -39,7 +39,7 @@ import scipy.sparse
 
 from gpu_init import config, where
 from gpu_init.artifact import read as artifact_read
-from gpu_init.artifact.staging import Staging
+from gpu_init.artifact.objects import open_staging
 from gpu_init.backend.cpu import CpuBackend
 from gpu_init.errors import InputError, ResourceError
 from gpu_init.inputs import features, interactions, tables
@@ -124,7 +124,7 @@ def corpus():
 
 def _artifact(out, values):
     users = np.random.default_rng(2).normal(size=(USERS, WIDTH)).astype(np.float32)
-    with Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
+    with open_staging(out, resume=False, overwrite=False, identity={}) as staging:
         staging.save("image/users.npy", users)
         staging.save("image/centroids.npy", users[:3])
         staging.save("image/labels.npy", np.zeros(USERS, np.int32))

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from gpu_init.artifact import format, publish, read
 from gpu_init.artifact import rows as artifact_rows
 from gpu_init.artifact import staging as artifact_staging
+from gpu_init.artifact.objects import open_staging
 from gpu_init.errors import InputError, ResourceError
 from gpu_init.files import storage
 
@@ -88,7 +89,7 @@ def names():
 
 def run(out, seed=0, resume=False, overwrite=False, identity=None, **how):
     identity = {**IDENTITY, "seed": seed} if identity is None else identity
-    with artifact_staging.Staging.open(out, resume=resume, overwrite=overwrite, identity=identity) as staging:
+    with open_staging(out, resume=resume, overwrite=overwrite, identity=identity) as staging:
         return work(staging, seed, **how)
 
 
@@ -160,7 +161,7 @@ def test_every_kind_of_array_survives(out):
         "a/items_mask.npy": np.zeros(0, bool),
         "a/item_labels.npy": np.zeros(0, np.int32),
     }
-    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
+    with open_staging(out, resume=False, overwrite=False, identity={}) as staging:
         for name, array in arrays.items():
             staging.save(name, array)
             np.testing.assert_array_equal(staging.load(name), array)
@@ -184,7 +185,7 @@ def test_rows_do_not_depend_on_blocks(made, tmp_path, step):
 def test_an_array_is_hashed_while_and_after_its_rows_are_written(out, monkeypatch):
     monkeypatch.setattr(artifact_staging, "SYNC_BYTES", 100)
     table = vectors(users=500)
-    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
+    with open_staging(out, resume=False, overwrite=False, identity={}) as staging:
         assert not staging.allocate("image/users.npy", table.shape, np.float32)
         path = os.path.join(staging.path, "image/users.npy")
         with staging.adopting("image/users.npy") as written:
@@ -204,7 +205,7 @@ def test_an_array_is_hashed_while_and_after_its_rows_are_written(out, monkeypatc
 
 
 def test_wrong_blocks_are_refused(out):
-    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
+    with open_staging(out, resume=False, overwrite=False, identity={}) as staging:
         staging.allocate("image/users.npy", (4, 2), np.float32)
         path = os.path.join(staging.path, "image/users.npy")
         blocks = np.zeros((2, 3), np.float32), np.zeros((2, 2)), np.zeros(2, np.float32), np.zeros((4, 2), np.float32)
@@ -248,7 +249,7 @@ def test_rows_that_are_gone_are_not_counted(out, made, tmp_path, damage):
         path.unlink()
     identity = {**IDENTITY, "seed": 0}
     for there in (False, True):
-        with artifact_staging.Staging.open(other, resume=True, overwrite=False, identity=identity) as staging:
+        with open_staging(other, resume=True, overwrite=False, identity=identity) as staging:
             assert staging.resumed
             assert staging.allocate("image/users.npy", (USERS, WIDTH), np.float32, "image/written") == there
             assert staging.finished("image/written") is None
@@ -258,11 +259,11 @@ def test_rows_that_are_gone_are_not_counted(out, made, tmp_path, damage):
 
 
 def test_resume_skips_what_is_finished(out):
-    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity=IDENTITY) as staging:
+    with open_staging(out, resume=False, overwrite=False, identity=IDENTITY) as staging:
         write_rows(staging, vectors())
         staging.finish("step", {"n": 1})
         assert staging.finished("other") is None
-    with artifact_staging.Staging.open(out, resume=True, overwrite=False, identity=IDENTITY) as staging:
+    with open_staging(out, resume=True, overwrite=False, identity=IDENTITY) as staging:
         assert staging.resumed
         assert not staging.discarded
         assert staging.finished("step") == {"n": 1}
@@ -300,9 +301,7 @@ def test_without_resume_an_unfinished_run_is_discarded(out, made, tmp_path):
     with pytest.raises(StopError):
         run(other, each=stop_after(20))
     (tmp_path / "other.partial" / "litter.npy").write_bytes(b"x")
-    with artifact_staging.Staging.open(
-        other, resume=False, overwrite=False, identity={**IDENTITY, "seed": 0}
-    ) as staging:
+    with open_staging(other, resume=False, overwrite=False, identity={**IDENTITY, "seed": 0}) as staging:
         assert staging.discarded
         assert not staging.resumed
         work(staging)
@@ -323,9 +322,7 @@ def test_a_journal_that_cannot_be_used_means_nothing_to_resume(out, made, tmp_pa
     else:
         flipped = data.replace(b"1.5", b"1.4")
         journal.write_bytes({"empty": b"", "torn": data[:-9], "flipped": flipped, "other json": b"[[]]"}[damage])
-    with artifact_staging.Staging.open(
-        other, resume=True, overwrite=False, identity={**IDENTITY, "seed": 0}
-    ) as staging:
+    with open_staging(other, resume=True, overwrite=False, identity={**IDENTITY, "seed": 0}) as staging:
         assert not staging.resumed
         assert staging.discarded
         work(staging)
@@ -346,7 +343,7 @@ def test_an_input_error_keeps_the_run_that_it_resumed(out):
         run(out, each=stop_after(20))
     with (
         pytest.raises(InputError),
-        artifact_staging.Staging.open(out, resume=True, overwrite=False, identity={**IDENTITY, "seed": 0}),
+        open_staging(out, resume=True, overwrite=False, identity={**IDENTITY, "seed": 0}),
     ):
         raise InputError("bad")
     assert os.listdir(out.parent) == ["out.partial"]
@@ -369,7 +366,7 @@ def test_an_artifact_is_not_replaced_unasked(made):
 def test_resume_accepts_the_same_artifact(made, overwrite):
     before = made.stat().st_ino
     identity = {**IDENTITY, "seed": 0}
-    with artifact_staging.Staging.open(made, resume=True, overwrite=overwrite, identity=identity) as staging:
+    with open_staging(made, resume=True, overwrite=overwrite, identity=identity) as staging:
         assert staging.complete
     assert made.stat().st_ino == before
     assert os.listdir(made.parent) == ["out"]
@@ -450,13 +447,13 @@ def test_a_folder_that_appears_meanwhile_is_not_touched_and_the_work_is_kept(out
         run(out, each=appear)
     assert os.listdir(out) == ["thesis.tex"]
     (out / "thesis.tex").unlink()
-    with artifact_staging.Staging.open(out, resume=True, overwrite=False, identity={**IDENTITY, "seed": 0}) as staging:
+    with open_staging(out, resume=True, overwrite=False, identity={**IDENTITY, "seed": 0}) as staging:
         assert staging.complete
     assert read.verify(out) == []
 
 
 def test_a_second_run_is_refused(out):
-    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity=IDENTITY) as staging:
+    with open_staging(out, resume=False, overwrite=False, identity=IDENTITY) as staging:
         before = contents(out.parent)
         for flags in ({}, {"resume": True}, {"overwrite": True}):
             with pytest.raises(InputError, match=rf"another run writes to {out} \(process {os.getpid()}\)"):
@@ -471,7 +468,7 @@ def test_a_second_run_is_refused(out):
 
 @pytest.fixture
 def inside(monkeypatch):
-    monkeypatch.setattr(publish, "_stays", os.path.isdir)
+    monkeypatch.setattr(publish, "stays_in_place", os.path.isdir)
 
 
 def test_a_mount_point_is_filled_from_inside(out, inside):
@@ -494,7 +491,7 @@ def test_a_mount_point_is_filled_from_inside(out, inside):
 
 def test_files_of_an_old_artifact_do_not_stay_inside(out, inside):
     out.mkdir(parents=True)
-    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
+    with open_staging(out, resume=False, overwrite=False, identity={}) as staging:
         staging.save("old/centroids.npy", np.zeros((1, 1), np.float32))
         staging.commit({"modalities": {}, "users": {"rows": 0}, "items": {"rows": 0}})
     run(out, overwrite=True)
@@ -504,7 +501,7 @@ def test_files_of_an_old_artifact_do_not_stay_inside(out, inside):
 def test_a_second_run_inside_is_refused(out, inside):
     out.mkdir(parents=True)
     with (
-        artifact_staging.Staging.open(out, resume=False, overwrite=False, identity=IDENTITY),
+        open_staging(out, resume=False, overwrite=False, identity=IDENTITY),
         pytest.raises(InputError),
     ):
         run(out)
@@ -514,14 +511,14 @@ def test_a_second_run_inside_is_refused(out, inside):
 
 
 def test_mounts_are_seen():
-    assert publish._stays("/proc")
-    assert "/proc" in publish._mount_points()
+    assert publish.stays_in_place("/proc")
+    assert "/proc" in publish.mount_points()
 
 
 def test_a_parent_that_takes_no_files(out, monkeypatch):
     out.mkdir(parents=True)
     real = os.access
-    monkeypatch.setattr(artifact_staging.os, "access", lambda path, mode: path != str(out.parent) and real(path, mode))
+    monkeypatch.setattr(publish.os, "access", lambda path, mode: path != str(out.parent) and real(path, mode))
     run(out)
     assert read.verify(out) == []
     if os.getuid() != 0:
@@ -577,13 +574,13 @@ def test_a_full_disk_is_said_and_the_run_can_be_resumed(made, tmp_path, monkeypa
 
 def test_too_little_disk_is_seen_before_the_rows(out, monkeypatch):
     monkeypatch.setattr(storage, "free_bytes", lambda path: 1000)
-    staging = artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={})
+    staging = open_staging(out, resume=False, overwrite=False, identity={})
     with staging, pytest.raises(ResourceError, match="4,000 bytes are needed, 1,000 are free"):
         staging.allocate("image/users.npy", (1000, 1), np.float32)
 
 
 def test_rows_that_are_written_need_no_room(out, monkeypatch):
-    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
+    with open_staging(out, resume=False, overwrite=False, identity={}) as staging:
         staging.allocate("image/users.npy", (1 << 20, 1), np.float32)
         with artifact_rows.row_writer(os.path.join(staging.path, "image/users.npy"), 0) as write:
             write(np.ones((1 << 19, 1), np.float32))
@@ -594,7 +591,7 @@ def test_rows_that_are_written_need_no_room(out, monkeypatch):
 
 
 def test_a_folder_that_became_read_only(out, monkeypatch):
-    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
+    with open_staging(out, resume=False, overwrite=False, identity={}) as staging:
         fail_after(monkeypatch, 0, errno.EROFS)
         with pytest.raises(InputError, match="Read-only"):
             staging.save("image/labels.npy", np.zeros(3, np.int32))
@@ -657,7 +654,7 @@ def settle(root, mode):
     root.mkdir(parents=True)
     out = root / "out"
     if mode == "inside":
-        publish._stays = os.path.isdir
+        publish.stays_in_place = os.path.isdir
         out.mkdir()
     if mode == "two renames":
         storage.exchange = lambda a, b: False
@@ -692,7 +689,7 @@ def check_kill(root, mode, number, new):
     if number % 5 == 2:  # another run came between, discarded this one, and found its own input wrong
         with (
             contextlib.suppress(InputError),
-            artifact_staging.Staging.open(out, resume=False, overwrite=True, identity={}),
+            open_staging(out, resume=False, overwrite=True, identity={}),
         ):
             raise InputError("bad")
         assert not (root / "out.partial").exists()
@@ -928,7 +925,7 @@ def test_modality_names_that_are_no_folders(name, out):
 
 
 def test_nothing_is_saved_outside(out):
-    with artifact_staging.Staging.open(out, resume=False, overwrite=False, identity={}) as staging:
+    with open_staging(out, resume=False, overwrite=False, identity={}) as staging:
         for name in ("../x.npy", "/x.npy", "image/../../x.npy", "scratch/../../x.npy", ""):
             with pytest.raises(InputError):
                 staging.save(name, np.zeros(1))

@@ -13,6 +13,7 @@ import pytest
 import gpu_init
 from gpu_init import cli
 from gpu_init.artifact import export
+from gpu_init.artifact.objects import open_staging
 from gpu_init.errors import InputError
 
 USERS, ITEMS, WIDTH = 90, 40, 12
@@ -125,6 +126,19 @@ def test_parquet_holds_the_same_arrays_and_ids(which, request, tmp_path):
             np.testing.assert_array_equal(vectors.notna(), modality.items_mask)
             np.testing.assert_array_equal(np.stack(vectors.dropna()), modality.items[modality.items_mask])
             np.testing.assert_array_equal(items[f"{name}_label"], modality.item_labels)
+
+
+def test_modalities_may_have_different_numbers_of_clusters(tmp_path):
+    with open_staging(tmp_path / "out", resume=False, overwrite=False, identity={}) as staging:
+        for name, clusters in (("image", 2), ("text", 3)):
+            staging.save(f"{name}/users.npy", np.zeros((4, 2), np.float32))
+            staging.save(f"{name}/labels.npy", np.zeros(4, np.int32))
+            staging.save(f"{name}/centroids.npy", np.full((clusters, 2), clusters, np.float32))
+        staging.commit({"users": {"rows": 4}, "items": {"rows": 5}, "modalities": {"image": {}, "text": {}}})
+    table = pq.read_table(f"{export.export(tmp_path / 'out', 'parquet')}/centroids.parquet")
+    assert table["cluster"].to_pylist() == [0, 1, 2]
+    assert table["image"].to_pylist() == [[2, 2], [2, 2], None]
+    assert table["text"].to_pylist() == [[3, 3]] * 3
 
 
 def test_parquet_is_read_back_as_features(made, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 
 import gpu_init
 from gpu_init import cli
-from gpu_init.artifact import format, objects, read
+from gpu_init.artifact import format, objects, read, staging
 from gpu_init.errors import InputError, ResourceError
 from gpu_init.files import remote
 from tests import store
@@ -312,7 +312,7 @@ def test_a_run_killed_while_it_replaces_another_is_ended_by_the_next(at, data, b
     class KilledError(BaseException):
         pass
 
-    call, publish = remote._call, objects.ObjectStaging._publish
+    call, publish = remote._call, objects.ObjectStorage.publish
 
     def counted(url, function):
         calls.append(url)
@@ -320,12 +320,12 @@ def test_a_run_killed_while_it_replaces_another_is_ended_by_the_next(at, data, b
             raise KilledError
         return call(url, function)
 
-    def watched(staging, manifest):
+    def watched(place, manifest, **how):
         monkeypatch.setattr(remote, "_call", counted)
-        publish(staging, manifest)
+        publish(place, manifest, **how)
 
     with monkeypatch.context() as patched:
-        patched.setattr(objects.ObjectStaging, "_publish", watched)
+        patched.setattr(objects.ObjectStorage, "publish", watched)
         with pytest.raises(KilledError):
             cli.main(job)
     monkeypatch.setattr(remote, "_call", call)
@@ -405,13 +405,13 @@ def test_wrong_places_are_refused(data, bucket, capsys, tmp_path, monkeypatch):
 
 
 def test_what_changes_while_it_is_read_ends_the_job(data, bucket, capsys, monkeypatch, tmp_path):
-    save = objects.ObjectStaging.save
+    save = staging.Staging.save
 
-    def saved(staging, name, array):
+    def saved(run, name, array):
         bucket.pipe_file(f"{store.BUCKET}/data/log/a.parquet", (data / "log" / "b.parquet").read_bytes())
-        save(staging, name, array)
+        save(run, name, array)
 
-    monkeypatch.setattr(objects.ObjectStaging, "save", saved)
+    monkeypatch.setattr(staging.Staging, "save", saved)
     said = refused(capsys, *arguments(f"{ROOT}/data", f"{ROOT}/out"))
     assert "a.parquet: changed while the job ran" in said
     assert not bucket.exists(f"{store.BUCKET}/out")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gpu_init.artifact import publish, rows
-from gpu_init.artifact import staging as artifact_staging
+from gpu_init.artifact.objects import open_staging
 from gpu_init.files import storage
 from tests.test_artifact import IDENTITY, contents, run, whole, work
 
@@ -245,7 +245,7 @@ def test_whatever_a_power_loss_leaves_is_resumed_to_the_same_bytes(mode, step, t
     monkeypatch.setattr(rows, "SYNC_BYTES", 50)
     monkeypatch.setattr(os, "posix_fadvise", lambda *given: None)
     if mode == "inside":
-        monkeypatch.setattr(publish, "_stays", os.path.isdir)
+        monkeypatch.setattr(publish, "stays_in_place", os.path.isdir)
     if mode == "two renames":
         monkeypatch.setattr(storage, "exchange", lambda a, b: False)
         monkeypatch.setitem(globals(), "EXCHANGE", storage.exchange)
@@ -267,9 +267,7 @@ def test_whatever_a_power_loss_leaves_is_resumed_to_the_same_bytes(mode, step, t
         for kept, part in ((0, None), (1, None), (1, chance), (chance.random(), chance), (0, chance)):
             lay_out(root, disk(recorder.first, acts, kept, part))
             whole(root / "out", old, new)
-            with artifact_staging.Staging.open(
-                root / "out", resume=True, overwrite=True, identity={**IDENTITY, "seed": 0}
-            ) as staging:
+            with open_staging(root / "out", resume=True, overwrite=True, identity={**IDENTITY, "seed": 0}) as staging:
                 resumed += staging.resumed
                 work(staging)
             assert contents(root / "out") == new

@@ -12,20 +12,25 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpu_init.artifact.read import Artifact, load
+from gpu_init.backend.interface import ranges
 from gpu_init.errors import InputError
 from gpu_init.files import storage
 
-BLOCK_BYTES = 64 << 20  # of an array in memory at a time
+BLOCK_BYTES = 64 << 20  # About so many bytes of an array are in memory at a time.
 
 _DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
-_PARTS = ("users", "centroids", "labels", "items", "items_mask", "item_labels")  # the rest is for assign and report
+# The other arrays of an artifact serve `gpu-init assign` and `gpu-init report` only.
+_PARTS = ("users", "centroids", "labels", "items", "items_mask", "item_labels")
+_TABLES = ("users", "items", "centroids")
+
+Columns = dict[str, tuple[NDArray[Any], NDArray[np.bool_] | None]]
+"""From the name of a column to its values, and which of them are not null; None where none is null."""
 
 
 def export(
@@ -36,7 +41,7 @@ def export(
     Parameters
     ----------
     path : path-like
-        Folder of the artifact.
+        Folder or URL of the artifact.
     kind : {"safetensors", "pt", "parquet"}
         ``safetensors``: a file of tensors ``image.users``, ``image.labels`` and so on, with ``user_ids`` and
         ``item_ids`` where the ids are numbers. ``pt``: a file of ``{"image": {"users": Tensor, ...}, "user_ids": ...}``
@@ -44,7 +49,7 @@ def export(
         ``users.parquet`` (``user_id``, and per modality a list column and ``NAME_label``), ``items.parquet`` likewise
         (``NAME`` where items were projected, null without the modality) and ``centroids.parquet``.
     out : path-like, optional
-        Where; by default the artifact's path and the format's ending.
+        Where the export is written; by default the artifact's path with the format's ending.
     overwrite : bool
         Replace what stands there.
 
@@ -56,7 +61,8 @@ def export(
     Raises
     ------
     InputError
-        Not an artifact, another format, a place that is taken or inside the artifact, or torch is not installed.
+        This is no artifact, the format is another one, the place is taken or inside the artifact, or torch is not
+        installed.
     ResourceError
         The disk is full.
     """
@@ -67,8 +73,10 @@ def export(
     storage.require_local(place)
     place = os.path.abspath(place)
     _check_place(artifact, place, overwrite, folder=kind == "parquet")
-    with storage.writing(os.path.dirname(place)):
-        FORMATS[kind](artifact, place)
+    size = sum(array.nbytes for arrays in _arrays(artifact).values() for array in arrays.values())
+    with storage.writing(os.path.dirname(place), size):
+        storage.require_free(os.path.dirname(place), size)
+        FORMATS[kind](artifact, place, size)
     return place
 
 
@@ -82,35 +90,40 @@ def _check_place(artifact: Artifact, place: str, overwrite: bool, *, folder: boo
         return
     if not overwrite:
         raise InputError(f"{place} is already there; choose another place with --out, or give --overwrite.")
-    ours = os.path.isdir(place) and set(os.listdir(place)) <= {f"{name}.parquet" for name in TABLES}
+    ours = os.path.isdir(place) and set(os.listdir(place)) <= {f"{name}.parquet" for name in _TABLES}
     if os.path.islink(place) or (not ours if folder else not os.path.isfile(place)):
         raise InputError(f"{place} is not what an earlier export has written; move it away.")
 
 
-def _ids(artifact: Artifact) -> Iterator[tuple[str, Any]]:
-    """Yield names and ids, where rows are not the ids."""
-    for name, ids in (("user_ids", artifact.user_ids), ("item_ids", artifact.item_ids)):
-        if ids is not None:
-            yield name, ids
+def _arrays(artifact: Artifact) -> dict[str, dict[str, NDArray[Any]]]:
+    """Return the arrays that there are, by modality and by part."""
+    parts = {name: {part: getattr(modality, part) for part in _PARTS} for name, modality in artifact.items()}
+    return {name: {part: array for part, array in of.items() if array is not None} for name, of in parts.items()}
 
 
-def _arrays(artifact: Artifact) -> Iterator[tuple[str, str, NDArray[Any]]]:
-    """Yield modality, part and array of all that there are."""
-    for name, modality in artifact.items():
-        for part in _PARTS:
-            array = getattr(modality, part)
-            if array is not None:
-                yield name, part, array
+def _ids(artifact: Artifact) -> dict[str, NDArray[Any]]:
+    """Return the ids, of dtype int64 or, where they are texts, object; none where rows are the ids."""
+    ids = {"user_ids": artifact.user_ids, "item_ids": artifact.item_ids}
+    return {
+        name: column.to_numpy(np.int64 if column.dtype == np.int64 else object)
+        for name, column in ids.items()
+        if column is not None
+    }
 
 
-# safetensors: 8 bytes with the header's length, the header as JSON, then the arrays' bytes in C order. The library's
-# own writer wants each array as bytes in memory, hence this one.
+def _row_blocks(rows: int, n_bytes: int) -> Iterator[slice]:
+    """Cut rows, which have so many bytes together, into ranges of about `BLOCK_BYTES`."""
+    return ranges(rows, max(1, BLOCK_BYTES * rows // max(n_bytes, 1)))
 
 
-def _write_safetensors(artifact: Artifact, place: str) -> None:
-    arrays = {f"{name}.{part}": array for name, part, array in _arrays(artifact)}
-    arrays |= {name: ids.to_numpy() for name, ids in _ids(artifact) if ids.dtype == np.int64}
-    ordered = sorted(arrays.items(), key=lambda entry: (-entry[1].itemsize, entry[0]))  # wide ones first: all aligned
+def _write_safetensors(artifact: Artifact, place: str, size: int) -> None:
+    """Write 8 bytes with the header's length, the header as JSON, then the arrays' bytes in C order.
+
+    The library's own writer wants each array as bytes in memory.
+    """
+    arrays = {f"{name}.{part}": array for name, of in _arrays(artifact).items() for part, array in of.items()}
+    arrays |= {name: ids for name, ids in _ids(artifact).items() if ids.dtype == np.int64}
+    ordered = sorted(arrays.items(), key=lambda entry: (-entry[1].itemsize, entry[0]))  # Wide ones first: all aligned.
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "made_by": "gpu-init"}}
     end = 0
     for name, array in ordered:
@@ -118,130 +131,63 @@ def _write_safetensors(artifact: Artifact, place: str) -> None:
         header[name] = {"dtype": _DTYPES[array.dtype.name], "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    storage.require_free(os.path.dirname(place), 8 + len(text) + end)
-    with storage.create(place, 8 + len(text) + end) as sink:
+    with storage.create(place, size) as sink:
         sink.write(len(text).to_bytes(8, "little") + text)
         for _, array in ordered:
-            for block in _blocks(array):
-                sink.write(np.ascontiguousarray(block).data)
+            for block in _row_blocks(len(array), array.nbytes):
+                sink.write(np.ascontiguousarray(array[block]).data)
 
 
-def _blocks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    for part in _ranges(len(array), array.nbytes):
-        yield array[part]
-
-
-def _ranges(rows: int, n_bytes: int) -> Iterator[slice]:
-    """Yield ranges of rows of about `BLOCK_BYTES`, one at least."""
-    step = max(1, BLOCK_BYTES * rows // max(n_bytes, 1))
-    yield from (slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step))
-
-
-# torch
-
-
-def _write_pt(artifact: Artifact, place: str) -> None:
+def _write_pt(artifact: Artifact, place: str, size: int) -> None:
     try:
         import torch
     except ImportError:
         raise InputError("torch is not installed, and writes .pt: pip install 'gpu-init[torch]'.") from None
 
-    whole: dict[str, Any] = {name: {} for name in artifact}
     with warnings.catch_warnings():
         # Tensors share the read-only map, so that the arrays are not read into memory; nothing is written to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        for name, part, array in _arrays(artifact):
-            whole[name][part] = torch.from_numpy(array)
-        for name, ids in _ids(artifact):
-            numbers = ids.dtype == np.int64
-            whole[name] = torch.from_numpy(ids.to_numpy()) if numbers else [str(one) for one in ids]
-    size = sum(array.nbytes for _, _, array in _arrays(artifact))
-    storage.require_free(os.path.dirname(place), size)
+        tensors: dict[str, Any] = {
+            name: {part: torch.from_numpy(array) for part, array in of.items()}
+            for name, of in _arrays(artifact).items()
+        }
+        for name, ids in _ids(artifact).items():
+            tensors[name] = torch.from_numpy(ids) if ids.dtype == np.int64 else [str(one) for one in ids]
     with storage.create(place, size) as sink:
         file: Any = sink
-        torch.save(whole, file)
+        torch.save(tensors, file)
 
 
-# Parquet
-
-
-def _write_parquet(artifact: Artifact, place: str) -> None:
-    size = sum(array.nbytes for _, _, array in _arrays(artifact))
-    storage.require_free(os.path.dirname(place), size)
-    with _folder(place) as folder:
-        for name, columns in TABLES.items():
-            _write_table(os.path.join(folder, f"{name}.parquet"), columns(artifact))
-
-
-@contextmanager
-def _folder(place: str) -> Iterator[str]:
-    """Make a folder that appears at its place whole, or not at all."""
+def _write_parquet(artifact: Artifact, place: str, size: int) -> None:  # noqa: ARG001
+    """Write a folder of tables, which takes the place of an earlier one in one step where the system can."""
     parent, name = os.path.split(place)
-    temporary = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
-    try:
-        os.chmod(temporary, 0o777 & ~_umask())
-        yield temporary
-        storage.sync_dir(temporary)
-        if os.path.isdir(place) and storage.exchange(temporary, place):
-            shutil.rmtree(temporary)
-        else:
-            shutil.rmtree(place, ignore_errors=True)  # its own earlier export, on a system that cannot exchange
-            os.rename(temporary, place)
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=parent) as temporary:
+        folder = os.path.join(temporary, name)
+        os.mkdir(folder)
+        for table, columns in _tables(artifact).items():
+            _write_table(os.path.join(folder, f"{table}.parquet"), columns)
+        storage.sync_dir(folder)
+        if not (os.path.isdir(place) and storage.exchange(folder, place)):
+            shutil.rmtree(place, ignore_errors=True)  # An earlier export, on a system that cannot exchange.
+            os.rename(folder, place)
         storage.sync_dir(parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-Columns = dict[str, tuple[NDArray[Any], NDArray[np.bool_] | None]]  # name to array, and which rows are not null
-
-
-def _id_array(ids: Any) -> NDArray[Any]:
-    array: NDArray[Any] = ids.to_numpy() if ids.dtype == np.int64 else ids.to_numpy(object)
-    return array
-
-
-def _user_columns(artifact: Artifact) -> Columns:
-    ids = artifact.user_ids
-    first = next(iter(artifact.values()))
-    columns: Columns = {"user_id": (np.arange(len(first.labels)) if ids is None else _id_array(ids), None)}
-    for name, modality in artifact.items():
-        columns[name] = (modality.users, None)
-        columns[f"{name}_label"] = (modality.labels, None)
-    return columns
-
-
-def _item_columns(artifact: Artifact) -> Columns:
-    ids = artifact.item_ids
-    count = artifact.manifest["items"]["rows"]
-    columns: Columns = {"item_id": (np.arange(count) if ids is None else _id_array(ids), None)}
-    for name, modality in artifact.items():
-        if modality.items is not None:
-            columns[name] = (modality.items, modality.items_mask)
-        if modality.item_labels is not None:
-            columns[f"{name}_label"] = (modality.item_labels, None)
-    return columns
-
-
-def _centroid_columns(artifact: Artifact) -> Columns:
+def _tables(artifact: Artifact) -> dict[str, Columns]:
+    ids, manifest = _ids(artifact), artifact.manifest
     clusters = max(len(modality.centroids) for modality in artifact.values())
-    columns: Columns = {"cluster": (np.arange(clusters), None)}
+    users: Columns = {"user_id": (ids.get("user_ids", np.arange(manifest["users"]["rows"])), None)}
+    items: Columns = {"item_id": (ids.get("item_ids", np.arange(manifest["items"]["rows"])), None)}
+    centroids: Columns = {"cluster": (np.arange(clusters), None)}
     for name, modality in artifact.items():
-        columns[name] = (modality.centroids, None)
-    return columns
-
-
-TABLES: dict[str, Callable[[Artifact], Columns]] = {
-    "users": _user_columns,
-    "items": _item_columns,
-    "centroids": _centroid_columns,
-}
+        users |= {name: (modality.users, None), f"{name}_label": (modality.labels, None)}
+        if modality.items is not None:
+            items[name] = (modality.items, modality.items_mask)
+        if modality.item_labels is not None:
+            items[f"{name}_label"] = (modality.item_labels, None)
+        present = np.arange(clusters) < len(modality.centroids)  # Modalities may have different numbers of clusters.
+        centroids[name] = (modality.centroids[np.minimum(np.arange(clusters), len(modality.centroids) - 1)], present)
+    return dict(zip(_TABLES, (users, items, centroids), strict=True))
 
 
 def _write_table(path: str, columns: Columns) -> None:
@@ -252,7 +198,7 @@ def _write_table(path: str, columns: Columns) -> None:
     n_bytes = sum(array.nbytes for array, _ in columns.values())
     schema = pa.schema([(name, _arrow(array[:0], None).type) for name, (array, _) in columns.items()])
     with pq.ParquetWriter(path, schema) as writer:
-        for part in _ranges(rows, n_bytes):
+        for part in _row_blocks(rows, n_bytes):
             blocks = [_arrow(array[part], None if mask is None else mask[part]) for array, mask in columns.values()]
             writer.write_table(pa.table(blocks, schema=schema))
     with open(path, "rb") as file:
@@ -260,7 +206,7 @@ def _write_table(path: str, columns: Columns) -> None:
 
 
 def _arrow(array: NDArray[Any], mask: NDArray[np.bool_] | None) -> Any:
-    """Rows as a column: fixed-size lists for those of two dimensions, null where the mask is not set."""
+    """Make a column of rows: of fixed-size lists where an array has two axes, null where the mask is not set."""
     import pyarrow as pa
 
     if array.ndim == 1:
@@ -270,7 +216,7 @@ def _arrow(array: NDArray[Any], mask: NDArray[np.bool_] | None) -> Any:
     return pa.FixedSizeListArray.from_arrays(flat, array.shape[1], mask=missing)
 
 
-FORMATS: dict[str, Callable[[Artifact, str], None]] = {
+FORMATS: dict[str, Callable[[Artifact, str, int], None]] = {
     "safetensors": _write_safetensors,
     "pt": _write_pt,
     "parquet": _write_parquet,

@@ -1,4 +1,4 @@
-"""The format of an artifact: names of its files, array headers, and JSON that shows any change."""
+"""The format of an artifact: the names of its files, the form of its arrays, and JSON that shows any change."""
 
 from __future__ import annotations
 
@@ -7,31 +7,29 @@ import json
 import os
 import re
 import stat
-from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from gpu_init.errors import InputError, ResourceError
-from gpu_init.files import remote, storage
+from gpu_init.files import npy, remote, storage
 
 FORMAT = "gpu-init artifact"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-MANIFEST_BYTES = 64 << 20
+MANIFEST_BYTES = 64 << 20  # A longer manifest or journal is not read.
 
 JOURNAL_FORMAT = "gpu-init journal"
 JOURNAL = "journal.json"
-REPLACED = "replaced.json"
-SCRATCH = "scratch"
+REPLACED = "replaced.json"  # A run keeps the manifest of the artifact that it replaces under this name.
+SCRATCH = "scratch"  # Files in this folder of a run do not get into the artifact.
 PARTIAL = ".partial"
 LOCK = ".partial.lock"
-_HEADER = re.compile(rb"\{'descr': '([<|][biuf][1248])', 'fortran_order': False, 'shape': \(([0-9, ]{0,100})\), \} *\n")
 TABLES = {"users.parquet": "user_id", "items.parquet": "item_id"}
-REPORT = "report.html"  # made of an artifact later, and not of it
-INTERACTIONS = "interactions"  # folder of what users were clustered by, where that is what they did
+REPORT = "report.html"  # `gpu-init report` adds this file later; no manifest lists it.
+INTERACTIONS = "interactions"  # This folder holds what users were clustered by, where that is what they did.
 _RESERVED = {SCRATCH, MANIFEST, JOURNAL, REPLACED, REPORT, *TABLES}
 
 Json = dict[str, Any]
@@ -39,12 +37,13 @@ Shape = tuple[int, ...]
 
 
 def check_modality(name: str) -> None:
-    """Refuse a modality's name that cannot be a folder of an artifact.
+    """Refuse the name of a modality that cannot be a folder of an artifact.
 
     Raises
     ------
     InputError
-        Not letters, digits, "_", "-" and "." after a letter or digit, longer than 64, or a name that is taken.
+        The name is not a letter or digit and then at most 63 letters, digits, "_", "-" or ".", or a file of the
+        artifact has it.
     """
     if name.lower() in _RESERVED:
         raise InputError(f"modality {name}: a file of the artifact has that name; choose another name.")
@@ -56,7 +55,7 @@ def check_modality(name: str) -> None:
 
 
 def read_manifest(root: str) -> Json:
-    """Give the manifest, as `parse_manifest` does."""
+    """Read the manifest in a folder, and check it as `parse_manifest` does."""
     path = os.path.join(root, MANIFEST)
     if not os.path.isfile(path) or os.path.islink(path):
         raise not_an_artifact(root)
@@ -65,12 +64,12 @@ def read_manifest(root: str) -> Json:
 
 
 def parse_manifest(path: str, data: bytes) -> Json:
-    """Content of a manifest, its form and checksum checked, its content not yet.
+    """Parse a manifest; its form and its checksum are checked, its content is not.
 
     Raises
     ------
     InputError
-        It is none, is damaged, or is of a version that is not read here.
+        This is no manifest, it is damaged, or this version of gpu-init does not read its version.
     """
     if len(data) > MANIFEST_BYTES:
         raise InputError(f"{path}: larger than {MANIFEST_BYTES:,} bytes; not a manifest of gpu-init.")
@@ -89,22 +88,26 @@ def parse_manifest(path: str, data: bytes) -> Json:
 
 
 def not_an_artifact(root: str) -> InputError:
+    """Make the error for a folder or URL without a manifest."""
     if remote.is_url(root):
-        return InputError(f"{root} is not an artifact of gpu-init: there is no {MANIFEST}.")
-    if os.path.isdir(root):
-        return InputError(f"{root} is not an artifact of gpu-init: it has no {MANIFEST}.")
-    if os.path.lexists(root):
-        return InputError(f"{root} is not an artifact of gpu-init: it is not a folder.")
-    return InputError(f"{root}: there is no such folder.")
+        why = f"there is no {MANIFEST}"
+    elif os.path.isdir(root):
+        why = f"it has no {MANIFEST}"
+    elif os.path.lexists(root):
+        why = "it is not a folder"
+    else:
+        return InputError(f"{root}: there is no such folder.")
+    return InputError(f"{root} is not an artifact of gpu-init: {why}.")
 
 
 def lookup(table: Json, key: str, fact: str) -> Any:
+    """Return one fact of one entry; None where the entry, or the fact, is missing."""
     entry = table.get(key)
     return entry.get(fact) if isinstance(entry, dict) else None
 
 
 def file_problem(root: str, name: str, entry: Any) -> str | None:
-    """Tell what is wrong with a file's entry, path, size or header; None when nothing is."""
+    """Tell what is wrong with the entry, path, size or header of a file; None when nothing is."""
     if not is_inside(name):
         return "leads out of the artifact"
     if not isinstance(entry, dict) or not is_count(entry.get("bytes")) or not isinstance(entry.get("sha256"), str):
@@ -134,30 +137,28 @@ def file_problem(root: str, name: str, entry: Any) -> str | None:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name of a file leads nowhere out of its artifact."""
+    """Tell whether the name of a file stays inside its artifact."""
     parts = name.split("/")
     return "\0" not in name and len(name) < 4096 and not any(part in ("", ".", "..") for part in parts)
 
 
 def is_count(value: Any) -> bool:
+    """Tell whether a value from JSON is a number of things."""
     return type(value) is int and value >= 0
 
 
 def table_rows(path: str) -> int | None:
+    """Return the number of rows of a Parquet file; None where it is not one."""
     import pyarrow.parquet as pq
 
     try:
         return int(pq.read_metadata(path).num_rows)
-    except Exception:  # whatever a damaged file makes of the library
+    except Exception:  # The library has many ways to fail on a damaged file.
         return None
 
 
-def one_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
-
-
 def shown(value: Any) -> str:
-    """Make a value of somebody else's short enough and harmless to print."""
+    """Make a value from a foreign file short, and harmless to print."""
     text = ascii(value) if not isinstance(value, str) or not value.isprintable() else value
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -165,55 +166,31 @@ def shown(value: Any) -> str:
 # Arrays as files.
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a .npy file says of itself, and where its data starts."""
-
-    shape: Shape
-    dtype: np.dtype[Any]
-    offset: int
-
-    @property
-    def data_bytes(self) -> int:
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length  # Python's integers do not wrap
-        return size
-
-
-def header_bytes(shape: Shape, dtype: np.dtype[Any]) -> bytes:
+def header_bytes(shape: Shape, dtype: DTypeLike) -> bytes:
+    """Make the header of a .npy file in C order."""
     buffer = BytesIO()
-    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    description = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, description)
     return buffer.getvalue()
 
 
-def read_header(path: str) -> Header | None:
-    """Header of a .npy file in C order with plain numbers; None for any other, or where the size does not fit it."""
+def read_header(path: str) -> npy.Header | None:
+    """Read the header of a .npy file; None unless the file is as long as it says, in C order, of plain numbers."""
     with storage.reading(path) as file:
-        start = file.read(10)
-        length = int.from_bytes(start[8:10], "little")
-        text = file.read(length)
-        size = os.fstat(file.fileno()).st_size
-    match = _HEADER.fullmatch(text)
-    if len(start) < 10 or start[:8] != b"\x93NUMPY\x01\x00" or len(text) < length or not match:
-        return None
-    lengths = [part.strip() for part in match[2].decode().split(",")]
-    if not all(part.isdigit() for part in lengths[:-1]) or not (lengths[-1] == "" or lengths[-1].isdigit()):
-        return None
-    try:
-        dtype = np.dtype(match[1].decode())
-    except TypeError:
-        return None
-    header = Header(tuple(int(part) for part in lengths if part), dtype, 10 + length)
-    return header if size == header.offset + header.data_bytes else None
+        try:
+            header = npy.read_header(file)
+        except Exception:  # Python's parser has many ways to fail on a damaged header.
+            return None
+        is_plain = header.order == "C" and header.dtype.kind in "biuf" and header.dtype.isnative
+        return header if is_plain and header.end == os.fstat(file.fileno()).st_size else None
 
 
 def map_array(path: str) -> NDArray[Any]:
+    """Map an array of an artifact, of which the header is checked; read-only."""
     header = read_header(path)
     if header is None:
         raise InputError(f"{path}: not an array as gpu-init writes them.")
-    if header.data_bytes == 0:
+    if header.end == header.offset:
         empty = np.empty(header.shape, header.dtype)
         empty.flags.writeable = False
         return empty
@@ -221,6 +198,7 @@ def map_array(path: str) -> NDArray[Any]:
 
 
 def hash(path: str) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with storage.reading(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -233,18 +211,18 @@ def _text(body: Any) -> bytes:
 
 
 def plain(body: Any) -> Any:
-    """Give what a reader of the JSON will see: lists for tuples, text for keys."""
+    """Return what a reader of the JSON will see: lists in place of tuples, texts as keys."""
     return json.loads(_text(body))
 
 
 def seal(body: Json) -> bytes:
-    """JSON with the SHA-256 of the same JSON without it as its last key."""
+    """Make JSON whose last key is the SHA-256 of the same JSON without that key."""
     body = plain({key: value for key, value in body.items() if key != "checksum"})
     return _text({**body, "checksum": f"sha256:{hashlib.sha256(_text(body)).hexdigest()}"})
 
 
 def unseal(data: bytes) -> Json | None:
-    """Content of sealed JSON; None where so much as one bit differs from what `seal` wrote."""
+    """Parse sealed JSON; None where so much as one bit differs from what `seal` wrote."""
     body = _parse(data)
     try:
         return body if body is not None and seal(body) == data else None
@@ -261,12 +239,24 @@ def _parse(data: bytes) -> Json | None:
 
 
 def misread(path: str) -> ResourceError:
+    """Make the error for a file that the disk did not keep as it was written."""
     return ResourceError(f"{path}: read back, it is not what was written; check the disk.")
 
 
-def is_journal(journal: Json) -> bool:
-    """Whether JSON has the form of a journal."""
+def parse_journal(data: bytes | None) -> Json:
+    """Parse the journal of a run; the result is empty where there is none, or it is damaged."""
+    journal = (unseal(data) if data is not None else None) or {}
     if journal.get("format") != JOURNAL_FORMAT or not isinstance(journal.get("identity"), dict):
-        return False
+        return {}
     parts = [journal.get(key) for key in ("finished", "files")]
-    return all(isinstance(part, dict) and all(isinstance(one, dict) for one in part.values()) for part in parts)
+    whole = all(isinstance(part, dict) and all(isinstance(one, dict) for one in part.values()) for part in parts)
+    return journal if whole else {}
+
+
+def listed_files(*sealed: bytes | None) -> Json:
+    """Return the files that manifests and journals list, but for names that lead out of a folder."""
+    found: Json = {}
+    for data in sealed:
+        files = ((unseal(data) if data is not None else None) or {}).get("files")
+        found |= files if isinstance(files, dict) else {}
+    return {name: entry for name, entry in found.items() if is_inside(name)}

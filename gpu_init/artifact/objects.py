@@ -2,8 +2,9 @@
 
 A run fills a staging folder on this machine, in `TMPDIR`, as it does for an output on a disk. Each file that is
 finished is copied to `OUT/.partial/` as well, and then the journal that names it, so that a run can be resumed from
-the output alone, on any machine; where its folder is still there, half-written arrays are gone on with too. At the end
-the store copies the files to their places by itself, the manifest last: without `manifest.json` nothing is an artifact.
+the output alone, on any machine. Arrays that are half written are not copied: another machine begins them anew. At
+the end the store copies the files to their places by itself, the manifest last: without `manifest.json` nothing is
+an artifact.
 
 There are no locks. Each run puts a mark of its own into the journal, looks whether that still stands there before it
 writes, and gives up where another has taken over: the newest run wins. What an older one still had on the way does no
@@ -28,175 +29,132 @@ from gpu_init.artifact.format import (
     Json,
     file_problem,
     is_inside,
-    is_journal,
+    listed_files,
+    parse_journal,
     parse_manifest,
     seal,
-    unseal,
 )
-from gpu_init.artifact.publish import Place, remove_folder
+from gpu_init.artifact.publish import Disk, Place, journal_in, remove_folder, require_none, unfinished_in
 from gpu_init.artifact.read import not_stored
 from gpu_init.artifact.staging import Staging
-from gpu_init.errors import GpuInitError, InputError, ResourceError
+from gpu_init.errors import InputError, ResourceError
 from gpu_init.files import remote, storage
 
 
-def open_staging(out: str, *, resume: bool, overwrite: bool, identity: Json) -> Staging:
-    """`Staging.open`, for an output on a disk or in object storage."""
-    kind = ObjectStaging if remote.is_url(out) else Staging
-    return kind.open(out, resume=resume, overwrite=overwrite, identity=identity)
+def open_staging(out: str | os.PathLike[str], *, resume: bool, overwrite: bool, identity: Json) -> Staging:
+    """Take the output's lock, and begin a run or go on with one.
+
+    Parameters
+    ----------
+    out : path-like
+        Folder or URL where the artifact will stand. A link to a folder is followed. Missing parents are made.
+    resume : bool
+        Go on with an unfinished run, or accept an artifact that is there, when their identity is the same.
+    overwrite : bool
+        Replace an artifact that is there, at the end; the old folder goes with all that its manifest lists.
+    identity : dict
+        JSON of what must be equal for a resume; each value of its key "inputs" is what an input is known by.
+
+    Raises
+    ------
+    InputError
+        Another run writes to the output; something else stands there; an artifact stands there and `overwrite`
+        is not given; the unfinished run had another identity.
+    ResourceError
+        The disk is full.
+    """
+    path = os.fspath(out)
+    if "\0" in path:
+        raise InputError(f"{path!r} is not a path.")
+    place: Place = ObjectStorage(path) if remote.is_url(path) else Disk(path)
+    return Staging(place, resume=resume, overwrite=overwrite, identity=identity)
 
 
-class ObjectStaging(Staging):
-    """A run's folder before it is an artifact in object storage; `Staging` says what it does."""
+class ObjectStorage:
+    """An output in object storage, with its staging folder on this machine."""
 
-    def __init__(self, place: Place) -> None:
-        super().__init__(place)
-        self._mark = uuid.uuid4().hex
-        self._stored: dict[str, str] = {}  # SHA-256 of each file that the store has
-        self._noted = b""  # the journal in the store, as this run wrote it last
-        self._resume = False
-
-    @classmethod
-    def _placed(cls, out: str) -> Place:
-        url = storage.real_path(out)
+    def __init__(self, url: str) -> None:
+        self.out = storage.real_path(url)
         folder = os.path.join(os.path.realpath(tempfile.gettempdir()), f"gpu-init-{os.getuid()}")
         with storage.writing(folder):
             os.makedirs(folder, mode=0o700, exist_ok=True)
             if os.stat(folder).st_uid != os.getuid():
                 raise InputError(f"{folder} is another user's; set TMPDIR to a folder of your own.")
-        here = os.path.join(folder, hashlib.sha256(url.encode()).hexdigest()[:16])
-        return Place(url, f"{here}.partial", f"{here}.lock", f"{here}.replaced", inside=False)
+        here = os.path.join(folder, hashlib.sha256(self.out.encode()).hexdigest()[:16])
+        self.staging, self.lock = f"{here}{PARTIAL}", f"{here}.lock"
+        self._mark = uuid.uuid4().hex
+        self._stored: dict[str, str] = {}  # The SHA-256 of each file that the store has below `OUT/.partial/`.
+        self._has_noted = False  # The journal in the store has this run's mark, unless another has taken over.
 
-    def _url(self, name: str) -> str:
-        return f"{self._place.out}/{name}"
+    def unfinished(self, resume: bool) -> Json | None:
+        there = parse_journal(self._staged_data(JOURNAL)) if resume else {}
+        if not there:
+            return None
+        if journal_in(self.staging).get("mark") != there.get("mark"):
+            self._restore(there)
+        self._stored = {name: entry["sha256"] for name, entry in there["files"].items()}
+        return unfinished_in(self.staging)
 
-    def _staged(self, name: str) -> str:
-        return self._url(f"{PARTIAL}/{name}")
+    def _restore(self, journal: Json) -> None:
+        """Copy what a run left in the store to the staging folder, the journal last."""
+        remove_folder(self.staging)
+        files = {name: entry for name, entry in journal["files"].items() if is_inside(name)}
+        storage.require_free(os.path.dirname(self.staging), sum(entry["bytes"] for entry in files.values()))
+        os.mkdir(self.staging)
+        with suppress(InputError):  # A file is missing where the run was about to be discarded.
+            for name in files:
+                path = os.path.join(self.staging, name)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                remote.download(self._staged(name), path)
+        if all(file_problem(self.staging, name, entry) is None for name, entry in files.items()):
+            storage.write_file(os.path.join(self.staging, JOURNAL), seal(journal))
 
-    # Beginning.
-
-    def _begin(self, resume: bool, overwrite: bool, identity: Json) -> None:
-        self._resume = resume
-        super()._begin(resume, overwrite, identity)
-        if self.resumed and not self.complete:
-            self._write_journal()  # with this run's mark
-
-    def _put_back(self) -> None:
-        """Nothing is renamed, so nothing is ever halfway."""
-
-    def _artifact_there(self) -> Json | None:
+    def artifact(self) -> Json | None:
         data = remote.read_if_there(self._url(MANIFEST))
         if data is not None:
             return parse_manifest(self._url(MANIFEST), data)
-        foreign = next(self._foreign(self._half_published()), None)
-        if foreign is not None:
-            raise InputError(
-                f"{self._place.out} is not empty and not an artifact (it holds {foreign!a} and no {MANIFEST});"
-                " choose another output, or move that away."
-            )
+        require_none(self.out, self.foreign(self._half_published()))
         return None
 
-    def _accepts(self, there: Json, identity: Json) -> bool:
-        return there.get("identity") == identity and not not_stored(self._place.out, there["files"])
+    def is_whole(self, manifest: Json) -> bool:
+        return not not_stored(self.out, manifest["files"])
 
-    def _foreign(self, files: Json) -> Iterator[str]:
-        for name in remote.sizes(self._place.out):
+    def foreign(self, files: Json) -> Iterator[str]:
+        for name in remote.sizes(self.out):
             if name not in files and name not in (MANIFEST, REPORT) and not name.startswith(f"{PARTIAL}/"):
                 yield name
 
-    def _half_published(self) -> Json:
-        listed: Json = {}
-        for name in (JOURNAL, REPLACED):
-            files = (self._sealed(name) or {}).get("files")
-            listed |= files if isinstance(files, dict) else {}
-        return {name: entry for name, entry in listed.items() if is_inside(name)}
-
-    def _sealed(self, name: str) -> Json | None:
-        data = remote.read_if_there(self._staged(name))
-        return None if data is None else unseal(data)
-
-    def _unfinished(self) -> Json | None:
-        """What the folder here holds, if it is the newest run's; else what the store has of that run."""
-        there = self._sealed(JOURNAL) if self._resume else None
-        if there is None or not is_journal(there):
-            return None
-        here = self._journal_here()
-        if here is None or here.get("mark") != there.get("mark"):
-            self._restore(there)
-        self._stored = {name: entry["sha256"] for name, entry in there["files"].items()}
-        return super()._unfinished()
-
-    def _restore(self, journal: Json) -> None:
-        """Copy what a run left in the store to the folder here, the journal last."""
-        remove_folder(self.path)
-        files = {name: entry for name, entry in journal["files"].items() if is_inside(name)}
-        storage.require_free(os.path.dirname(self.path), sum(entry["bytes"] for entry in files.values()))
-        os.mkdir(self.path)
-        for name in files:
-            path = os.path.join(self.path, name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            try:
-                remote.download(self._staged(name), path)
-            except InputError:
-                return  # it was about to be discarded
-        if all(file_problem(self.path, name, entry) is None for name, entry in files.items()):
-            storage.write_file(os.path.join(self.path, JOURNAL), seal(journal))
-
-    def _discard(self) -> bool:
+    def discard(self) -> bool:
         if remote.read_if_there(self._url(MANIFEST)) is None:
             for name in self._half_published():
                 remote.remove(self._url(name))
         found = self._clear_store()
-        self._stored = {}
-        return remove_folder(self.path) or found
+        return remove_folder(self.staging) or found
 
-    def _clear(self) -> None:
-        super()._clear()
-        self._clear_store()
-
-    def _clear_store(self) -> bool:
-        """Remove all that runs have below `OUT/.partial/`, the journal last; tell whether there was anything."""
-        names = sorted(remote.sizes(self._url(PARTIAL)), key=lambda name: name == JOURNAL)
-        for name in names:
-            remote.remove(self._staged(name))
-        return bool(names)
-
-    # The work in between.
-
-    def _write_journal(self) -> None:
-        """Note what is done, here and in the store, where only files that are whole count."""
-        self._journal["mark"] = self._mark
-        super()._write_journal()
-        note = seal(self._journal)
-        if note == self._noted:
-            return
-        if self._noted:
-            self._require_newest()
-        for name, entry in self._journal["files"].items():
-            if self._stored.get(name) != entry["sha256"]:
-                remote.upload(os.path.join(self.path, name), self._staged(name))
-                self._stored[name] = entry["sha256"]
-        remote.write(self._staged(JOURNAL), note)
-        self._noted = note
-
-    def _require_newest(self) -> None:
-        if (self._sealed(JOURNAL) or {}).get("mark") != self._mark:
-            raise InputError(f"{self._place.out}: another run has taken over; this one ends.")
-
-    def _leave(self, remove: bool) -> None:
-        if remove and self._created and self._noted:
-            with suppress(GpuInitError):  # the reason to leave says more
+    def abandon(self) -> None:
+        try:
+            if self._has_noted:
                 self._require_newest()
                 self._clear_store()
-        super()._leave(remove)
+        finally:
+            remove_folder(self.staging)
 
-    # The end.
+    def note(self, journal: Json) -> None:
+        note = seal({**journal, "mark": self._mark})
+        storage.write_file(os.path.join(self.staging, JOURNAL), note)
+        if self._has_noted:
+            self._require_newest()
+        for name, entry in journal["files"].items():
+            if self._stored.get(name) != entry["sha256"]:
+                remote.upload(os.path.join(self.staging, name), self._staged(name))
+                self._stored[name] = entry["sha256"]
+        remote.write(self._staged(JOURNAL), note)
+        self._has_noted = True
 
-    def _publish(self, manifest: Json) -> None:
-        """Have the store put the files in their places, the manifest last; every step may be taken again."""
-        if not self._noted:  # a run that was killed here
-            self._journal = self._journal_here() or {}
-            self._write_journal()
+    def publish(self, manifest: Json, *, replaces: bool) -> None:  # noqa: ARG002
+        """Have the store copy the files to their places; a manifest that is there goes first, whatever it is of."""
+        if not self._has_noted:  # An earlier run was killed while it published.
+            self.note(journal_in(self.staging))
         self._require_newest()
         files = manifest["files"]
         old = remote.read_if_there(self._url(MANIFEST))
@@ -208,9 +166,34 @@ class ObjectStaging(Staging):
                 remote.remove(self._url(name))
         for name in files:
             remote.copy(self._staged(name), self._url(name))
-        if not_stored(self._place.out, files):
-            raise ResourceError(f"{self._place.out}: not all files are there as they were written; run with --resume.")
-        with storage.reading(os.path.join(self.path, MANIFEST)) as file:
+        if not self.is_whole(manifest):
+            raise ResourceError(f"{self.out}: not all files are there as they were written; run with --resume.")
+        with storage.reading(os.path.join(self.staging, MANIFEST)) as file:
             remote.write(self._url(MANIFEST), file.read())
         self._clear_store()
-        remove_folder(self.path)
+        remove_folder(self.staging)
+
+    def _url(self, name: str) -> str:
+        return f"{self.out}/{name}"
+
+    def _staged(self, name: str) -> str:
+        return self._url(f"{PARTIAL}/{name}")
+
+    def _staged_data(self, name: str) -> bytes | None:
+        return remote.read_if_there(self._staged(name))
+
+    def _half_published(self) -> Json:
+        """Files of a run that was killed while it published them, and of the artifact that it replaced."""
+        return listed_files(self._staged_data(JOURNAL), self._staged_data(REPLACED))
+
+    def _require_newest(self) -> None:
+        if parse_journal(self._staged_data(JOURNAL)).get("mark") != self._mark:
+            raise InputError(f"{self.out}: another run has taken over; this one ends.")
+
+    def _clear_store(self) -> bool:
+        """Remove all that runs have below `OUT/.partial/`, the journal last; tell whether there was anything."""
+        names = sorted(remote.sizes(self._url(PARTIAL)), key=lambda name: name == JOURNAL)
+        for name in names:
+            remote.remove(self._staged(name))
+        self._stored = {}
+        return bool(names)

@@ -1,4 +1,9 @@
-"""Artifacts, opened and checked without trust in what the files hold."""
+"""Artifacts, opened and checked without trust in what the files hold.
+
+A folder is an artifact when `manifest.json` is there, says so, and is, byte for byte, what its own checksum and the
+module `format`'s JSON (indented by 2, UTF-8) make of its content. No file is opened before its path, size, shape and
+dtype are found to be what the manifest says; pickles are never loaded.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +34,39 @@ from gpu_init.artifact.format import (
     lookup,
     map_array,
     not_an_artifact,
-    one_line,
     parse_manifest,
     read_manifest,
     shown,
 )
+from gpu_init.backend.interface import one_line
 from gpu_init.errors import InputError
 from gpu_init.files import remote, storage
 from gpu_init.method.describe import SAMPLE_COLUMNS
 
-# Reading.
+_FLOATS = ("float32", "float16")
+# The arrays of a modality, of which each may be missing that is None in `ModalityArrays`: lengths of the axes, as
+# numbers or names, and dtypes.
+_MODALITY: dict[str, tuple[tuple[str | int, ...], tuple[str, ...]]] = {
+    "users": (("users", "width"), _FLOATS),
+    "centroids": (("clusters", "width"), ("float32",)),
+    "labels": (("users",), ("int32",)),
+    "items": (("items", "width"), ("float32",)),
+    "items_mask": (("items",), ("bool",)),
+    "item_labels": (("items",), ("int32",)),
+    "item_factors": (("items",), ("float64",)),
+    "cold": (("width",), ("float64",)),
+    "sample": (("any", len(SAMPLE_COLUMNS)), ("float32",)),
+    "sample_items": (("any", 3), ("float32",)),
+    "typical": (("clusters", "any"), ("int32",)),
+}
+# The arrays that place users by what they did, likewise; all of them are needed.
+_INTERACTIONS: dict[str, tuple[tuple[str | int, ...], tuple[str, ...]]] = {
+    "items": (("items", "width"), ("float32",)),
+    "item_factors": (("items",), ("float64",)),
+    "singular_values": (("width",), ("float64",)),
+    "centroids": (("clusters", "width"), ("float32",)),
+    "labels": (("users",), ("int32",)),
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +92,7 @@ class ModalityArrays:
     cold : ndarray of shape (d,), float64, or None
         Vector of a cold user, unscaled; None in an artifact of before there was `gpu-init assign`.
     sample, sample_items, typical : ndarrays, or None
-        What `gpu-init report` draws, see `describe.describe`.
+        What `gpu-init report` draws; `gpu_init.method.describe` says what they hold.
     """
 
     users: NDArray[Any]
@@ -127,7 +155,7 @@ class Artifact(Mapping[str, ModalityArrays]):
         root: str | None = None,
     ) -> None:
         self.path = path
-        self._root = root or path  # on this machine
+        self._root = root or path  # This folder is on this machine.
         self.manifest = manifest
         self.interactions = interactions
         self._arrays = arrays
@@ -161,8 +189,8 @@ class Artifact(Mapping[str, ModalityArrays]):
             with pq.ParquetFile(path) as file:
                 frame = file.read(columns=["row", TABLES[table]]).to_pandas()
             in_order = np.array_equal(frame["row"], np.arange(len(frame)))
-        except Exception as error:  # whatever a damaged file makes of the library
-            raise InputError(f"{path}: not a table of ids ({one_line(error)}).") from None
+        except Exception as error:  # The library has many ways to fail on a damaged file.
+            raise InputError(f"{path}: not a table of ids ({one_line(error)[:200]}).") from None
         if not in_order:
             raise InputError(f"{path}: its column row is not 0, 1, 2, ...; the file is not what the run wrote.")
         ids: pd.Series[Any] = frame[TABLES[table]]
@@ -207,7 +235,7 @@ def load(path: str | os.PathLike[str]) -> Artifact:
 
 
 def manifest_of(path: str | os.PathLike[str]) -> Json:
-    """Manifest of an artifact whose files are all there; of one in object storage, none of these is read.
+    """Return the manifest of an artifact whose files are all there; in object storage, none of these is read.
 
     Raises
     ------
@@ -224,7 +252,7 @@ def manifest_of(path: str | os.PathLike[str]) -> Json:
 
 
 def not_stored(url: str, files: Json) -> list[str]:
-    """Files that object storage does not have, or not as long as they were written."""
+    """Return the files that object storage does not have, or not as long as they were written."""
     sizes = remote.sizes(url)
     return [name for name, entry in files.items() if sizes.get(name) != entry["bytes"]]
 
@@ -258,7 +286,7 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _root(path: str | os.PathLike[str]) -> str:
-    """Folder of an artifact on this machine, of links free; of one in object storage, a copy."""
+    """Return the folder of an artifact on this machine, without links; of one in object storage, a copy's."""
     if "\0" in os.fspath(path):
         raise InputError(f"{os.fspath(path)!r} is not a path.")
     path = storage.real_path(os.fspath(path))
@@ -274,7 +302,7 @@ def _stored_manifest(url: str) -> bytes:
 
 @functools.cache
 def _copied(url: str, manifest: bytes) -> str:  # noqa: ARG001
-    """Folder with a copy of an artifact, made once for each manifest."""
+    """Copy an artifact to this machine, once for each manifest, and return the folder."""
     names = [name for name in remote.sizes(url) if is_inside(name) and not name.startswith(f"{PARTIAL}/")]
     folder = os.path.realpath(remote.new_folder())
     for name in names:
@@ -285,7 +313,7 @@ def _copied(url: str, manifest: bytes) -> str:  # noqa: ARG001
 
 
 def problems(root: str, manifest: Json) -> Iterator[str]:
-    """Whatever in the manifest and in the sizes and headers of its files does not fit, nothing hashed."""
+    """Yield what is wrong in a manifest, and in the sizes and headers of its files; nothing is hashed."""
     files, modalities = manifest.get("files"), manifest.get("modalities")
     if not isinstance(files, dict) or not isinstance(modalities, dict):
         yield f"{MANIFEST} lists no files or no modalities"
@@ -301,75 +329,45 @@ def problems(root: str, manifest: Json) -> Iterator[str]:
     for table, count in zip(TABLES, (users, items), strict=True):
         if table in files and lookup(files, table, "rows") != count:
             yield f"{table}: has not {count:,} rows"
+    lengths = {"users": users, "items": items}
     for name in modalities:
-        yield from _modality_problems(name, files, users, items)
+        try:
+            check_modality(name)
+        except InputError as error:
+            yield str(error).rstrip(".")
+        else:
+            yield from _array_problems(name, files, _MODALITY, ("users", "centroids", "labels"), lengths)
     if f"{INTERACTIONS}/items.npy" in files:
-        yield from _interaction_problems(files, users, items)
-
-
-def _modality_problems(name: str, files: Json, users: int, items: int) -> Iterator[str]:
-    """Arrays of a modality that are missing, or do not go together."""
-    try:
-        check_modality(name)
-    except InputError as error:
-        yield str(error).rstrip(".")
-        return
-    centroids = lookup(files, f"{name}/centroids.npy", "shape")
-    clusters, width = centroids if isinstance(centroids, list) and len(centroids) == 2 else (None, None)
-    wanted: dict[str, tuple[list[Any], tuple[str, ...]]] = {
-        "users": ([users, width], ("float32", "float16")),
-        "centroids": ([clusters, width], ("float32",)),
-        "labels": ([users], ("int32",)),
-        "items": ([items, width], ("float32",)),
-        "items_mask": ([items], ("bool",)),
-        "item_labels": ([items], ("int32",)),
-        "item_factors": ([items], ("float64",)),
-        "cold": ([width], ("float64",)),
-        "sample": ([None, len(SAMPLE_COLUMNS)], ("float32",)),
-        "sample_items": ([None, 3], ("float32",)),
-        "typical": ([clusters, None], ("int32",)),
-    }
-    yield from _array_problems(name, files, wanted, ("users", "centroids", "labels"))
-
-
-def _interaction_problems(files: Json, users: int, items: int) -> Iterator[str]:
-    """The same of the arrays that place users by what they did."""
-    centroids = lookup(files, f"{INTERACTIONS}/centroids.npy", "shape")
-    clusters, rank = centroids if isinstance(centroids, list) and len(centroids) == 2 else (None, None)
-    wanted: dict[str, tuple[list[Any], tuple[str, ...]]] = {
-        "items": ([items, rank], ("float32",)),
-        "item_factors": ([items], ("float64",)),
-        "singular_values": ([rank], ("float64",)),
-        "centroids": ([clusters, rank], ("float32",)),
-        "labels": ([users], ("int32",)),
-    }
-    yield from _array_problems(INTERACTIONS, files, wanted, tuple(wanted))
+        yield from _array_problems(INTERACTIONS, files, _INTERACTIONS, tuple(_INTERACTIONS), lengths)
 
 
 def _array_problems(
-    folder: str, files: Json, wanted: dict[str, tuple[list[Any], tuple[str, ...]]], needed: tuple[str, ...]
+    folder: str,
+    files: Json,
+    wanted: dict[str, tuple[tuple[str | int, ...], tuple[str, ...]]],
+    needed: tuple[str, ...],
+    lengths: dict[str, int],
 ) -> Iterator[str]:
-    """Arrays that are needed and not there, or not of the shape and type wanted."""
-    for part, (shape, dtypes) in wanted.items():
+    """Yield the arrays that are needed and not there, or of a shape or dtype that does not go with the others."""
+    centroids = lookup(files, f"{folder}/centroids.npy", "shape")
+    if isinstance(centroids, list) and len(centroids) == 2:
+        lengths = {**lengths, "clusters": centroids[0], "width": centroids[1]}
+    for part, (axes, dtypes) in wanted.items():
         path = f"{folder}/{part}.npy"
         if path not in files:
             if part in needed:
                 yield f"{path}: missing from the manifest"
-        elif not _fits(lookup(files, path, "shape"), shape) or lookup(files, path, "dtype") not in dtypes:
+            continue
+        shape = lookup(files, path, "shape")
+        fits = isinstance(shape, list) and len(shape) == len(axes)
+        for axis, length in zip(axes, shape if fits else [], strict=False):
+            fits &= (lengths.get(axis, length) if isinstance(axis, str) else axis) == length
+        if not fits or lookup(files, path, "dtype") not in dtypes:
             yield f"{path}: its shape or dtype does not go with the other arrays"
 
 
-def _fits(shape: Any, wanted: list[Any]) -> bool:
-    """Whether a shape is that wanted, in which None stands for any length."""
-    return (
-        isinstance(shape, list)
-        and len(shape) == len(wanted)
-        and all(one is None or one == length for one, length in zip(wanted, shape, strict=True))
-    )
-
-
 def unlisted(root: str, files: Json) -> Iterator[str]:
-    """Files that a manifest does not list, but for the manifest and what a run inside the folder has beside it."""
+    """Yield the files of a folder that a manifest does not list, and that no run, report or file system made there."""
     ours = {MANIFEST, REPORT, LOCK, "lost+found"}
     for folder, folders, names in os.walk(root):
         prefix = "" if folder == root else os.path.relpath(folder, root) + "/"

@@ -47,14 +47,13 @@ def row_writer(path: str, row: int) -> Iterator[Callable[[NDArray[Any]], None]]:
     header, folder = read_header(path), os.path.dirname(path)
     if header is None:
         raise misread(path)
-    row_bytes = header.data_bytes // max(header.shape[0], 1)
+    row_bytes = (header.end - header.offset) // max(header.shape[0], 1)
     place, unsynced = header.offset + row * row_bytes, 0
 
     def write(rows: NDArray[Any]) -> None:
         nonlocal place, unsynced
         rows = np.ascontiguousarray(rows)
-        fits = place + rows.nbytes <= header.offset + header.data_bytes
-        if not fits or header.dtype != rows.dtype or header.shape[1:] != rows.shape[1:]:
+        if place + rows.nbytes > header.end or header.dtype != rows.dtype or header.shape[1:] != rows.shape[1:]:
             raise misread(path)
         data = rows.data.cast("B") if rows.nbytes else memoryview(b"")
         with storage.writing(folder, rows.nbytes):
