@@ -277,8 +277,8 @@ class Memory:
         return False
 
     @contextmanager
-    def adopting(self, relpath: str) -> Iterator[Callable[[int], None]]:  # noqa: ARG002
-        yield lambda rows: None
+    def adopting(self, relpath: str) -> Iterator[Callable[[int], object]]:  # noqa: ARG002
+        yield int
 
     @contextmanager
     def write_rows(self, path: str, first: int) -> Iterator[Callable[[Any], None]]:

@@ -78,7 +78,7 @@ class Store(Protocol):
         Where it is made anew, what is noted under ``key`` is forgotten.
         """
 
-    def adopting(self, relpath: str) -> AbstractContextManager[Callable[[int], None]]:
+    def adopting(self, relpath: str) -> AbstractContextManager[Callable[[int], object]]:
         """Note such an array as finished in the end; the function is told how many of its first rows are there."""
 
 
