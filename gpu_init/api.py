@@ -294,11 +294,11 @@ class Memory:
     @contextmanager
     def outbox(
         self,
-        backend: Backend,
+        backend: Backend,  # noqa: ARG002
         path: str,
         first: int,
-        rows: int,
-        width: int,
+        rows: int,  # noqa: ARG002
+        width: int,  # noqa: ARG002
         dtype: str,  # noqa: ARG002
     ) -> Iterator[Any]:
         yield _InPlace(self._arrays[path][first:])
