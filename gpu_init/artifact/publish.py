@@ -1,4 +1,4 @@
-"""Where a run's files lie before and after they are published; how that is done on a disk."""
+"""Places where a run makes and publishes an artifact: what every kind of place can do, and how a disk does it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from gpu_init.artifact.read import problems, unlisted
 from gpu_init.errors import InputError
 from gpu_init.files import storage
 
-_STAGED_ENDINGS = (".npy", ".parquet", ".json", ".tmp")
+_STAGED_ENDINGS = (".npy", ".parquet", ".json", ".tmp")  # The names of all files that a run writes end like this.
 
 
 class Place(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -43,29 +43,27 @@ from gpu_init.errors import InputError
 from gpu_init.files import remote, storage
 from gpu_init.method.describe import SAMPLE_COLUMNS
 
-_FLOATS = ("float32", "float16")
-# The arrays of a modality, of which each may be missing that is None in `ModalityArrays`: lengths of the axes, as
-# numbers or names, and dtypes.
-_MODALITY: dict[str, tuple[tuple[str | int, ...], tuple[str, ...]]] = {
-    "users": (("users", "width"), _FLOATS),
-    "centroids": (("clusters", "width"), ("float32",)),
-    "labels": (("users",), ("int32",)),
-    "items": (("items", "width"), ("float32",)),
-    "items_mask": (("items",), ("bool",)),
-    "item_labels": (("items",), ("int32",)),
-    "item_factors": (("items",), ("float64",)),
-    "cold": (("width",), ("float64",)),
-    "sample": (("any", len(SAMPLE_COLUMNS)), ("float32",)),
-    "sample_items": (("any", 3), ("float32",)),
-    "typical": (("clusters", "any"), ("int32",)),
+# The arrays of a modality: the lengths of their axes, by name or as numbers, then their dtypes.
+_MODALITY = {
+    "users": "users width float32|float16",
+    "centroids": "clusters width float32",
+    "labels": "users int32",
+    "items": "items width float32",
+    "items_mask": "items bool",
+    "item_labels": "items int32",
+    "item_factors": "items float64",
+    "cold": "width float64",
+    "sample": f"any {len(SAMPLE_COLUMNS)} float32",
+    "sample_items": "any 3 float32",
+    "typical": "clusters any int32",
 }
-# The arrays that place users by what they did, likewise; all of them are needed.
-_INTERACTIONS: dict[str, tuple[tuple[str | int, ...], tuple[str, ...]]] = {
-    "items": (("items", "width"), ("float32",)),
-    "item_factors": (("items",), ("float64",)),
-    "singular_values": (("width",), ("float64",)),
-    "centroids": (("clusters", "width"), ("float32",)),
-    "labels": (("users",), ("int32",)),
+# The arrays that place users by what they did, likewise.
+_INTERACTIONS = {
+    "items": "items width float32",
+    "item_factors": "items float64",
+    "singular_values": "width float64",
+    "centroids": "clusters width float32",
+    "labels": "users int32",
 }
 
 
@@ -338,22 +336,18 @@ def problems(root: str, manifest: Json) -> Iterator[str]:
         else:
             yield from _array_problems(name, files, _MODALITY, ("users", "centroids", "labels"), lengths)
     if f"{INTERACTIONS}/items.npy" in files:
-        yield from _array_problems(INTERACTIONS, files, _INTERACTIONS, tuple(_INTERACTIONS), lengths)
+        yield from _array_problems(INTERACTIONS, files, _INTERACTIONS, _INTERACTIONS, lengths)
 
 
 def _array_problems(
-    folder: str,
-    files: Json,
-    wanted: dict[str, tuple[tuple[str | int, ...], tuple[str, ...]]],
-    needed: tuple[str, ...],
-    lengths: dict[str, int],
+    folder: str, files: Json, arrays: dict[str, str], needed: Collection[str], lengths: dict[str, int]
 ) -> Iterator[str]:
     """Yield the arrays that are needed and not there, or of a shape or dtype that does not go with the others."""
     centroids = lookup(files, f"{folder}/centroids.npy", "shape")
     if isinstance(centroids, list) and len(centroids) == 2:
         lengths = {**lengths, "clusters": centroids[0], "width": centroids[1]}
-    for part, (axes, dtypes) in wanted.items():
-        path = f"{folder}/{part}.npy"
+    for part, kind in arrays.items():
+        path, (*axes, dtypes) = f"{folder}/{part}.npy", kind.split()
         if path not in files:
             if part in needed:
                 yield f"{path}: missing from the manifest"
@@ -361,8 +355,8 @@ def _array_problems(
         shape = lookup(files, path, "shape")
         fits = isinstance(shape, list) and len(shape) == len(axes)
         for axis, length in zip(axes, shape if fits else [], strict=False):
-            fits &= (lengths.get(axis, length) if isinstance(axis, str) else axis) == length
-        if not fits or lookup(files, path, "dtype") not in dtypes:
+            fits &= length == (int(axis) if axis.isdigit() else lengths.get(axis, length))
+        if not fits or lookup(files, path, "dtype") not in dtypes.split("|"):
             yield f"{path}: its shape or dtype does not go with the other arrays"
 
 

@@ -1,4 +1,4 @@
-"""An artifact while a run makes it: written whole or not at all, and gone on with where a run was stopped.
+"""An artifact while a run makes it: it is written whole or not at all, and a stopped run can be resumed.
 
 A run fills a staging folder, in which `journal.json` says what is finished and durable. `manifest.json` is written
 last; from then on the staging folder is a whole artifact, and what remains is to put it in its place. Where an output
@@ -51,23 +51,23 @@ _INPUT = "input "  # A name of an input begins with this where a message names w
 
 
 class Staging:
-    """A run's folder before it is an artifact; `open_staging` makes it.
+    """The folder of a run before it is an artifact; `open_staging` makes it, with these parameters.
 
-    A context manager. Leaving it by an exception keeps what is durable, so that a later run can resume; but an
-    InputError, or any before something was finished, leaves no trace in a run that resumed nothing. Only one run at
-    a time has the staging folder of an output: the lock is the file `.OUT.lock` beside it (`OUT/.partial.lock` where
-    OUT cannot be renamed), removed at the end by its holder.
+    This is a context manager. When an exception leaves it, what is durable stays, so that a later run can resume. But
+    a run that resumed nothing leaves no trace after an InputError, or after any exception before it finished
+    something. Only one run at a time has the staging folder of an output: the lock is the file `.OUT.lock` beside it
+    (`OUT/.partial.lock` where OUT cannot be renamed), which its holder removes at the end.
 
     Attributes
     ----------
     path : str
-        The folder.
+        Path of the folder.
     complete : bool
-        The artifact is already there, of the same identity: nothing is left to do.
+        An artifact of the same identity is already there, so nothing is left to do.
     resumed : bool
-        An unfinished run is gone on with.
+        This run goes on with an unfinished one.
     discarded : bool
-        An unfinished run was removed.
+        An earlier unfinished run was removed.
     """
 
     def __init__(self, place: Place, *, resume: bool, overwrite: bool, identity: Json) -> None:
@@ -202,7 +202,7 @@ class Staging:
         Parameters
         ----------
         relpath : str
-            Where in the folder, such as "image/labels.npy"; below "scratch/" it never gets into the artifact.
+            Path in the folder, such as "image/labels.npy"; what is below "scratch/" never gets into the artifact.
         array : ndarray
             Any shape; bool, integers or floats.
 
@@ -242,9 +242,11 @@ class Staging:
         Parameters
         ----------
         relpath : str
-            Where in the folder.
-        shape, dtype
-            Of the whole array.
+            Path in the folder.
+        shape : tuple of int
+            Shape of the whole array.
+        dtype : dtype
+            Bool, integers or floats.
         key : str, optional
             Key under which the caller notes, by `finish`, which rows are written. Before the array is made anew,
             that note is removed, durably: `finished` then never tells of rows that are not there.
@@ -276,7 +278,7 @@ class Staging:
 
     @contextmanager
     def adopting(self, relpath: str) -> Iterator[Callable[[int], object]]:
-        """Note an array as finished, when this is left, that others fill by `row_writer` in the meantime.
+        """Hash an array while others fill it by `row_writer`; when the context is left, the array is noted as finished.
 
         Yields
         ------
@@ -343,7 +345,7 @@ class Staging:
         Parameters
         ----------
         manifest : dict
-            What to say of the run (JSON, no NaN); format, files, identity and checksum are added.
+            What the manifest says of the run (JSON, no NaN); format, files, identity and checksum are added.
 
         Returns
         -------
