@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gpu_init.artifact.rows import Folder
 from gpu_init.artifact.staging import Staging
 from gpu_init.backend.interface import Backend
 from gpu_init.backend.select import for_work
@@ -133,7 +132,7 @@ class LocalSite:
         bounds = part_bounds(counts.users, counts.kept)
         plan = Plan(config.settings, bounds, counts.items, counts.pairs, block_bytes(config, counts.users))
         source = LocalSource(data.backend, plan, data.matrix, data.sources, staging)
-        return LocalParts(Process(data.backend, plan, Folder(staging.path), source))
+        return LocalParts(Process(data.backend, plan, staging.arrays(), source))
 
     def facts(self, data: Data, parts: Parts) -> dict[str, Any]:  # noqa: ARG002
         return {"backend": backend_facts(data.backend, data.counts.kernels)}

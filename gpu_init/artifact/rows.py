@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,9 @@ _CHUNK = 8 << 20
 
 
 @contextmanager
-def row_writer(path: str, row: int) -> Iterator[Callable[[NDArray[Any]], None]]:
+def row_writer(
+    path: str, row: int, written: Callable[[int, memoryview], None] | None = None
+) -> Iterator[Callable[[NDArray[Any]], None]]:
     """Write rows of an array, one block after another, beginning at one row.
 
     The rows are durable when the context is left. Others may write other rows of the array meanwhile.
@@ -32,6 +35,8 @@ def row_writer(path: str, row: int) -> Iterator[Callable[[NDArray[Any]], None]]:
         The file for which `Staging.allocate` made room.
     row : int
         Where the first block begins.
+    written : callable, optional
+        Told of the bytes of each block, and their place in the file, once they are written.
 
     Yields
     ------
@@ -58,10 +63,14 @@ def row_writer(path: str, row: int) -> Iterator[Callable[[NDArray[Any]], None]]:
         data = rows.data.cast("B") if rows.nbytes else memoryview(b"")
         with storage.writing(folder, rows.nbytes):
             while data:
-                written = os.pwrite(descriptor, data[:_CHUNK], place)
-                data, place, unsynced = data[written:], place + written, unsynced + written
+                size = os.pwrite(descriptor, data[:_CHUNK], place)
+                if written is not None:
+                    written(place, data[:size])
+                data, place, unsynced = data[size:], place + size, unsynced + size
             if unsynced >= SYNC_BYTES:
                 os.fdatasync(descriptor)
+                if written is not None:  # Nobody reads these pages soon; the next rows take their place in memory.
+                    os.posix_fadvise(descriptor, place - unsynced, unsynced, os.POSIX_FADV_DONTNEED)
                 unsynced = 0
 
     with storage.writing(folder):
@@ -77,8 +86,9 @@ def row_writer(path: str, row: int) -> Iterator[Callable[[NDArray[Any]], None]]:
 class Folder:
     """The arrays in a run's staging folder, by their paths in the artifact; any process that sees the folder has one."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, written: Callable[[str, int, memoryview], None] | None = None) -> None:
         self.path = path
+        self._written = written  # is told of all bytes that are written: path of the array, place in the file, bytes
 
     def load(self, path: str) -> NDArray[Any]:
         """Map an array; read-only."""
@@ -86,7 +96,8 @@ class Folder:
 
     def write_rows(self, path: str, first: int) -> AbstractContextManager[Callable[[NDArray[Any]], None]]:
         """Write rows of an array from row ``first`` on, as `row_writer` does."""
-        return row_writer(os.path.join(self.path, path), first)
+        written = None if self._written is None else functools.partial(self._written, path)
+        return row_writer(os.path.join(self.path, path), first, written)
 
     @contextmanager
     def outbox(self, backend: Backend, path: str, first: int, rows: int, width: int, dtype: str) -> Iterator[Outbox]:

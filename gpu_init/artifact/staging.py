@@ -43,7 +43,7 @@ from gpu_init.artifact.format import (
     table_rows,
 )
 from gpu_init.artifact.publish import Place
-from gpu_init.artifact.rows import SYNC_BYTES
+from gpu_init.artifact.rows import SYNC_BYTES, Folder
 from gpu_init.errors import GpuInitError, InputError
 from gpu_init.files import npy, storage
 
@@ -78,7 +78,8 @@ class Staging:
         self._made_parents: list[str] = []  # Folders that this run made, the deepest one first.
         self._created = self._replaces = False
         self._journal: Json = {}
-        self._mutex = threading.Lock()
+        self._mutex, self._hashing = threading.Lock(), threading.Lock()
+        self._sinks: dict[str, storage.Sink] = {}  # What is hashed of the arrays that are being filled.
         folder = os.path.dirname(place.lock)
         with storage.writing(folder):
             try:
@@ -280,11 +281,13 @@ class Staging:
     def adopting(self, relpath: str) -> Iterator[Callable[[int], object]]:
         """Hash an array while others fill it by `row_writer`; when the context is left, the array is noted as finished.
 
+        What this process writes in the order of the file is hashed as it is written, see `arrays`.
+
         Yields
         ------
         callable
             It takes the number of first rows of the array that are written and durable by now: a thread then hashes
-            them, so that little is left to hash at the end.
+            those that are not hashed yet, so that little is left to hash at the end.
         """
         path, sink = self._path_for(relpath), storage.Sink(-1)
         header = read_header(path)
@@ -293,21 +296,38 @@ class Staging:
 
         def hash_to(end: int) -> None:
             with storage.reading(path) as file:  # Opened anew, storage over a network shows what others wrote.
-                sink.descriptor = file.fileno()
-                os.lseek(sink.descriptor, sink.size, os.SEEK_SET)
-                for start in range(sink.size, end, SYNC_BYTES):
-                    sink.skip(min(start + SYNC_BYTES, end))
-                    # Nobody reads these pages soon: the next rows take their place in memory, not that of others.
-                    os.posix_fadvise(sink.descriptor, start, sink.size - start, os.POSIX_FADV_DONTNEED)
+                while sink.size < end:
+                    with self._hashing:
+                        start, sink.descriptor = sink.size, file.fileno()
+                        os.lseek(sink.descriptor, start, os.SEEK_SET)
+                        sink.skip(min(start + SYNC_BYTES, end))
+                        # Nobody reads these pages soon: the next rows take their place in memory, not that of others.
+                        os.posix_fadvise(sink.descriptor, start, sink.size - start, os.POSIX_FADV_DONTNEED)
 
+        hash_to(header.offset)
+        self._sinks[relpath] = sink
         row_bytes = (header.end - header.offset) // max(header.shape[0], 1)
         thread = ThreadPoolExecutor(1)
         try:
             yield lambda rows: thread.submit(hash_to, header.offset + rows * row_bytes)
         finally:
             thread.shutdown(cancel_futures=True)
+            del self._sinks[relpath]
         hash_to(header.end)  # This goes on where the thread ended, and raises again what it met there.
         self._note_array(relpath, sink)
+
+    def arrays(self) -> Folder:
+        """Give the arrays of this run for tasks in this process."""
+        return Folder(self.path, self._written)
+
+    def _written(self, relpath: str, place: int, data: memoryview) -> None:
+        """Hash bytes that were written just now, where they follow those that are hashed already."""
+        sink = self._sinks.get(relpath)
+        if sink is not None:
+            with self._hashing:
+                if sink.size == place:
+                    sink.digest.update(data)
+                    sink.size += len(data)
 
     def _path_for(self, relpath: str) -> str:
         """Return the path of a file to write, once its folder is made."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 WHOLE_BYTES = 256 << 20  # files up to this size are hashed whole; of larger ones, this many pieces of this size
 _PIECES = 256
 _PIECE = 1 << 20
+_READ = 1 << 20  # Bytes read at a time into memory that is used again: it stays in a processor's cache.
 _CHUNK = 8 << 20  # bytes that are hashed and written at a time
 
 
@@ -233,9 +234,10 @@ class Sink(io.RawIOBase):
 
     def skip(self, end: int | None = None) -> None:
         """Read what the file holds already, from here to the byte ``end``, or to its own end, as if just written."""
-        while data := os.read(self.descriptor, _CHUNK if end is None else min(_CHUNK, end - self.size)):
-            self.digest.update(data)
-            self.size += len(data)
+        buffer = memoryview(bytearray(_READ))
+        while read := os.readv(self.descriptor, [buffer if end is None else buffer[: end - self.size]]):
+            self.digest.update(buffer[:read])
+            self.size += read
 
 
 @contextmanager
