@@ -26,7 +26,7 @@ FLOORS = (
     ("backend",),
     ("method",),
     ("artifact", "inputs", "show", "config"),
-    ("budget", "manifest", "parts"),
+    ("budget", "manifest", "parts", "tasks", "site"),
     ("run", "assign", "tune", "api"),
     ("cluster",),
     ("torch", "mmrec"),
