@@ -9,6 +9,7 @@ libraries is the memory beyond that of the same processes in a job of 100,000 in
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import socket
@@ -161,9 +162,8 @@ def cluster(workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]
 
 def wait_for(address: str, workers: int) -> None:
     """Return when all workers have joined."""
-    from distributed import Client
-
-    with Client(address, timeout=_PATIENCE, set_as_default=False) as client:  # type: ignore[no-untyped-call]
+    dask = importlib.import_module("distributed")  # a type checker would take this script for it
+    with dask.Client(address, timeout=_PATIENCE, set_as_default=False) as client:
         client.wait_for_workers(workers, timeout=_PATIENCE)
 
 
