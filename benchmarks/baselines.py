@@ -1,7 +1,6 @@
-"""What the benchmarks measure against: the method as people write it with scipy, scikit-learn, numpy and torch.
+"""The baselines of the benchmarks: the method as people write it with scipy, scikit-learn, numpy and torch.
 
-Run as a script, one of the two whole jobs in a process of its own:
-``baselines.py job|floor INTERACTIONS FEATURES USERS OUT``.
+As a script, it runs one of two whole jobs: ``baselines.py job|floor INTERACTIONS FEATURES USERS OUT``.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _INERTIA_ROWS = 1 << 13
 
 
 def operator(interactions: Any) -> Any:
-    """``A = D_U^-1 R``, (U, I) float32; no user may be without an interaction."""
+    """Give ``A = D_U^-1 R``, (U, I) float32; every user must have an interaction."""
     import scipy.sparse
 
     degrees = np.asarray(interactions.sum(axis=1), np.float32).ravel()
@@ -34,47 +33,48 @@ def operator(interactions: Any) -> Any:
 
 
 def blend(local: Any, centroids: Any, labels: Any) -> Any:
-    """``lambda L + (1 - lambda) C[label]``, (U, D) float32, in the place of ``local``."""
+    """Give ``lambda L + (1 - lambda) C[label]``, (U, D) float32, which overwrites ``local``."""
     local *= np.float32(LAMBDA)
     local += (np.float32(1 - LAMBDA) * centroids)[labels]
     return local
 
 
 def cluster(means: Any, clusters: int, seed: int) -> Any:
-    """scikit-learn's K-means, fitted: k-means++, one start, its other settings as they come."""
+    """Fit scikit-learn's K-means with k-means++, one start and its other settings as they are by default."""
     from sklearn.cluster import KMeans
 
     return KMeans(clusters, n_init=1, random_state=seed).fit(means)
 
 
 def initialize(interactions: Any, features: Any, clusters: int, seed: int) -> tuple[Any, Any]:
-    """The whole method on arrays: sparse product, K-means, blend; vectors (U, D) and the fitted K-means."""
+    """Run the method on arrays (sparse product, K-means, blend); give vectors (U, D) and the fitted K-means."""
     local = operator(interactions) @ features
     fitted = cluster(local, clusters, seed)
     return blend(local, fitted.cluster_centers_, fitted.labels_), fitted
 
 
 def inertia(rows: Any, centroids: Any) -> float:
-    """Sum of squared distances of the rows to their nearest centroids, in float64."""
-    middle = rows.mean(axis=0, dtype=np.float64)
-    table = centroids.astype(np.float64) - middle
+    """Sum the squared distances of the rows to their nearest centroids, in float64."""
+    offset = rows.mean(axis=0, dtype=np.float64)
+    table = centroids.astype(np.float64) - offset
     lengths = (table * table).sum(axis=1)
     total = 0.0
     for first in range(0, len(rows), _INERTIA_ROWS):
-        block = rows[first : first + _INERTIA_ROWS].astype(np.float64) - middle
+        block = rows[first : first + _INERTIA_ROWS].astype(np.float64) - offset
         total += float((block * block).sum() + (lengths - 2.0 * (block @ table.T)).min(axis=1).sum())
     return total
 
 
 def torch_passes(means: Any, features: Any, centroids: Any, labels: Any) -> dict[str, Callable[[], Any]]:
-    """The fused pass in torch: MKL's product of a CSR tensor, and a scatter-add of the E x D gathered rows.
+    """Give two functions that do the fused pass in torch: with MKL's sparse product, and with a scatter-add.
 
-    ``means`` is A, (U, I) as scipy has it; the functions return tensors (U, D) float32.
+    The scatter-add makes the E x D gathered rows first. ``means`` is A, a scipy matrix (U, I); the functions return
+    tensors (U, D) float32.
     """
     import torch
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # sparse CSR is called a beta
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that sparse CSR is in beta
         starts, columns = (torch.from_numpy(index.astype(np.int32)) for index in (means.indptr, means.indices))
         csr = torch.sparse_csr_tensor(starts, columns, torch.from_numpy(means.data), size=means.shape)
     values, centres, groups = map(torch.from_numpy, (features, centroids, labels.astype(np.int64)))
@@ -92,7 +92,7 @@ def torch_passes(means: Any, features: Any, centroids: Any, labels: Any) -> dict
 
 
 def job(interactions: Path, features: Path, users: int, out: Path) -> None:
-    """The whole job with pandas, scipy, scikit-learn and numpy; nothing is synced or hashed."""
+    """Run the whole job with pandas, scipy, scikit-learn and numpy; nothing is synced or hashed."""
     import pandas as pd
     import scipy.sparse
 

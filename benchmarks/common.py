@@ -1,4 +1,4 @@
-"""What every benchmark shares: data, rows with machine and versions, runs in turn, costs of a process, plots."""
+"""Functions that the benchmarks share: data, tables and CSV rows, timing, the cost of a process, plots."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ RESULTS = Path(__file__).parent / "results"
 VARIANTS = ("groups", "noise")
 
 _PACKAGES = ("numpy", "scipy", "scikit-learn", "numba", "pandas", "pyarrow", "torch", "dask")
-_GROUPS = 20  # of items that have a place of their own among the features
+_GROUPS = 20  # groups of items, each with its own centre among the features
 _POPULARITY_EXPONENT = 0.8  # Zipf exponent of an item's popularity, by rank
-_CHUNK = 1 << 22  # interactions drawn at a time
-_SETTLE = 5  # seconds: by then a virtual machine has given freed memory back, and each process pays for its own
-_PAUSE = 0.25  # seconds: threads of the function before may spin on for 0.2
-# Linux counts the memory of whoever starts a process as the process's own, so a small one has to start it.
+_CHUNK = 1 << 22  # interactions that are drawn at a time
+_SETTLE = 5  # seconds after which a virtual machine has taken freed memory back, so that each process pays for its own
+_PAUSE = 0.25  # seconds between functions, as threads of the previous one may spin for 0.2
+# Linux counts the memory of the parent at the start of a process as its own, so a small process has to start it.
 _LAUNCHER = """
 import resource, subprocess, sys, time
 start = time.perf_counter()
@@ -56,14 +56,14 @@ sys.exit(code)
 
 
 class Timing(NamedTuple):
-    """Median seconds of a function, and how many times the first function's median that is."""
+    """Median seconds of a function, and its ratio to the median of the first function."""
 
     median: float
     ratio: float
 
 
 class Cost(NamedTuple):
-    """Seconds that a process took, and most bytes that it had in memory."""
+    """Seconds that a process took, and the most bytes that it had in memory."""
 
     seconds: float
     peak: int
@@ -73,8 +73,8 @@ def arguments(description: str | None, *, variants: bool = False) -> argparse.Na
     """Read the flags that all benchmarks take: ``size``, ``results`` and, where K-means matters, ``features``."""
     parser = argparse.ArgumentParser(description=description)
     sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--quick", dest="size", action="store_const", const="quick", help="seconds: does it run?")
-    sizes.add_argument("--large", dest="size", action="store_const", const="large", help="more than 2 cores and 24 GB")
+    sizes.add_argument("--quick", dest="size", action="store_const", const="quick", help="takes seconds")
+    sizes.add_argument("--large", dest="size", action="store_const", const="large", help="needs more than 24 GB")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files and plots")
     if variants:
         words = "kinds of features: 20 groups of items plus noise, or noise alone (default: both)"
@@ -89,9 +89,9 @@ def arguments(description: str | None, *, variants: bool = False) -> argparse.Na
 def interactions(
     users: int, items: int, count: int, seed: int = 0
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Users and items of ``count`` interactions, in no order, a chunk at a time.
+    """Yield the users and items of ``count`` interactions, in random order, a chunk at a time.
 
-    A user has one interaction and a Poisson number more; items are drawn with a power law of popularity.
+    Every user has one interaction and a Poisson number of others; items are drawn with a power law of popularity.
     """
     rng = np.random.default_rng(seed)
     everyone, by_rank = rng.permutation(users), rng.permutation(items)
@@ -106,16 +106,16 @@ def interactions(
 
 
 def matrix(users: int, items: int, count: int, seed: int = 0) -> csr_matrix:
-    """Pairs of `interactions`, each once, as ones (U, I) float32."""
+    """Give `interactions` as a matrix (U, I) float32 of ones, duplicates removed."""
     who, what = map(np.concatenate, zip(*interactions(users, items, count, seed), strict=True))
     pairs = np.unique(who * items + what)
     return csr_matrix((np.ones(len(pairs), np.float32), (pairs // items, pairs % items)), shape=(users, items))
 
 
 def features(variant: str, items: int, width: int, seed: int = 0) -> NDArray[np.float32]:
-    """Items' features (I, D): standard normal noise, and under ``groups`` one of 20 standard normal centres more.
+    """Give features (I, D) of standard normal noise; ``groups`` adds one of 20 standard normal centres to each item.
 
-    They start on a cache line, as those of a mapped .npy file do.
+    The array starts on a cache line, as that of a mapped .npy file does.
     """
     rng = np.random.default_rng(seed)
     values: NDArray[np.float32] = empty((items, width), np.float32)
@@ -137,7 +137,7 @@ def write_interactions(path: Path, users: int, items: int, count: int) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Date, machine and versions: what a figure means nothing without."""
+    """Give the date, the machine and the versions, without which a figure means nothing."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -151,9 +151,9 @@ def environment() -> dict[str, str]:
 
 
 def row(csv_path: str | Path, **fields: Any) -> None:
-    """Append ``fields``, after date, machine and versions, to a CSV file.
+    """Append a row of `environment` and ``fields`` to a CSV file.
 
-    A file with other columns keeps its rows: the columns become those of both.
+    A file with other columns keeps its rows, and gets the new columns too.
     """
     path = Path(csv_path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
 
 
 def plot(path: Path, title: str, unit: str, groups: Sequence[str], series: Mapping[str, Sequence[float]]) -> None:
-    """Draw bars, a group of them side by side for each of ``groups``, on a logarithmic axis; needs matplotlib."""
+    """Draw bars on a logarithmic axis, those of one of ``groups`` side by side; needs matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         print(f"no plot {path.name}: matplotlib is not installed (pip install 'gpu-init[bench]')")
         return
@@ -210,10 +210,10 @@ def plot(path: Path, title: str, unit: str, groups: Sequence[str], series: Mappi
 def alternate(
     functions: Mapping[str, Callable[[], object]], repeats: int, *, warm_up: bool = True
 ) -> dict[str, Timing]:
-    """Run the functions in turn, ``repeats`` rounds after one that is not counted, all in this process.
+    """Time functions in this process, in turn, for ``repeats`` rounds after one that is not counted.
 
-    Taking turns spreads what else the machine does evenly over all of them. Results are let go outside the
-    time taken. ``warm_up=False``, where each has run before, leaves the first round out.
+    As they take turns, other work of the machine slows all of them alike. Results are released outside the timed
+    section. ``warm_up=False`` leaves the first round out, for functions that have run before.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats + warm_up):
@@ -230,20 +230,20 @@ def alternate(
 
 
 def copier(n_bytes: int) -> Callable[[], None]:
-    """Give a function that copies ``n_bytes`` on all the cores: reads so many bytes, and writes as many."""
+    """Give a function that copies ``n_bytes`` on all cores: it reads and writes that many bytes."""
     source, target = _filled(n_bytes), _filled(n_bytes)
     return _on_all_cores(n_bytes, lambda part: np.copyto(target[part], source[part]))
 
 
 def reader(n_bytes: int) -> Callable[[], None]:
-    """Give a function that reads ``n_bytes`` on all the cores, in order, and writes nothing."""
+    """Give a function that reads ``n_bytes`` on all cores, in order, and writes nothing."""
     source = _filled(n_bytes // 4 * 4).view(np.float32)
     return _on_all_cores(len(source), lambda part: np.dot(source[part], source[part]))
 
 
 def _filled(n_bytes: int) -> NDArray[np.uint8]:
     array: NDArray[np.uint8] = empty((n_bytes,), np.uint8)
-    array.fill(1)  # pages are there before the first pass
+    array.fill(1)  # the system maps the pages before the first timed pass
     return array
 
 
@@ -259,9 +259,9 @@ def _on_all_cores(count: int, function: Callable[[slice], object]) -> Callable[[
 
 
 def process_cost(command: Sequence[str], *, warm_up: bool = False) -> Cost:
-    """Run a command, whose output is kept back unless it fails, once what others wrote has reached the disk.
+    """Run a command after earlier writes have reached the disk; its output is shown only if it fails.
 
-    With ``warm_up`` it runs twice and the second time counts: kernels are compiled at first use, and kept.
+    With ``warm_up`` it runs twice and the second run counts, as kernels are compiled at first use and then kept.
     """
     for _ in range(1 + warm_up):
         os.sync()
@@ -276,7 +276,7 @@ def process_cost(command: Sequence[str], *, warm_up: bool = False) -> Cost:
 
 
 def peak_memory(*, children: bool = False) -> int:
-    """Most bytes that this process, or the largest of its ended children, ever had in memory."""
+    """Give the most bytes that this process, or the largest of its ended children, had in memory."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF)
     return usage.ru_maxrss * 1024  # Linux counts in KiB
 
@@ -287,7 +287,7 @@ def cores() -> int:
 
 
 def cache_bytes() -> int:
-    """Size of the last-level cache; 32 MiB where the system does not say."""
+    """Give the size of the last-level cache, or 32 MiB where the system does not tell it."""
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size.rstrip("K")) << 10 for size in sizes if size.endswith("K")), default=32 << 20)
 

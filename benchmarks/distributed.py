@@ -1,14 +1,15 @@
-"""The job over a Dask cluster on this machine against one process: time, memory, artifact, and what is carried.
+"""The job on a Dask cluster of this machine against one process: time, memory, artifact, and network traffic.
 
-One, two and four workers, which share the machine's cores; every run is a process of its own, in turn, over workers
-that have just started and over those that have run a job before. What a step of K-means carries is counted twice, by
-the job's own count and by the loopback device's, and put beside K x D. Memory beside libraries is that beyond what the
-same processes take for a job of 100,000 interactions.
+One, two and four workers share the machine's cores. Every run is a process of its own; runs take turns.
+Each number of workers runs the job twice: when the workers have just started, and again. The bytes that a step of
+K-means carries are counted twice, by the job and by the loopback device, and compared with a formula. Memory beyond
+libraries is the memory beyond that of the same processes in a job of 100,000 interactions.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import socket
@@ -20,8 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.append(sys.path.pop(0))  # this folder comes last: Dask has a package of this script's name
-os.environ["PYTHONSAFEPATH"] = "1"  # and in the processes started here, it does not come at all
+# Dask has a package with the name of this script, so this folder comes last on the path, and processes that are started
+# here do not have it on their path.
+sys.path.append(sys.path.pop(0))
+os.environ["PYTHONSAFEPATH"] = "1"
 
 import baselines
 import numpy as np
@@ -35,8 +38,8 @@ from gpu_init.config import load
 from gpu_init.show.progress import Progress
 
 PLAIN = "one process"
-COMPARED_ROWS = 1 << 18
-_PATIENCE = 60  # seconds for a cluster to start
+COMPARED_ROWS = 1 << 18  # rows of two artifacts that are compared at a time
+_PATIENCE = 60  # seconds in which a cluster has to start
 
 
 SIZES = {
@@ -81,13 +84,13 @@ def main() -> None:
             row(path, **counts, D=size.width, K=clusters, workers=way or 0, **facts)
             lines.append([PLAIN if way is None else str(way), *facts.values()])
     title = f"the job over Dask: {size.users:,} users, {size.interactions:,} interactions, D {size.width}"
-    heads = ["seconds", "x one process", "x at first", "driver MiB", "worker MiB", "x beside libraries"]
-    heads += ["other labels", "largest difference", "bytes a step", "on the wire", "W (2 K D + ...)"]
+    heads = ["seconds", "times one process", "times at first", "driver MiB", "worker MiB", "times beyond libraries"]
+    heads += ["share of other labels", "largest difference", "bytes per step", "loopback bytes", "formula"]
     show(title, ["workers", *heads], [[*line, *[""] * (1 + len(heads) - len(line))] for line in lines])
     show(
-        f"what {BILLION.users:.0e} users, {BILLION.items:.0e} items, {BILLION.interactions:.0e} interactions,"
-        f" D {BILLION.width} would need, K {baselines.CLUSTERS}, in these terms",
-        ["", "of it"],
+        f"resources that {BILLION.users:.0e} users, {BILLION.items:.0e} items, {BILLION.interactions:.0e} interactions,"
+        f" D {BILLION.width} would need with K {baselines.CLUSTERS}, by arithmetic",
+        ["resource", "amount"],
         needs,
     )
     names = [PLAIN if way is None else f"{way} workers" for way in ways]
@@ -95,7 +98,7 @@ def main() -> None:
 
 
 class Run(NamedTuple):
-    """Seconds, those of the first run over new workers, and most bytes that the process, and any worker, had."""
+    """Seconds of a run, of the first run with new workers, and the most bytes that the process and a worker had."""
 
     seconds: float
     first: float
@@ -104,14 +107,14 @@ class Run(NamedTuple):
 
 
 def write_inputs(folder: Path, size: Size) -> None:
-    """Interactions and features."""
+    """Write interactions and features to a folder."""
     folder.mkdir(exist_ok=True)
     write_interactions(folder / "interactions.parquet", size.users, size.items, size.interactions)
     np.save(folder / "features.npy", features("groups", size.items, size.width))
 
 
 def of_libraries(folder: Path, workers: int | None) -> Run:
-    """What one process, and a worker, take for next to nothing."""
+    """Measure the memory of one process, and of a worker, in a job of next to no data."""
     size = SIZES["quick"]
     write_inputs(folder, size)
     process, worker = (run(folder, size.users, way, keep=False) for way in (None, workers))
@@ -119,7 +122,7 @@ def of_libraries(folder: Path, workers: int | None) -> Run:
 
 
 def run(folder: Path, users: int, workers: int | None, *, keep: bool) -> Run:
-    """One job in one process, or two over so many workers; the artifact stays where it is to be compared."""
+    """Run one job in one process, or two on a cluster; with ``keep`` the artifact stays, to be compared."""
     out = folder / ("one" if workers is None else str(workers)) if keep else folder / "out"
     paths = (str(folder / "interactions.parquet"), str(folder / "features.npy"))
     command = job_command(*paths, users, out, baselines.CLUSTERS)
@@ -133,7 +136,7 @@ def run(folder: Path, users: int, workers: int | None, *, keep: bool) -> Run:
 
 @contextlib.contextmanager
 def cluster(workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
-    """A scheduler and so many workers, each with its share of the cores; address, and the workers' processes."""
+    """Start a scheduler and workers that share the cores; give the address and the workers' processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
@@ -158,21 +161,20 @@ def cluster(workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]
 
 
 def wait_for(address: str, workers: int) -> None:
-    """Return once all workers have come."""
-    from distributed import Client
-
-    with Client(address, timeout=_PATIENCE, set_as_default=False) as client:  # type: ignore[no-untyped-call]
+    """Return when all workers have joined."""
+    dask = importlib.import_module("distributed")  # a type checker would take this script for it
+    with dask.Client(address, timeout=_PATIENCE, set_as_default=False) as client:
         client.wait_for_workers(workers, timeout=_PATIENCE)
 
 
 def peak(process: subprocess.Popen[bytes]) -> int:
-    """Most bytes that a process has had in memory so far."""
+    """Give the most bytes that a process has had in memory so far."""
     status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
     return int(status.split("VmHWM:")[1].split()[0]) << 10
 
 
 def difference(one: Path, other: Path) -> dict[str, float]:
-    """How much of two artifacts is not the same."""
+    """Compare two artifacts."""
     if problems := read.verify(other):
         raise SystemExit(f"{other}: {problems[0]}")
     ours, theirs = gpu_init.load(one)["features"], gpu_init.load(other)["features"]
@@ -183,7 +185,7 @@ def difference(one: Path, other: Path) -> dict[str, float]:
 
 
 def traffic(folder: Path, size: Size, workers: int) -> dict[str, float]:
-    """Median bytes of a pass of K-means: as the job counts them, on the loopback device, and what has to travel."""
+    """Give the median bytes of a K-means pass: by the job's count, by the loopback device, and by the formula."""
     counted: list[int] = []
     wire: list[int] = []
     plain = cluster_workers.Partitioned.step
@@ -219,19 +221,19 @@ def traffic(folder: Path, size: Size, workers: int) -> dict[str, float]:
 
 
 def step_bytes(width: int) -> int:
-    """What has to travel to a worker and back in a step of K-means: centroids; sums and counts of its users."""
+    """Give the bytes of a K-means step for one worker: centroids to it; sums and counts of its users back."""
     return baselines.CLUSTERS * (2 * 8 * width + 8)
 
 
 def shuffled_bytes(two: Path, measured: Size) -> float:
-    """What is carried of an interaction that goes to another worker, as half of them do of two."""
+    """Give the bytes carried for an interaction that goes to another worker; of two workers, half of them do."""
     manifest = json.loads((two / "manifest.json").read_text(encoding="utf-8"))
     steps = {step["step"]: step for step in manifest["timings"]["steps"]}
     return float(2 * steps["read interactions"]["carried_bytes"] / measured.interactions)
 
 
 def project(one: Path, measured: Size, carried: float) -> list[tuple[str, str]]:
-    """What a job that no machine holds would need, from what each term took in one process: arithmetic, no promise."""
+    """Scale what each step took in one process to a job of `BILLION`; this is arithmetic, and no measurement."""
     manifest = json.loads((one / "manifest.json").read_text(encoding="utf-8"))
     spent = {step["step"]: cores() * step["seconds"] / measured.interactions for step in manifest["timings"]["steps"]}
     users, items, interactions, width, _ = BILLION
@@ -254,7 +256,7 @@ def project(one: Path, measured: Size, carried: float) -> list[tuple[str, str]]:
 
 
 def loopback() -> int:
-    """Bytes that the loopback device has carried."""
+    """Give the bytes that the loopback device has carried so far."""
     lines = Path("/proc/net/dev").read_text(encoding="ascii").splitlines()
     return next(int(line.split(":")[1].split()[0]) for line in lines if line.strip().startswith("lo:"))
 

@@ -1,8 +1,9 @@
-"""The first job on a machine, with nothing compiled, and the same job again, each in a process of its own.
+"""The first job on a machine, before anything is compiled, and the same job again, each in a process of its own.
 
-And what its work takes by numpy's kernels against what `gpu_init.kernels.costs` expects: jobs that are expected to
-take `NUMPY_SECONDS` or less run on them, so that nothing is compiled. Reading is expected at three times what it takes,
-since its two kernels are compiled that much sooner.
+The steps of the job are also timed with numpy's kernels and with numba's, and compared with the seconds that
+`gpu_init.kernels.costs` expects of numpy's: jobs for which it expects `NUMPY_SECONDS` or less use numpy's kernels, so
+that nothing is compiled. For reading it expects three times the seconds that reading takes, as only two kernels have to
+be compiled for it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CLUSTERS = 8
 
 
 class Size(NamedTuple):
-    """A job on made data."""
+    """Size of a job on generated data."""
 
     users: int
     items: int
@@ -66,12 +67,13 @@ def main() -> None:
                 facts["expected_fitting_s"] = costs.fitting_seconds(users, items, pairs, [width], CLUSTERS)
             row(given.results / "first_job.csv", job=title, **facts)
             lines.append([title, *facts.values()])
-    columns = ["kernels", "first s", "again s", "numpy reads s", "fits s", "numba reads s", "fits s", "expected", ""]
-    show("first jobs, each in a new process", ["", *columns], lines)
+    columns = ["kernels", "first job s", "second job s", "numpy: reading s", "fitting s"]
+    columns += ["numba: reading s", "fitting s", "expected: reading s", "fitting s"]
+    show("first jobs, each in a new process", ["job", *columns], lines)
 
 
 def measure(folder: Path, flags: list[str]) -> dict[str, Any]:
-    """Seconds of whole jobs, as the rule has it, and of their steps by either kind of kernels."""
+    """Give the seconds of two jobs with the kernels that the rule chooses, and of the steps with either kind."""
     out = folder / "out"
     command = [sys.executable, "-m", "gpu_init", "run", "--backend=cpu", *flags, f"--out={out}", "--overwrite"]
     with tempfile.TemporaryDirectory() as cache:
@@ -95,12 +97,12 @@ def measure(folder: Path, flags: list[str]) -> dict[str, Any]:
 
 
 def manifest(out: Path) -> Mapping[str, Any]:
-    """What the artifact says of itself."""
+    """Read an artifact's manifest."""
     return json.loads((out / "manifest.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def timed(command: list[str], environment: dict[str, str]) -> float:
-    """Seconds of a command, under some more environment variables."""
+    """Give the seconds of a command that runs with some additional environment variables."""
     before = dict(os.environ)
     os.environ.update(environment)
     try:

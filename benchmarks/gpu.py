@@ -1,9 +1,10 @@
-"""On a CUDA device: the fused pass against a copy and the libraries; K-means; the job; a small job, step by step.
+"""On a CUDA device: the fused pass, K-means, the method on arrays, the job from files, and a small job.
 
-The bytes are those that have to move: each interaction's row of the features and its item, and the result. A copy of
-half as many reads and writes as much. Features are four times the second-level cache and 200 MB at least.
-Items are drawn alike, so that none stays in the caches, and by popularity, as people do. Every way is held to the
-reference before it is timed, by the device's own clock.
+The fused pass is compared with the libraries and with a copy of the same bytes: those of each interaction's row of
+features, of its item number, and of the result. A copy of half of them reads and writes as much in all. The features
+are four times as large as the second-level cache, and 200 MB at least. Items are drawn with equal probabilities
+(``alike``), so that none stays in the caches, and by popularity (``popular``), as in practice. Each result is compared
+with the reference before it is timed, by the device's own clock.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ JOB_WIDTH = 1024
 
 
 class Size(NamedTuple):
-    """What is measured, and how often.
+    """Sizes of the data, and the number of timed repeats.
 
-    ``users``: in the fused pass and from files, fewer where rows have more than 128 columns; ``clustered``: in K-means
-    and in the job on arrays.
+    ``users`` is their number in the fused pass and in the job from files, which is reduced for more than 128 columns;
+    ``clustered`` is the number of users in K-means and in the method on arrays.
     """
 
     users: int
@@ -85,7 +86,7 @@ def main() -> None:
                 counts = {"users": users, "items": items, "pairs": interactions.pairs, "D": width, "drawn": draw}
                 row(given.results / "gpu.csv", **device, **counts, **kind, **facts)
                 lines.append([*kind.values(), width, draw, *facts.values()])
-    columns = ["", "features", "D", "drawn", "ms", "GB/s", "of the copy", "x gpu-init"]
+    columns = ["function", "features", "D", "drawn", "ms", "GB/s", "share of the copy", "times gpu-init"]
     show(f"fused pass on {device['gpu']}, mean degree {DEGREE}", columns, lines)
     absent = [name for name in ("cuml", "cudf") if importlib.util.find_spec(name) is None]
     if absent:
@@ -97,12 +98,12 @@ def main() -> None:
 
 
 def of_width(size: Size, width: int) -> int:
-    """Users whose rows of so many columns take as many bytes as those of 128 do."""
+    """Give the number of users whose rows of ``width`` columns take as many bytes as those of 128 columns."""
     return size.users * 128 // max(width, 128)
 
 
 def no_device() -> str:
-    """Why nothing can be measured here, or nothing."""
+    """Give the reason why nothing can be measured on this machine, or an empty text."""
     try:
         cupy = importlib.import_module("cupy")
         return "" if cupy.cuda.runtime.getDeviceCount() else "no CUDA device"
@@ -113,7 +114,10 @@ def no_device() -> str:
 
 
 class Drawn(NamedTuple):
-    """Interactions on the device, each pair once; everybody has one: row pointers int64, items int32, and (U, I)."""
+    """Interactions on the device, without duplicates, at least one of each user.
+
+    ``indptr`` are row pointers, int64; ``indices`` are items, int32; ``shape`` is (U, I).
+    """
 
     indptr: Any
     indices: Any
@@ -121,16 +125,14 @@ class Drawn(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """How many."""
         return len(self.indices)
 
     @property
     def csr(self) -> Csr:
-        """As the kernels take them."""
         return Csr(self.indptr, self.indices, None)
 
     def matrix(self, cupy: Any, means: bool) -> Any:
-        """As cupyx has them, float32: ones, or the operator of the users' means."""
+        """Give cupyx's matrix (U, I) float32, of ones or of the weights that make users' means."""
         from cupyx.scipy.sparse import csr_matrix
 
         values = cupy.ones(self.pairs)
@@ -142,7 +144,7 @@ class Drawn(NamedTuple):
 
 
 def drawn(cupy: Any, users: int, items: int, exponent: float) -> Drawn:
-    """Mean degree `DEGREE`; an item's popularity is its rank to the power of ``-exponent``: 0 for all alike."""
+    """Draw interactions of mean degree `DEGREE`; an item's probability is its rank to the power of ``-exponent``."""
     rng = cupy.random.RandomState(0)
     count = (DEGREE - 1) * users
     who = cupy.concatenate([cupy.arange(users), rng.randint(0, users, count, dtype=np.int64)])
@@ -155,7 +157,7 @@ def drawn(cupy: Any, users: int, items: int, exponent: float) -> Drawn:
 
 
 def features(cupy: Any, items: int, width: int) -> Any:
-    """As those of the other benchmarks, (I, D) float32: noise about 20 centres."""
+    """Give features (I, D) float32 such as those of the other benchmarks: noise about 20 centres."""
     rng = cupy.random.RandomState(0)
     values = rng.standard_normal((items, width), dtype=np.float32)
     values += rng.standard_normal((20, width), dtype=np.float32)[rng.randint(0, 20, items)]
@@ -168,7 +170,7 @@ def features(cupy: Any, items: int, width: int) -> Any:
 def fused(
     cupy: Any, interactions: Drawn, values: Any, repeats: int
 ) -> Iterator[tuple[dict[str, str], dict[str, float]]]:
-    """Each way, in each type of the features, and what it took."""
+    """Time each function with float32 and float16 features; yield what it was and what it took."""
     users, width = interactions.shape[0], values.shape[1]
     for kind in ("float32", "float16"):
         table = values.astype(kind)
@@ -189,7 +191,7 @@ def fused(
 
 
 def ways(cupy: Any, interactions: Drawn, table: Any) -> dict[str, Callable[[], Any]]:
-    """Every way to the same result (U, D), of the features' type, each held to the first of the library's."""
+    """Give functions with the same result (U, D), of the features' dtype, after a comparison with the reference."""
     import cupyx.scipy.sparse
 
     users, width = interactions.shape[0], table.shape[1]
@@ -208,7 +210,7 @@ def ways(cupy: Any, interactions: Drawn, table: Any) -> dict[str, Callable[[], A
         return out
 
     functions: dict[str, Callable[[], Any]] = {OURS: ours}
-    if table.dtype == np.float32:  # cupyx knows no float16
+    if table.dtype == np.float32:  # cupyx has no sparse product in float16
         functions["cupyx product + blend"] = lambda: baselines.blend(means @ table, centroids, labels)
     if importlib.util.find_spec("torch") is not None:
         functions |= torch_ways(means, table, centroids, labels)
@@ -218,17 +220,17 @@ def ways(cupy: Any, interactions: Drawn, table: Any) -> dict[str, Callable[[], A
     expected = baselines.blend((means[sample] @ table.astype(np.float32)), centroids, labels[sample])
     tolerance = 1e-4 if table.dtype == np.float32 else 1e-2
     for name, function in functions.items():
-        with leaving_out(f"{name}, D {width}, {table.dtype}, held to the reference"):
+        with leaving_out(f"{name}, D {width}, {table.dtype}, compared with the reference"):
             found = cupy.asarray(function())[sample].astype(np.float32)
             if not cupy.allclose(found, expected, rtol=tolerance, atol=tolerance):
-                raise SystemExit(f"{name}: not the reference's result.")
+                raise SystemExit(f"{name}: the result differs from the reference.")
             del found
     return functions
 
 
 @contextmanager
 def leaving_out(name: str) -> Iterator[None]:
-    """Go on where a library fails, most likely for want of memory, and say so; not where we do."""
+    """Print a message and go on where another library fails, most likely for lack of memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -238,13 +240,13 @@ def leaving_out(name: str) -> Iterator[None]:
 
 
 def torch_ways(means: Any, table: Any, centroids: Any, labels: Any) -> dict[str, Callable[[], Any]]:
-    """The same in torch: cuSPARSE's product with a matrix by rows, and a scatter-add of the E x D gathered rows."""
+    """Give the pass in torch: by cuSPARSE's product with a row-major matrix, and by a scatter-add of E x D rows."""
     torch = importlib.import_module("torch")
     values, centres, groups = (torch.from_dlpack(array) for array in (table, centroids, labels.astype(np.int64)))
     starts, columns, weights = (torch.from_dlpack(array) for array in (means.indptr, means.indices, means.data))
     centres, weights = centres.to(values.dtype), weights.to(values.dtype)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # sparse CSR is called a beta
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that sparse CSR is in beta
         csr = torch.sparse_csr_tensor(starts, columns, weights, size=means.shape)
     everyone = torch.arange(means.shape[0], device=values.device)
     users, items = torch.repeat_interleave(everyone, starts.diff().long()), columns.long()
@@ -264,7 +266,7 @@ def torch_ways(means: Any, table: Any, centroids: Any, labels: Any) -> dict[str,
 
 
 def seconds(cupy: Any, function: Callable[[], Any], repeats: int, warm_ups: int = 3) -> float:
-    """Median time between two marks on the device's clock, after some runs that are not counted."""
+    """Give the median seconds by the device's clock, after some runs that are not counted."""
     taken = []
     for turn in range(repeats + warm_ups):
         begin, end = cupy.cuda.Event(), cupy.cuda.Event()
@@ -279,34 +281,34 @@ def seconds(cupy: Any, function: Callable[[], Any], repeats: int, warm_ups: int 
     return statistics.median(taken)
 
 
-# K-means and the whole job, where RAPIDS is there.
+# K-means and the method on arrays, which need RAPIDS.
 
 
 class Problem(NamedTuple):
-    """Interactions, features, and the operator of the means, on the device."""
+    """Interactions, features, and the weights that make users' means, on the device."""
 
     backend: Any
     interactions: Drawn
     table: Any
     means: Any
 
-    def made(self) -> Any:
-        """The users' means, (U, D) float32."""
+    def user_means(self) -> Any:
+        """Make the users' means, (U, D) float32."""
         return self.backend.asarray(self.means @ self.table)
 
 
 def problem(cupy: Any, users: int, width: int) -> Problem:
-    """Interactions of so many users with a tenth as many items."""
+    """Draw interactions of ``users`` users with a tenth as many items."""
     from gpu_init.backend.select import select
 
-    cupy.get_default_memory_pool().free_all_blocks()  # the backend's own pool may have all that is free
+    cupy.get_default_memory_pool().free_all_blocks()  # so that the backend's own pool can take this memory
     backend, items = select("cuda"), max(1000, users // 10)
     interactions = drawn(cupy, users, items, POPULARITY_EXPONENT)
     return Problem(backend, interactions, features(cupy, items, width), interactions.matrix(cupy, means=True))
 
 
 def library(matrix: Any) -> Any:
-    """The K-means of cuML, fitted."""
+    """Fit cuML's K-means."""
     return (
         importlib.import_module("cuml.cluster")
         .KMeans(n_clusters=CLUSTERS, init="scalable-k-means++", n_init=1, random_state=0, output_type="cupy")
@@ -315,8 +317,8 @@ def library(matrix: Any) -> Any:
 
 
 def clusterings(cupy: Any, p: Problem) -> Iterator[tuple[str, dict[str, float]]]:
-    """K-means of the users' means: ours, cuML's and flash-kmeans's, whose memory is torch's and not counted."""
-    dense = p.made()
+    """Time K-means of the users' means: ours, cuML's and flash-kmeans's, whose memory torch holds and nobody counts."""
+    dense = p.user_means()
 
     def factored() -> Any:
         row_scale = 1.0 / cupy.diff(p.interactions.indptr)
@@ -326,7 +328,7 @@ def clusterings(cupy: Any, p: Problem) -> Iterator[tuple[str, dict[str, float]]]
     functions: dict[str, Callable[[], Any]] = {
         f"{OURS}, factored": factored,
         "cuML, matrix made": lambda: library(dense).cluster_centers_,
-        "cuML, with making": lambda: library(p.made()).cluster_centers_,
+        "cuML, with making": lambda: library(p.user_means()).cluster_centers_,
     }
     if importlib.util.find_spec("flash_kmeans") is not None and importlib.util.find_spec("torch") is not None:
         flash = importlib.import_module("flash_kmeans").batch_kmeans_Euclid
@@ -347,7 +349,7 @@ def clusterings(cupy: Any, p: Problem) -> Iterator[tuple[str, dict[str, float]]]
 
 
 def jobs(cupy: Any, p: Problem) -> Iterator[tuple[str, dict[str, float]]]:
-    """All of the method on arrays: `initialize()`, and the libraries."""
+    """Time the whole method on arrays: `initialize()`, and the libraries."""
     import gpu_init
 
     settings: dict[str, Any] = {"lam": baselines.LAMBDA, "clusters": CLUSTERS, "seed": 0, "backend": "cuda"}
@@ -357,7 +359,7 @@ def jobs(cupy: Any, p: Problem) -> Iterator[tuple[str, dict[str, float]]]:
         return gpu_init.initialize(ones, {"text": p.table}, **settings)["text"].users
 
     def by_libraries() -> Any:
-        local = p.made()
+        local = p.user_means()
         fitted = library(local)
         return baselines.blend(local, fitted.cluster_centers_, fitted.labels_)
 
@@ -367,7 +369,7 @@ def jobs(cupy: Any, p: Problem) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def whole_jobs(cupy: Any, results: Path, size: Size, device: dict[str, str]) -> None:
-    """K-means and the whole job on arrays."""
+    """Time K-means and the whole method on arrays, and show both tables."""
     width = min(size.widths, key=lambda width: abs(width - JOB_WIDTH))
     p = problem(cupy, size.clustered, width)
     users, items = p.interactions.shape
@@ -380,12 +382,12 @@ def whole_jobs(cupy: Any, results: Path, size: Size, device: dict[str, str]) -> 
             own = own or facts
             ratios = (facts[fact] / own[fact] if fact in facts else "" for fact in own)
             lines.append([name, *(facts.get(fact, "") for fact in own), *ratios])
-        columns = ["", *own, *(f"{fact} / {OURS}" for fact in own)]
+        columns = ["function", *own, *(f"{fact} / {OURS}" for fact in own)]
         show(f"{title} on {device['gpu']}, {users:,} users, D {width}, K {CLUSTERS}", columns, lines)
 
 
 def cost(cupy: Any, function: Callable[[], Any]) -> dict[str, float]:
-    """Median time of three runs, and the most device memory that a run takes beside what is there before."""
+    """Give the median milliseconds of three runs, and the GB of device memory that a run takes at most."""
     memory = importlib.import_module("rmm.mr").get_current_device_resource()
     taken = seconds(cupy, function, 3, warm_ups=1)
     memory.push_counters()
@@ -397,7 +399,7 @@ def cost(cupy: Any, function: Callable[[], Any]) -> dict[str, float]:
 
 
 def from_files(results: Path, size: Size, device: dict[str, str], backends: tuple[str, ...]) -> None:
-    """The command's work on each backend, step by step, the second of two runs: the first one compiles."""
+    """Run the command twice on each backend, and show the steps of the second run, as the first one compiles."""
     from gpu_init import load
     from gpu_init.cli import main as run
 
@@ -423,7 +425,7 @@ def from_files(results: Path, size: Size, device: dict[str, str], backends: tupl
                 facts = {"kernel": f"files, {backend}: {step['step']}", "ms": 1e3 * step["seconds"]}
                 row(results / "gpu.csv", **device, **counts, **facts)
                 lines.append(list(facts.values()))
-    show(f"from files, {users:,} users, D {width}, K {CLUSTERS}", ["", "ms"], lines)
+    show(f"from files, {users:,} users, D {width}, K {CLUSTERS}", ["step", "ms"], lines)
 
 
 # A small job in a new process.
@@ -440,7 +442,7 @@ def step(name):
 import numpy as np, scipy.sparse
 step("import numpy and scipy")
 import gpu_init
-from gpu_init.backend import select
+from gpu_init.backend.select import select
 step("import gpu_init")
 device = select("cuda")
 step("import CuPy and cuDF, and make the pool")
@@ -459,7 +461,7 @@ print(json.dumps(taken))
 
 
 def small_job(results: Path, device: dict[str, str]) -> None:
-    """Steps of a job as large as TikTok, each K-means in a process of its own; what was compiled before is kept."""
+    """Time the steps of a job of TikTok's size in a new process, for each K-means; compiled code is kept."""
     lines = []
     for kmeans_of in ("own", "cuml"):
         command = [sys.executable, "-c", _SMALL, kmeans_of]
@@ -468,7 +470,7 @@ def small_job(results: Path, device: dict[str, str]) -> None:
             facts = {"kernel": f"small job, K-means {kmeans_of}: {name}", "ms": 1e3 * spent}
             row(results / "gpu.csv", **device, **facts)
             lines.append(list(facts.values()))
-    show("a small job in a new process", ["", "ms"], lines)
+    show("a small job in a new process", ["step", "ms"], lines)
 
 
 if __name__ == "__main__":

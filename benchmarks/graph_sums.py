@@ -1,7 +1,7 @@
-"""Sums over graphs of the libraries' models as sparse products, on a CPU: the same formulas in half the time.
+"""Faster sums over graphs in the libraries' models on a CPU: sparse products with the same formulas, in half the time.
 
-MMGCN and DRAGON copy a row for each edge, and DRAGON one for each of a user's 40 neighbours, before they sum. Where a
-row's weight hangs on the graph alone, that is a product with a matrix, which is made once and copies nothing.
+MMGCN and DRAGON copy a row for each edge before they sum, and DRAGON also one for each of a user's 40 neighbours. Where
+the weight of a row depends on the graph alone, the sum is a product with a matrix that is made once; it copies nothing.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 
 
 def replace_sums(model: torch.nn.Module) -> list[str]:
-    """Let a built model sum by sparse products; what is not known to be such a sum is left as it is.
+    """Replace the sums of a built model by sparse products; modules that are not known to be such sums stay.
 
     Parameters
     ----------
     model : nn.Module
-        Of one of the libraries, on a CPU; changed in place.
+        A model of one of the libraries, on a CPU; it is changed in place.
 
     Returns
     -------
     list of str
-        Dotted paths of the modules that do.
+        Dotted paths of the modules whose sums were replaced.
     """
     replaced: list[str] = []
     module: Any
@@ -43,14 +43,14 @@ def replace_sums(model: torch.nn.Module) -> list[str]:
 
 
 def keep_memory() -> None:
-    """Keep what tensors give back for the next ones: glibc returns large blocks, and faults their pages in anew."""
+    """Let glibc keep freed memory for the next tensors, instead of returning it and mapping its pages again."""
     if sys.platform == "linux":
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(option, value)
 
 
 def _is_weighted(module: Any) -> bool:
-    """Whether messages are a neighbour's row, perhaps by a weight of the graph, and are added or averaged."""
+    """Tell whether a message is a neighbour's row, perhaps times a weight of the graph, and is added or averaged."""
     code = type(module).message.__code__
     names = code.co_varnames[1 : code.co_argcount]
     return names == ("x_j", "edge_index", "size") and module.aggr in ("add", "mean")
@@ -73,7 +73,7 @@ _product: Callable[..., torch.Tensor] = _Product.apply
 def _matrices(
     row: torch.Tensor, column: torch.Tensor, weight: torch.Tensor, shape: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix, and it transposed, both in CSR."""
+    """Give a matrix and its transpose, both in CSR."""
 
     def csr(rows: torch.Tensor, columns: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         return torch.sparse_coo_tensor(torch.stack((rows, columns)), weight, tuple(size)).coalesce().to_sparse_csr()
@@ -82,7 +82,7 @@ def _matrices(
 
 
 def _propagate(module: Any, kept: list[Any], edge_index: torch.Tensor, size: tuple[int, int], x: Any) -> torch.Tensor:
-    """PyTorch Geometric's: from the first row of `edge_index` to the second, added or averaged."""
+    """Replace PyTorch Geometric's method: messages go from the first row of `edge_index` to the second."""
     if not kept or not torch.equal(kept[0], edge_index):
         source, target = edge_index
         weight = module.message(torch.ones(source.numel(), 1), edge_index, size).reshape(-1)
@@ -96,7 +96,7 @@ def _propagate(module: Any, kept: list[Any], edge_index: torch.Tensor, size: tup
 def _neighbours(
     kept: list[Any], features: torch.Tensor, user_graph: list[list[int]], user_matrix: torch.Tensor
 ) -> torch.Tensor:
-    """DRAGON's: of each user's `user_graph` (n, k) the rows of `features`, by the weights `user_matrix` (n, k)."""
+    """Replace DRAGON's method: sum rows `user_graph` (n, k) of `features` with the weights `user_matrix` (n, k)."""
     if not kept or kept[0] is not user_graph or kept[1] is not user_matrix:
         users, neighbours = user_matrix.shape
         row = torch.arange(users).repeat_interleave(neighbours)

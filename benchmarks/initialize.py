@@ -1,4 +1,4 @@
-"""`gpu_init.initialize()` against scipy product, scikit-learn K-means (one start) and numpy blend, in one process."""
+"""`gpu_init.initialize()` against scipy's product, scikit-learn's K-means (one start) and a blend in numpy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OURS, BASELINE = "gpu-init", "scipy + scikit-learn + numpy"
 
 
 class Size(NamedTuple):
-    """What is measured, and how often."""
+    """Sizes of the data, and the number of timed repeats."""
 
     users: int
     items: int

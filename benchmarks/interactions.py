@@ -1,14 +1,19 @@
-"""Users clustered by what they did (``cluster_on = "interactions"``): what it ranks, what it finds, what it costs.
+"""Users clustered by their interactions (``cluster_on = "interactions"``): ranking, agreement with groups, cost.
 
-``table``: held-out rows ranked by ``X F^T`` without training, for clusters on users' means, on interactions as
-`gpu_init` has them (large components alone), and on interactions with the mean degree added to each degree, which is
-the other way with small components. TikTok, TikTok with half and a quarter of its training rows, and the demo's data;
-all modalities, 64 whitened dimensions, four K-means seeds; intervals by a bootstrap over users, paired with the local
-means alone. ``groups``: the demo's data with features of pure noise, adjusted Rand index of the clusters with the
-groups of taste that it was made of; likewise what naive Bayes says of either half of the users when told the groups of
-the other, since few interactions don't tell more. ``cost``: the whole job on both kinds of clusters, in turn.
-``svd``: the directions by `gpu_init.spectral` and by scipy's `svds` (ARPACK), in turn, on TikTok and on random
-interactions, whose spectrum is flat; and the share of the sum of squared singular values that ours reach.
+``table`` ranks held-out rows by ``X F^T`` without training. Users are clustered on their means, on interactions as
+`gpu_init` does it (in large components only), and on interactions with the mean degree added to each degree, which is
+another remedy for small components. The data are TikTok, TikTok with half and a quarter of its training rows, and the
+demo's; all modalities, 64 whitened dimensions, four K-means seeds. Intervals are from a bootstrap over users, paired
+with the local means alone.
+
+``groups`` gives the demo's data features of pure noise, and shows the adjusted Rand index between the clusters and the
+groups of taste from which the data were made. Naive Bayes, which learns from the groups of half of the users and
+predicts those of the others, shows how much the interactions can tell.
+
+``cost`` times the whole job on both kinds of clusters, in turn.
+
+``svd`` times the directions by `gpu_init.method.spectral` and by scipy's `svds` (ARPACK), in turn, on TikTok and on
+random interactions, whose spectrum is flat, and shows which share of the sum of squared singular values ours reach.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from common import RESULTS, VARIANTS, Cost, alternate, features, matrix, process
 from job import job_command
 from memory import LIBRARIES
 from numpy.typing import NDArray
-from ranking import demo_split, ranked
+from ranking import demo_split, ones, ranked
 from scipy.sparse import csr_matrix
 from scipy.sparse.linalg import svds
 from sklearn.metrics import adjusted_rand_score
@@ -50,15 +55,15 @@ RANK = 64
 DIM = 64
 BOOTSTRAPS = 1000
 REPEATS = 3
-MEMORY = 300_000_000  # bytes that --memory gives
-DRAWN = (2, 6, 10)  # interactions for each user at least: the demo's, and denser data
-TOLD = "told half of the groups"
+MEMORY = 300_000_000  # bytes, for --memory
+DRAWN = (2, 6, 10)  # least interactions of a user: those of the demo, and of denser data
+TOLD = "told half of the groups"  # the name of naive Bayes in the tables
 PARTS = ("table", "groups", "cost", "svd")
 Features = Mapping[str, NDArray[np.float32]]
 
 
 class Data(NamedTuple):
-    """Interactions to make vectors of, those held out, features."""
+    """Training interactions, held-out interactions, and features of each modality."""
 
     train: csr_matrix
     held_out: csr_matrix
@@ -69,12 +74,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data" / "tiktok")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--quick", action="store_true", help="the demo's data alone, small: does it run?")
+    parser.add_argument("--quick", action="store_true", help="only the demo's data, in a small size")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     given = parser.parse_args()
     if "table" in given.parts:
         lines = [line for name, data in _data(given) for line in table(name, data, given)]
-        columns = ["data", "clusters on", "K", "lambda", "Recall@20", "over seeds", "more than local alone", "95%"]
+        columns = ["data", "clusters on", "K", "lambda", "Recall@20", "range over seeds"]
+        columns += ["gain over local means", "95% interval"]
         show("held-out rows, no training", columns, lines)
     if "groups" in given.parts:
         groups(given)
@@ -100,11 +106,7 @@ def _tiktok(data: Path) -> Data:
     table = pd.read_csv(data / "tiktok.inter", sep="\t")
     features = {name: np.load(data / f"{name}_feat.npy").astype(np.float32) for name in ("image", "audio")}
     shape = (9308, len(features["image"]))
-
-    def ones(rows: pd.DataFrame) -> csr_matrix:
-        return csr_matrix((np.ones(len(rows), np.float32), (rows["userID"], rows["itemID"])), shape=shape)
-
-    return Data(ones(table[table["x_label"] == 0]), ones(table[table["x_label"] > 0]), features)
+    return Data(ones(table[table["x_label"] == 0], shape), ones(table[table["x_label"] > 0], shape), features)
 
 
 def _thinned(R: csr_matrix, share: float) -> csr_matrix:
@@ -113,11 +115,11 @@ def _thinned(R: csr_matrix, share: float) -> csr_matrix:
     return csr_matrix((entries.data[kept], (entries.row[kept], entries.col[kept])), shape=R.shape)
 
 
-# What it ranks.
+# Ranking.
 
 
 def table(name: str, data: Data, given: argparse.Namespace) -> Iterator[list[Any]]:
-    """Rank held-out rows of some data by each kind of clusters."""
+    """Rank the held-out rows of one data set with each kind of clusters."""
     made = gpu_init.initialize(data.train, data.features, lam=1.0, dim=DIM, whiten=True, backend="cpu")
     items = {modality: one.items for modality, one in made.items()}
     local = {modality: one.users for modality, one in made.items()}
@@ -149,7 +151,7 @@ def table(name: str, data: Data, given: argparse.Namespace) -> Iterator[list[Any
 
 
 def _global(kind: str, data: Data, clusters: int, seed: int) -> dict[str, NDArray[np.float32]]:
-    """G of each modality, (U, d)."""
+    """Give the cluster-level part G of each modality, (U, d)."""
     given: dict[str, Any] = {"clusters": clusters, "seed": seed, "dim": DIM, "whiten": True, "backend": "cpu"}
     if kind != "interactions, mean degree added":
         made = gpu_init.initialize(data.train, data.features, lam=0.0, cluster_on=kind, **given)
@@ -173,7 +175,7 @@ def _global(kind: str, data: Data, clusters: int, seed: int) -> dict[str, NDArra
 
 
 def _regularized(R: csr_matrix) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Rows of E, of length 1, where the mean degree is added to each degree; who has interactions."""
+    """Give the rows of E, of length 1, with the mean degree added to each degree, and the users with interactions."""
     S = _normalized(R, 1.0)
     _, _, V = svds(S, k=RANK, rng=0)
     rows = S @ V.T
@@ -182,7 +184,7 @@ def _regularized(R: csr_matrix) -> tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 def _normalized(R: Any, share: float) -> Any:
-    """S of all interactions, a share of the mean degree added to each degree."""
+    """Give S of all interactions, with ``share`` times the mean degree added to each degree."""
     degrees = [np.asarray(R.sum(axis=axis), np.float64).ravel() for axis in (1, 0)]
     added = [one + share * one[one > 0].mean() for one in degrees]
     roots = [np.divide(1, np.sqrt(one), out=np.zeros(len(one)), where=one > 0) for one in added]
@@ -194,7 +196,7 @@ def _blended(lam: float, local: Features, level: Features) -> dict[str, NDArray[
 
 
 def _recall(data: Data, users: Features, items: Features) -> NDArray[np.float64]:
-    """Recall@20 of each user with held-out items."""
+    """Give the Recall@20 of each user with held-out items."""
 
     def score(some: NDArray[np.int64]) -> NDArray[np.float32]:
         scores: NDArray[np.float32] = np.add.reduce([users[name][some] @ items[name].T for name in users])
@@ -206,25 +208,25 @@ def _recall(data: Data, users: Features, items: Features) -> NDArray[np.float64]
 
 
 def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """95% interval of a mean, users drawn anew."""
+    """Give the 95% bootstrap interval of a mean over users."""
     rng, n = np.random.default_rng(0), len(values)
     drawn = [rng.choice(values, n).mean() for _ in range(BOOTSTRAPS)]
     low, high = np.percentile(drawn, [2.5, 97.5])
     return float(low), float(high)
 
 
-# What it finds.
+# Agreement with groups.
 
 
 def groups(given: argparse.Namespace) -> None:
-    """Clusters against the groups of taste of the demo's data, and of denser data, whose features are made noise."""
+    """Compare clusters with the groups of taste in the demo's data and in denser data, with features of noise."""
     lines = [line for drawn in DRAWN for line in _agreement(given, drawn)]
-    columns = ["drawn at least", "clusters on", "K", "interactions at least", "users", "adjusted Rand index"]
+    columns = ["least drawn", "clusters on", "K", "least interactions", "users", "adjusted Rand index"]
     show("features of noise, groups of taste", columns, lines)
 
 
 def _agreement(given: argparse.Namespace, drawn: int) -> list[list[Any]]:
-    """Rows of the table above for data with so many interactions drawn for each user."""
+    """Give the rows of the table for data in which each user has at least ``drawn`` interactions."""
     users, items = (2000, 400) if given.quick else (20_000, 4000)
     with tempfile.TemporaryDirectory() as folder:
         made = demo.make(folder, users=users, items=items, seed=0, least=drawn)
@@ -233,13 +235,13 @@ def _agreement(given: argparse.Namespace, drawn: int) -> list[list[Any]]:
     noise = {"noise": np.random.default_rng(0).standard_normal((items, 64)).astype(np.float32)}
     k = int(taste.max()) + 1
     degrees = np.diff(R.indptr)
-    made_of = {
+    predicted = {
         kind: gpu_init.initialize(R, noise, clusters=k, cluster_on=kind, restarts=4, backend="cpu")["noise"].labels
         for kind in ("users", "interactions")
     }
-    made_of[TOLD] = cross_val_predict(MultinomialNB(), R, taste, cv=2)
+    predicted[TOLD] = cross_val_predict(MultinomialNB(), R, taste, cv=2)
     lines = []
-    for kind, labels in made_of.items():
+    for kind, labels in predicted.items():
         for least in (1, 5, 10):
             some = degrees >= least
             found = adjusted_rand_score(taste[some], labels[some])
@@ -249,11 +251,11 @@ def _agreement(given: argparse.Namespace, drawn: int) -> list[list[Any]]:
     return lines
 
 
-# What it costs.
+# Cost.
 
 
 def cost(given: argparse.Namespace) -> None:
-    """The whole job, Parquet to artifact, on both kinds of clusters, in turn, each a process of its own."""
+    """Run the whole job, from Parquet to artifact, on both kinds of clusters, each run in a process of its own."""
     users, items, pairs, width = (2000, 500, 20_000, 32) if given.quick else (300_000, 40_000, 4_000_000, 384)
     taken: dict[str, list[Cost]] = {"users": [], "interactions": []}
     with tempfile.TemporaryDirectory() as name:
@@ -281,7 +283,7 @@ def cost(given: argparse.Namespace) -> None:
 
 
 def svd(given: argparse.Namespace) -> None:
-    """`spectral.fit` against `svds`."""
+    """Time `spectral.fit` and `svds`."""
     device = select("cpu")
     sources = {"random": matrix(*((2000, 500, 20_000) if given.quick else (300_000, 40_000, 4_000_000)))}
     if not given.quick and (given.data / "tiktok.inter").is_file():
@@ -305,7 +307,7 @@ def svd(given: argparse.Namespace) -> None:
         facts |= {"products": found["ours"].products, "settled": found["ours"].settled}
         row(given.results / "interactions_svd.csv", data=name, pairs=R.nnz, rank=RANK, **facts)
         lines.append([name, R.nnz, *facts.values()])
-    columns = ["data", "pairs", "seconds", "times faster than svds", "share of its squares", "products", "settled"]
+    columns = ["data", "pairs", "seconds", "times faster than svds", "share of squares", "products", "converged"]
     show(f"{RANK} directions", columns, lines)
 
 

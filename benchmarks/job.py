@@ -1,7 +1,7 @@
-"""The whole job, Parquet to artifact, each a process of its own.
+"""The whole job, from Parquet to artifact, against two others, each run in a process of its own.
 
-Against the same job written with pandas, scipy, scikit-learn and numpy (which syncs and hashes nothing), and
-against the floor: reading that input with pyarrow and writing, hashing and syncing as many bytes.
+The baseline is the same job written with pandas, scipy, scikit-learn and numpy, which syncs and hashes nothing. The
+floor is to read the input with pyarrow, and to write, hash and sync as many bytes as the artifact has.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OURS, BASELINE, FLOOR = "gpu-init", "pandas + scipy + scikit-learn + numpy", "re
 
 
 class Size(NamedTuple):
-    """What is measured, and how often."""
+    """Sizes of the data, and the number of timed repeats."""
 
     users: int
     items: int
@@ -73,13 +73,14 @@ def main() -> None:
     title = (
         f"the job, {size.users:,} users, {size.interactions:,} interactions, D {size.width}: {written:.3g} GB written"
     )
-    heads = ["seconds", "baseline", "floor", "x faster", "x floor", "inertia ratio", "MiB", "baseline MiB"]
+    heads = ["seconds", "baseline", "floor", "times faster", "times the floor", "inertia ratio"]
+    heads += ["peak MiB", "baseline peak MiB"]
     show(title, ["features", *heads], lines)
     plot(given.results / "job.png", title, "seconds", given.features, seconds)
 
 
 def measure(folder: Path, users: int) -> dict[str, tuple[Cost, dict[str, Any]]]:
-    """Run each way once; what it cost, and what it says of itself."""
+    """Run each job once; give its cost, and the inertia where it has K-means."""
     paths = [str(folder / "interactions.parquet"), str(folder / "features.npy")]
     out = folder / "out"
     results = {}
@@ -101,7 +102,7 @@ def measure(folder: Path, users: int) -> dict[str, tuple[Cost, dict[str, Any]]]:
 
 
 def job_command(interactions: str, features_path: str, users: int, out: Path, clusters: int) -> list[str]:
-    """The command that runs our job."""
+    """Give the command that runs our job."""
     command = [sys.executable, "-m", "gpu_init", "run", "--backend", "cpu", "--interactions", interactions]
     command += ["--user-column", baselines.COLUMNS[0], "--item-column", baselines.COLUMNS[1]]
     command += ["--features", f"features={features_path}", "--users", str(users), "--out", str(out), "--overwrite"]

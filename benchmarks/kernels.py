@@ -1,9 +1,9 @@
-"""The fused pass: gather, weigh, sum, blend, store; each way of writing it against the copy of the same bytes.
+"""The fused pass (gather, weigh, sum, blend, store) in several libraries, against a copy of the same bytes.
 
-The bytes are the gathered rows, read, and the result, written; a copy of half as many reads and writes as much. Since
-a pass reads far more than it writes, it is also held against reading all those bytes in order, where a processor sees
-what comes next. Every competitor is held to the reference before it is timed. Features outgrow the last-level cache
-four times.
+The pass reads the gathered rows and writes the result; a copy of half of these bytes reads and writes as much in all.
+As the pass reads far more than it writes, it is also compared with reading all these bytes in order, which lets the
+processor load memory ahead. Each result is compared with the reference before it is timed. The features are four times
+as large as the last-level cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLUSTERS = 8
 
 
 class Size(NamedTuple):
-    """What is measured, and how often."""
+    """Sizes of the data, and the number of timed repeats."""
 
     users: int
     interactions: int
@@ -71,12 +71,12 @@ def main() -> None:
             row(given.results / "kernels.csv", **counts, kernel=name, **facts)
             lines.append([name, width, *facts.values()])
     title = f"fused pass, {size.users:,} users, features of {size.feature_bytes >> 20} MiB"
-    show(title, ["", "D", "seconds", "GB/s", "of the copy", "of the read", "x gpu-init"], lines)
+    show(title, ["function", "D", "seconds", "GB/s", "share of the copy", "share of the read", "times gpu-init"], lines)
     plot(given.results / "kernels.png", title, "seconds", [f"D {width}" for width in size.widths], seconds)
 
 
 def competitors(interactions: Any, values: Any) -> dict[str, Callable[[], Any]]:
-    """Every way to the same result (U, D) float32, each held to the reference first."""
+    """Give functions with the same result (U, D) float32, after a comparison of each with the reference."""
     kernels = select("cpu").with_kernels("numba").kernels
     ours = from_matrix(select("cpu"), interactions, "benchmark")
     users, width = ours.users, values.shape[1]
@@ -104,7 +104,7 @@ def competitors(interactions: Any, values: Any) -> dict[str, Callable[[], Any]]:
     expected = fused(reference).copy()
     for name, function in functions.items():
         if not np.allclose(np.asarray(function()), expected, rtol=1e-4, atol=1e-5):
-            raise SystemExit(f"{name}: not the reference's result.")
+            raise SystemExit(f"{name}: the result differs from the reference.")
     return functions
 
 

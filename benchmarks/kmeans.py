@@ -1,8 +1,7 @@
-"""K-means on the users' means: scikit-learn on the ready-made matrix, with and without making it, and ours.
+"""K-means of the users' means: ours against scikit-learn's, with and without the time to make its matrix.
 
-Each of our forms starts from the interactions and is timed wherever the sweep goes, so that the rule that picks
-one is checked: `picked` is what `gpu_init.method.kmeans_form` takes. Inertia is measured alike for all, relative
-to scikit-learn's.
+Each of our forms starts from the interactions. All of them are timed at every size, which checks the rule that chooses
+one of them: `picked` is the choice of `gpu_init.method.points.kmeans_form`. Inertia is relative to scikit-learn's.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ OURS = ("dense", "tiled", "factored")
 
 
 class Size(NamedTuple):
-    """What is measured."""
+    """Sizes of the data, and the numbers of clusters."""
 
     users: int
     items: int
@@ -46,7 +45,7 @@ def main() -> None:
     given = arguments(__doc__, variants=True)
     size = SIZES[given.size]
     interactions = matrix(size.users, size.items, size.interactions)
-    few = matrix(20_000, 100, 60_000)  # compiles the kernels, so that no compilation is timed
+    few = matrix(20_000, 100, 60_000)  # compiles the kernels before anything is timed
     for function in forms(few, features("noise", 100, 4), 4).values():
         function()
     lines = []
@@ -77,7 +76,7 @@ def main() -> None:
 
 
 def measure(interactions: Any, values: Any, clusters: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of each way, run in turn, and the inertia that each of the clusterings ends with."""
+    """Give the seconds and the final inertia of each K-means, run in turn."""
     operator = baselines.operator(interactions)
     means = operator @ values
     centroids: dict[str, Any] = {}
@@ -99,7 +98,7 @@ def measure(interactions: Any, values: Any, clusters: int) -> tuple[dict[str, fl
 
 
 def forms(interactions: Any, values: Any, clusters: int) -> dict[str, Callable[[], Any]]:
-    """Our K-means in each of its forms, from the interactions to the centroids."""
+    """Give our K-means in each of its forms, from the interactions to the centroids."""
     backend = select("cpu").with_kernels("numba")
     ours = from_matrix(backend, interactions, "benchmark")
     arguments = (backend, ours.csr, values, 1.0 / np.diff(ours.csr.indptr), np.ones(ours.items))

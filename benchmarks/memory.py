@@ -1,6 +1,7 @@
-"""Peak memory of the whole job under ``--memory 500MB``, against what is promised.
+"""Peak memory of the whole job with ``--memory 500MB``, against the promised amount.
 
-That is: the interactions as CSR, one modality's features, the 500 MB, and 400 MB for Python and its libraries.
+The promise is the sum of the interactions as CSR, one modality's features, the 500 MB, and 400 MB for Python and its
+libraries.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from common import arguments, features, plot, process_cost, row, show, write_int
 from job import job_command
 from scale import Size
 
-MEMORY = 500_000_000  # bytes that --memory gives
-LIBRARIES = 400_000_000  # bytes
+MEMORY = 500_000_000  # bytes, for --memory
+LIBRARIES = 400_000_000  # bytes of Python and its libraries
 MODALITIES = ("image", "text")
 
 

@@ -1,19 +1,18 @@
-"""What a trained model gains: random against initialised tables, full ranking, paired over seeds.
+"""Gain of trained models: random against initialised tables, by a full ranking, paired over seeds.
 
-A row of `results/quality.csv` is one run: the model's own early stopping on validation Recall@20, and, at the epoch
-of the best validation score, test metrics of all users, by degree, and of items without training interactions. Runs
-that have a row, under any arm's name, are not run again, so the table grows by calling this again with more seeds,
-models or recipes::
+A row of `results/quality.csv` is one run. The model stops early by validation Recall@20; the row has the metrics at the
+epoch of the best validation score: of all users, of users by degree, and of items without training interactions. A run
+that has a row, under the name of any arm, is not repeated, so further calls add more seeds, models or recipes::
 
     python benchmarks/quality.py --library MRLib --models FREEDOM DRAGON --seeds 1 2 3 4 5
     python benchmarks/quality.py --library MRLib --models FREEDOM --recipes tries.toml    # [name] gain = 0.5 ...
-    python benchmarks/quality.py --table                # all rows, or those of --models and --arms
+    python benchmarks/quality.py --table                # shows all rows, or those of --models and --arms
 
-Arms: `random`, `preset` (gpu_init.mmrec's), and each table of the recipes' TOML files, changes to the preset as
-`gpu_init.mmrec.adjusted` takes them, and `permuted`: whether each user and item gets the vector of another, which
-tells what the vectors know from what their norm alone does. Settings are to be chosen by the columns `valid_...` alone:
-`--table valid`.
-Without `--library`, the small model of `small_model.py`. Several processes may write to one CSV file.
+The arms are `random`, `preset` (that of gpu_init.mmrec), and one for each table of the recipes' TOML files. A recipe
+has changes to the preset, as `gpu_init.mmrec.adjusted` takes them, and `permuted`: with it each user and item gets the
+vector of another, which separates the effect of the vectors' norm from that of their content. Settings must be chosen
+by validation scores alone, which `--table valid` shows. Without `--library`, the model is that of `small_model.py`.
+Several processes may write to one CSV file.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ SMALL = "LightGCN"
 KEY = ("dataset", "library", "model", "seed", "recipe", "config")
 SUFFIXES = ("", "_degree_to_2", "_degree_3_to_5", "_degree_above_5", "_cold_items")
 
-# One value for each hyper-parameter of the libraries' grids; what is not said is the library's first.
+# Values of hyper-parameters; of those that are not here, the first value of the library's grid is taken.
 CONFIG: dict[str, dict[str, Any]] = {
     "MMGCN": {"n_layers": 2, "learning_rate": 0.001},
     "DRAGON": {"reg_weight": 0.001, "learning_rate": 0.0001},
@@ -70,7 +69,7 @@ SMALL_PRESET = mmrec.Preset(
 
 
 class Recorder:
-    """Listens to a run's evaluations; keeps the metrics of each epoch's two, and the best epoch's.
+    """An observer of a run, which keeps the metrics of each validation and the test metrics of the best epoch.
 
     Attributes
     ----------
@@ -87,11 +86,10 @@ class Recorder:
         self.best_test: dict[str, float] = {}
 
     def __call__(self, kind: str, users: NDArray[np.int64], top: NDArray[np.int64]) -> None:
-        """Take an evaluation, as `mmrec_runs.Observer`."""
         found = metrics(users, top, self.split, getattr(self.split, kind))
         if kind == "valid":
             self.valid.append(found)
-            # rounded as the libraries do, which stop, and report, by the first of equal scores
+            # The libraries round scores, and take the first of equal ones.
             scores = [round(one["recall_20"], 4) for one in self.valid]
             self.best = int(np.argmax(scores))
         elif self.best == len(self.valid) - 1:
@@ -121,18 +119,20 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", type=Path, help="checkout of MMRec or MRLib (default: the small model)")
-    parser.add_argument("--models", nargs="+", help=f"default: {' '.join(MODELS)}, or {SMALL} without a library")
+    parser.add_argument(
+        "--models", nargs="+", help=f"models to train (default: {' '.join(MODELS)}, or {SMALL} without a library)"
+    )
     parser.add_argument("--dataset", default="tiktok", help="name of the data set (default: tiktok)")
     shared = Path(__file__).parents[2] / "shared" / "data" / "tiktok"
-    parser.add_argument("--data", type=Path, default=shared, help="its folder")
+    parser.add_argument("--data", type=Path, default=shared, help="folder of the data set")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--arms", nargs="+", help="default: random preset, and every recipe")
-    parser.add_argument("--recipes", type=Path, nargs="+", default=[], help="TOML files, a table for each recipe")
-    parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="over the model's settings here")
-    parser.add_argument("--epochs", type=int, help="at most so many")
-    parser.add_argument("--quick", action="store_true", help="one seed, two epochs: does it run?")
+    parser.add_argument("--arms", nargs="+", help="arms to run (default: random, preset and every recipe)")
+    parser.add_argument("--recipes", type=Path, nargs="+", default=[], help="TOML files with a table for each recipe")
+    parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="changes to the model's settings")
+    parser.add_argument("--epochs", type=int, help="most epochs of a run")
+    parser.add_argument("--quick", action="store_true", help="run one seed for two epochs")
     parser.add_argument(
-        "--table", nargs="?", const="test", choices=("test", "valid"), help="show the rows, run nothing"
+        "--table", nargs="?", const="test", choices=("test", "valid"), help="show the rows and run nothing"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV file and the plot")
     given = parser.parse_args()
@@ -152,7 +152,7 @@ def _run_all(given: argparse.Namespace, path: Path) -> None:
     library = mmrec_runs.Library(given.library) if given.library else None
     recipes = _recipes(given.recipes)
     arms = given.arms or ["random", "preset", *recipes]
-    for seed in given.seeds:  # outermost: the table is even, whenever one stops
+    for seed in given.seeds:  # the outermost loop, so that all arms have the same seeds when somebody stops this script
         for model in given.models:
             preset = SMALL_PRESET if library is None else mmrec.preset_of(model)
             config = {**CONFIG.get(model, {}), **mmrec_runs.values_of(given.config)}
@@ -191,7 +191,7 @@ def _run_one(
     preset: mmrec.Preset | None,
     permuted: bool,
 ) -> None:
-    """Run one arm with one seed, which K-means takes too unless the recipe says otherwise, and append its row."""
+    """Run one arm with one seed and append its row; K-means has the same seed unless the recipe has another."""
     with tempfile.TemporaryDirectory() as folder:
         artifact = None
         if preset is not None:
@@ -227,7 +227,7 @@ def _run_one(
         "curve": " ".join(f"{one['recall_20']:.4f}" for one in recorder.valid),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(path.parent, os.O_RDONLY)  # locked, so that no lock file is left beside the rows
+    lock = os.open(path.parent, os.O_RDONLY)  # the folder is locked, so that no lock file is left beside the rows
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         row(path, **row_fields)
@@ -240,7 +240,7 @@ def _run_one(
 
 
 def permute_rows(model: torch.nn.Module, paths: Iterable[str], users: int, seed: int) -> None:
-    """Shuffle the rows of tables: as many as there are users, and those after them, each among themselves."""
+    """Shuffle the rows of tables: those of users among themselves, and those of items after them likewise."""
     generator = torch.Generator().manual_seed(seed)
     for path in paths:
         table = operator.attrgetter(path)(model).detach()
@@ -250,7 +250,7 @@ def permute_rows(model: torch.nn.Module, paths: Iterable[str], users: int, seed:
 
 
 def described(preset: mmrec.Preset, permuted: bool = False) -> str:
-    """All that decides what a preset does, as JSON."""
+    """Give a preset as JSON."""
     tables = {
         path: [{name: _plain(value) for name, value in vars(one).items() if name != "rows"} for one in vectors]
         for path, vectors in preset.tables.items()
@@ -277,7 +277,7 @@ def _recipes(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows so far."""
+    """Read the rows of earlier runs."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -285,7 +285,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def show_table(rows: Sequence[Mapping[str, str]], part: str) -> None:
-    """Print each arm's means and its gain over random of the same seeds, with its 95% interval; then by group."""
+    """Print the mean scores of each arm and its gain over random with the same seeds; then scores by group."""
     lines, split = [], []
     for (library, model), arms in _grouped(rows).items():
         random = arms.get("random", {})
@@ -306,9 +306,9 @@ def show_table(rows: Sequence[Mapping[str, str]], part: str) -> None:
             figures = [f"{mean:.4f}" for mean in means[:4]]
             lines.append([library, model, arm, len(seeds), *figures, gain, *epochs, reached])
     columns = ["library", "model", "tables", "seeds", "R@10", "R@20", "N@10", "N@20", "gain in R@20 (95% interval)"]
-    columns += ["best epoch", "to 95%", "to random's best"]
+    columns += ["best epoch", "epochs to 95% of the best", "epochs to random's best"]
     show(f"{part}, mean over seeds; gains paired by seed", columns, lines)
-    columns = ["library", "model", "tables", "degree to 2", "3 to 5", "above 5", "cold items"]
+    columns = ["library", "model", "tables", "degree 0 to 2", "degree 3 to 5", "degree above 5", "cold items"]
     show(f"{part} Recall@20, random -> initialised", columns, split)
 
 
@@ -317,7 +317,7 @@ def _mean(runs: Mapping[str, Mapping[str, str]], seeds: Sequence[str], column: s
 
 
 def named(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Rows by the names that their recipes have today: a preset that has changed since is a former one."""
+    """Rename arms by their recipes: a preset that is not that of today is a former preset."""
     recipes: dict[str, list[str]] = {}
     renamed = []
     for one in rows:
@@ -325,7 +325,7 @@ def named(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
         arm = "former preset" if one["arm"] == "preset" else one["arm"]
         if preset is not None and one["recipe"] == described(preset):
             arm = "preset"
-        same = recipes.setdefault(f"{one['model']} {arm}", [])  # two recipes of one name are two arms
+        same = recipes.setdefault(f"{one['model']} {arm}", [])  # two recipes with one name are two arms
         if one["recipe"] not in same:
             same.append(one["recipe"])
         number = same.index(one["recipe"]) + 1
@@ -334,7 +334,7 @@ def named(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
 
 
 def _grouped(rows: Sequence[Mapping[str, str]]) -> dict[Any, dict[str, dict[str, Mapping[str, str]]]]:
-    """Runs by seed, by arm, by library and model, with what its settings have that those of its other runs have not."""
+    """Group runs by library and model, by arm and by seed; settings that not all runs of a model share name it."""
     shared: dict[Any, set[str]] = {}
     for one in rows:
         shared.setdefault((one["library"], one["model"]), _settings(one)).intersection_update(_settings(one))
@@ -352,7 +352,7 @@ def _settings(one: Mapping[str, str]) -> set[str]:
 
 
 def gain_text(random: Sequence[float], other: Sequence[float]) -> str:
-    """Mean gain over random in percent, with the 95% interval of Student's t over the seeds' differences."""
+    """Give the mean gain over random in percent, with the 95% interval of Student's t over the differences by seed."""
     base = statistics.mean(random)
     if not base > 0:
         return "-"
@@ -367,7 +367,7 @@ def gain_text(random: Sequence[float], other: Sequence[float]) -> str:
 def _reached(
     runs: Mapping[str, Mapping[str, str]], random: Mapping[str, Mapping[str, str]], seeds: Sequence[str]
 ) -> str:
-    """Mean epochs until the random run's best validation score, of the seeds that reach it, and how many do."""
+    """Give the mean epochs to the best validation score of random, and how many seeds reach it."""
     epochs = []
     for seed in seeds:
         goal = max(map(float, random[seed]["curve"].split()))
@@ -380,7 +380,7 @@ def _reached(
 
 
 def plot_curves(rows: Sequence[Mapping[str, str]], path: Path) -> None:
-    """Draw validation Recall@20 by epoch, a panel for each model, a line for each run; needs matplotlib."""
+    """Draw validation Recall@20 by epoch, with a panel for each model and a line for each run; needs matplotlib."""
     groups = _grouped(rows)
     if not groups:
         return

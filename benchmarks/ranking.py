@@ -1,4 +1,4 @@
-"""Recall and NDCG of a full ranking, of all users, by degree, and of cold items: one measure for every model."""
+"""Recall and NDCG of a full ranking: of all users, by degree, and of cold items."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
@@ -16,7 +17,7 @@ KS = (10, 20)
 
 
 class Split(NamedTuple):
-    """Interactions as ones (U, I): to train on, to stop by, to report."""
+    """Matrices of ones (U, I): interactions for training, for validation and for test."""
 
     train: csr_matrix
     valid: csr_matrix
@@ -24,10 +25,10 @@ class Split(NamedTuple):
 
 
 def metrics(users: NDArray[np.int64], top: NDArray[np.int64], split: Split, held_out: csr_matrix) -> dict[str, float]:
-    """Recall and NDCG, the mean over users with held-out items: of all, by training degree, and of cold items.
+    """Give Recall and NDCG, the mean over users with held-out items: of all users, by training degree, of cold items.
 
-    ``top`` (n, 20) are the best items of ``users`` (n,), best first, training items left out. ``_cold_items``: only
-    held-out items without a training interaction are looked for, ranked among all. Nan where there are none.
+    ``top`` (n, 20) are the best items of ``users`` (n,), best first, without training items. For ``_cold_items``, only
+    held-out items without a training interaction count as hits in the ranking of all items. Means over nobody are nan.
     """
     degree = np.diff(split.train.indptr)[users]
     cold = np.diff(split.train.tocsc().indptr) == 0
@@ -50,10 +51,11 @@ def _hits(wanted: csr_matrix, top: NDArray[np.int64], first: int) -> NDArray[np.
 
 
 def means(hits: NDArray[np.bool_], counts: NDArray[Any], suffix: str = "") -> dict[str, float]:
-    """Recall and NDCG, the mean over users with held-out items, nan where there are none.
+    """Give Recall and NDCG, the mean over users with held-out items; nan where there are no such users.
 
-    ``hits`` (n, 20) says which of a user's best items, best first, are held out, ``counts`` (n,) how many are in all.
-    NDCG: gain 1 per hit, divided by log2(rank + 1), over the best that the user's number of held-out items allows.
+    ``hits`` (n, 20) tells which of a user's best items, best first, are held out; ``counts`` (n,) is the number of the
+    user's held-out items. NDCG is the sum of 1 / log2(rank + 1) over the hits, divided by its largest possible value
+    for that number of held-out items.
     """
     hits, counts = hits[counts > 0], counts[counts > 0]
     discounts = 1 / np.log2(np.arange(2, max(KS) + 2))
@@ -68,9 +70,9 @@ def means(hits: NDArray[np.bool_], counts: NDArray[Any], suffix: str = "") -> di
 def ranked(
     score: Callable[[NDArray[np.int64]], NDArray[np.float32]], train: csr_matrix, held_out: csr_matrix
 ) -> tuple[NDArray[np.bool_], NDArray[Any]]:
-    """Which of their best items, best first, are held out, for users with such items (n, 20); how many are (n,).
+    """Rank all items but the training items for each user with held-out items; give `means`' ``hits`` and ``counts``.
 
-    ``score`` gives some users' scores of all items, which are then changed: training items are left out.
+    ``score`` takes users (n,) and gives an array of their scores (n, I), which is overwritten.
     """
     active = np.flatnonzero(np.diff(held_out.indptr))
     hits = []
@@ -83,22 +85,27 @@ def ranked(
 
 
 def _top(scores: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Columns of the highest scores of each row, best first."""
+    """Give the columns of the highest scores of each row, best first."""
     unordered = np.argpartition(-scores, max(KS), axis=1)[:, : max(KS)]
     order = np.argsort(-np.take_along_axis(scores, unordered, axis=1), axis=1)
     return np.take_along_axis(unordered, order, axis=1)
 
 
+def ones(rows: pd.DataFrame, shape: tuple[int, int]) -> csr_matrix:
+    """Give rows of a table with columns ``userID`` and ``itemID`` as ones (U, I); duplicates are summed."""
+    return csr_matrix((np.ones(len(rows), np.float32), (rows["userID"], rows["itemID"])), shape=shape)
+
+
 def demo_split(folder: str, users: int = 8000, items: int = 2000) -> tuple[Split, dict[str, NDArray[np.float32]]]:
-    """Make the demo's data: its held-out rows to stop by where the user's number is even, to report where it is odd."""
+    """Make the demo's data; held-out rows of even users are for validation, those of odd users for test."""
     data = demo.make(folder, users=users, items=items, seed=0)
     text, table = np.full((items, demo.WIDTHS["text"]), np.nan, np.float32), pq.read_table(data.text)
     text[table["item_id"].to_numpy()] = np.vstack(table["embedding"].to_numpy())
 
-    def ones(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> csr_matrix:
+    def matrix(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> csr_matrix:
         return csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(users, items))
 
     who, what = data.unseen
     even = who % 2 == 0
-    split = Split(ones(*data.seen), ones(who[even], what[even]), ones(who[~even], what[~even]))
+    split = Split(matrix(*data.seen), matrix(who[even], what[even]), matrix(who[~even], what[~even]))
     return split, {"image": np.load(data.image).astype(np.float32), "text": text}

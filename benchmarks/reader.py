@@ -1,8 +1,7 @@
-"""The reader alone, a table to R, each a process of its own: time, and memory beyond R against the 1 GB promised.
+"""Reading of interactions, from a table to the matrix R: time, and memory beyond R against the promised 1 GB.
 
-Against pandas: read the table, number the ids (`factorize`), make scipy's CSR.
-
-Run with a table and what it holds, it reads that one: ``reader.py ours|pandas KIND ITEMS TABLE FACTS``.
+It is compared with pandas, which reads the table and numbers the ids (`factorize`), and scipy's CSR. Each run is a
+process of its own, started by this script as ``reader.py ours|pandas KIND ITEMS TABLE FACTS``.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ import numpy as np
 from common import Cost, arguments, interactions, plot, process_cost, row, show
 
 OURS, BASELINE = "ours", "pandas"
-PROMISED = 10**9  # bytes beyond R
+PROMISED = 10**9  # bytes beyond R, at most
 USER, ITEM, WEIGHT = "user_id", "item_id", "weight"
 
 
 class Size(NamedTuple):
-    """What is read."""
+    """Size of the table."""
 
     users: int
     items: int
@@ -68,13 +67,14 @@ def main() -> None:
         for way in (OURS, BASELINE):
             seconds[way].append(costs[way].seconds)
     title = f"reader, {size.interactions:,} interactions, {size.users:,} users, {size.items:,} items"
-    heads = ["seconds", "pandas", "x faster", "R MiB", "beyond R MiB", "promised", "pandas beyond R"]
-    show(title, ["", *heads], lines)
+    heads = ["seconds", "pandas seconds", "times faster", "R MiB", "beyond R MiB"]
+    heads += ["promised MiB", "pandas beyond R MiB"]
+    show(title, ["ids", *heads], lines)
     plot(given.results / "reader.png", title, "seconds", KINDS, seconds)
 
 
 def write(path: Path, kind: str, size: Size) -> None:
-    """Write the interactions with ids of a kind."""
+    """Write a table of interactions with one kind of ids."""
     import pyarrow as pa
     import pyarrow.csv as pc
     import pyarrow.parquet as pq
@@ -98,7 +98,7 @@ def write(path: Path, kind: str, size: Size) -> None:
 
 
 def named(kind: str, axis: str, count: int) -> Callable[[Any], Any]:
-    """From row numbers to ids."""
+    """Give a function from row numbers to ids."""
     import pyarrow as pa
 
     if kind == "text":
@@ -108,7 +108,7 @@ def named(kind: str, axis: str, count: int) -> Callable[[Any], Any]:
 
 
 def ours(kind: str, path: str, items: int) -> int:
-    """Read with gpu-init; bytes of R."""
+    """Read a table with gpu-init; give the bytes of R."""
     import pandas as pd
 
     from gpu_init.backend.select import select
@@ -125,7 +125,7 @@ def ours(kind: str, path: str, items: int) -> int:
 
 
 def pandas_reads(kind: str, path: str, _: int) -> int:
-    """Read with pandas, ids numbered unless they are row numbers; bytes of scipy's CSR."""
+    """Read a table with pandas, number ids that are not row numbers, and give the bytes of scipy's CSR."""
     import pandas as pd
     import scipy.sparse
 
@@ -139,7 +139,7 @@ def pandas_reads(kind: str, path: str, _: int) -> int:
 
 
 def read_one(way: str, kind: str, items: str, path: str, facts: str) -> None:
-    """Read in this process, libraries and kernels loaded before the clock starts, and write down what it took."""
+    """Read one table in this process, after libraries and kernels are loaded, and write the seconds to a file."""
     import time
 
     reading = {OURS: ours, BASELINE: pandas_reads}[way]

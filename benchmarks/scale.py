@@ -1,7 +1,7 @@
-"""Growth of the whole job's time and memory: users, interactions, D and K each grown tenfold in turn.
+"""Growth of the whole job's time and memory, as users, interactions, D and K grow tenfold, one at a time.
 
-The last line grows users and interactions together, as data do; with --large tenfold and a hundredfold, up to
-100 million interactions.
+In the last row users and interactions grow together, as they do in practice; with --large tenfold and a hundredfold, up
+to 100 million interactions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from job import job_command
 
 
 class Size(NamedTuple):
-    """One job."""
+    """Size of one job."""
 
     users: int
     items: int
@@ -51,7 +51,7 @@ def main() -> None:
         row(given.results / "scale.csv", grown=what, **counts, D=size.width, K=size.clusters, **facts)
         lines.append([what, *size, *facts.values()])
         costs.append(cost)
-    columns = ["grown", "users", "items", "interactions", "D", "K", "seconds", "us/interaction", "peak MiB"]
+    columns = ["what grew", "users", "items", "interactions", "D", "K", "seconds", "us/interaction", "peak MiB"]
     title = "growth of the whole job"
     show(title, columns, lines)
     series = {"seconds": [cost.seconds for cost in costs], "peak GiB": [cost.peak / 2**30 for cost in costs]}
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def grown(base: Size, factor: int) -> dict[str, Size]:
-    """The base with one of its dimensions, or users and interactions together, grown."""
+    """Give sizes in which one dimension of the base, or users and interactions, are ``factor`` times larger."""
     users, interactions = factor * base.users, factor * base.interactions
     return {
         f"users x{factor}": base._replace(users=users),
@@ -71,7 +71,7 @@ def grown(base: Size, factor: int) -> dict[str, Size]:
 
 
 def measure(size: Size) -> Cost:
-    """Make the input, and run the job on it in a process of its own."""
+    """Write the input, and run the job on it in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths = (folder / "interactions.parquet", folder / "features.npy")

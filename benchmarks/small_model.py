@@ -1,6 +1,7 @@
-"""LightGCN or, with no layers, BPR-MF in plain torch, from random and from initialised tables: needs no checkout.
+"""LightGCN or, without layers, BPR-MF in plain torch, from random and from initialised tables.
 
-As a script: BPR-MF, five seeds on the demo's data. `quality.py` runs it too, beside the libraries' models.
+As a script it trains BPR-MF with five seeds on the demo's data. `quality.py` runs this model too; unlike the models of
+the libraries it needs no checkout.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from scipy.sparse import coo_matrix, csr_matrix
 import gpu_init
 from gpu_init.torch import Table, init_model_
 
-# The mean of the modalities, in one whitened space for users and items.
+# Users and items get the mean of their modalities, in one whitened space.
 TABLES = {
     "user": Table("image+text", gain="match", centre=True, cold="keep"),
     "item": Table("items:image+text", gain="match", cold="keep"),
@@ -35,10 +36,10 @@ def train(
     observe: Observer | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Outcome:
-    """Train, and keep the epoch of the best validation Recall@20.
+    """Train the model; the scores are those of the epoch of the best validation Recall@20.
 
-    ``options``: dim 64, layers 2, learning_rate 0.001, reg_weight 1e-4, batch 2048, epochs 200, patience 20 evaluations
-    (after each epoch).
+    ``options`` and their defaults: dim 64, layers 2, learning_rate 0.001, reg_weight 1e-4, batch 2048, epochs 200, and
+    patience 20, the epochs without a better validation score after which training ends.
     """
     given: dict[str, Any] = {"dim": 64, "layers": 2, "learning_rate": 1e-3, "reg_weight": 1e-4, "batch": 2048}
     given |= {"epochs": 200, "patience": 20, **(options or {})}
@@ -74,7 +75,7 @@ def train(
 
 
 def _adjacency(R: csr_matrix) -> torch.Tensor:
-    """D^-1/2 A D^-1/2 of the graph of users and items, as a sparse tensor."""
+    """Give D^-1/2 A D^-1/2 of the graph of users and items, as a sparse tensor."""
     coo, (users, items) = R.tocoo(), R.shape
     rows, columns = (np.concatenate(pair) for pair in ((coo.row, coo.col + users), (coo.col + users, coo.row)))
     degrees = np.maximum(np.bincount(rows, minlength=users + items), 1)
@@ -85,7 +86,7 @@ def _adjacency(R: csr_matrix) -> torch.Tensor:
 
 
 def _propagated(model: Any, adjacency: torch.Tensor, layers: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean of the tables and of what each layer makes of them (LightGCN, He et al. 2020, equations 7 and 8)."""
+    """Give the mean of the tables and of each layer's result (LightGCN, He et al. 2020, equations 7 and 8)."""
     each = [torch.cat([model["user"], model["item"]])]
     for _ in range(layers):
         each.append(adjacency @ each[-1])
@@ -112,7 +113,7 @@ def _evaluate(
 
 
 def compare(seeds: range, folder: str, **options: Any) -> list[tuple[Outcome, Outcome]]:
-    """Outcomes of BPR-MF on the demo's data, from random and from initialised tables, per seed."""
+    """Train BPR-MF on the demo's data from random and from initialised tables; give a pair of outcomes per seed."""
     split, features = demo_split(folder)
     given = {"layers": 0, "dim": 32, "learning_rate": 0.005, "epochs": 60, "patience": 5, **options}
     pairs = []
@@ -124,7 +125,7 @@ def compare(seeds: range, folder: str, **options: Any) -> list[tuple[Outcome, Ou
 
 
 def filler(made: Mapping[str, Any], tables: Mapping[str, Any]) -> Callable[[Any], object]:
-    """Give what fills a model's tables before training."""
+    """Give a function that fills a model's tables."""
     return lambda model: init_model_(model, made, tables)
 
 

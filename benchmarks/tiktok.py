@@ -1,8 +1,8 @@
-"""The README's result on TikTok: the job's time and counts, and what the vectors rank before any training.
+"""The README's result on TikTok: the job's time and counts, and a ranking of held-out rows without training.
 
-Held-out rows (validation and test together) are ranked by the users' vectors times the items' whitened
-features, summed over both modalities, training items left out: K-means seeds 0 to 3, lambda from 1 (local
-means alone) down.
+Held-out rows (validation and test together) are ranked by the users' vectors times the items' whitened features, summed
+over both modalities, with training items left out. K-means has the seeds 0 to 3; lambda goes down from 1, which takes
+local means alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from common import RESULTS, peak_memory, row, show
 from numpy.typing import NDArray
-from ranking import means, ranked
+from ranking import means, ones, ranked
 from scipy.sparse import csr_matrix
 
 import gpu_init
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def job(data: Path) -> None:
-    """Run the job from the command line, and count what it wrote."""
+    """Run the job from the command line, and show the counts in its manifest."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "vectors"
         features = [f"--features={name}={data / name}_feat.npy" for name in MODALITIES]
@@ -75,10 +75,10 @@ def ranking(data: Path) -> None:
     table = pd.read_csv(data / "tiktok.inter", sep="\t")
     features = {name: np.load(data / f"{name}_feat.npy").astype(np.float32) for name in MODALITIES}
     shape = (USERS, len(features["image"]))
-    train, held_out = (_matrix(table[mask], shape) for mask in (table["x_label"] == 0, table["x_label"] > 0))
+    train, held_out = (ones(table[mask], shape) for mask in (table["x_label"] == 0, table["x_label"] > 0))
     lines = []
     for lam in LAMBDAS:
-        seeds = SEEDS[:1] if lam == 1.0 else SEEDS  # without the cluster-level part, K-means has no say
+        seeds = SEEDS[:1] if lam == 1.0 else SEEDS  # without the cluster-level part, the seed changes nothing
         scores = []
         for seed in seeds:
             result = gpu_init.initialize(train, features, lam=lam, dim=DIM, whiten=True, seed=seed, backend="cpu")
@@ -99,11 +99,11 @@ def ranking(data: Path) -> None:
         name = "1 (local means alone)" if lam == 1.0 else str(lam)
         spread = f"{recalls.min():.4f} to {recalls.max():.4f}"
         lines.append([name, str(len(seeds)), f"{recalls.mean():.4f}", spread, f"{gains.mean():.4f}"])
-    show("held-out rows, no training", ["lambda", "seeds", "Recall@20", "over seeds", "NDCG@20"], lines)
+    show("held-out rows, no training", ["lambda", "seeds", "Recall@20", "range over seeds", "NDCG@20"], lines)
 
 
 def metrics(result: Mapping[str, Any], train: csr_matrix, held_out: csr_matrix) -> tuple[float, float]:
-    """Recall@20 and NDCG@20, the mean over the users who have held-out rows."""
+    """Give Recall@20 and NDCG@20, the mean over the users who have held-out rows."""
 
     def score(users: NDArray[np.int64]) -> NDArray[np.float32]:
         scores: NDArray[np.float32] = sum(result[name].users[users] @ result[name].items.T for name in MODALITIES)
@@ -111,11 +111,6 @@ def metrics(result: Mapping[str, Any], train: csr_matrix, held_out: csr_matrix) 
 
     found = means(*ranked(score, train, held_out))
     return found["recall_20"], found["ndcg_20"]
-
-
-def _matrix(table: pd.DataFrame, shape: tuple[int, int]) -> csr_matrix:
-    pairs = (table["userID"].to_numpy(), table["itemID"].to_numpy())
-    return csr_matrix((np.ones(len(table), np.float32), pairs), shape=shape)
 
 
 if __name__ == "__main__":

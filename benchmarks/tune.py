@@ -1,9 +1,9 @@
-"""What `gpu-init tune` is worth: whether it picks well for test rows, and foretells what a trained model reaches.
+"""Quality of the choices of `gpu-init tune`: on test rows without training, and for a trained model.
 
-``pick``: on TikTok and on the demo's data, the best candidate on validation rows against the best of the grid on test
-rows, by a paired bootstrap over users. ``trained``: on TikTok, candidates drawn from the grid, each the start of the
-small model (matrix factorization by BPR, `small_model.py`); rank correlation of the model's test Recall@20 with tune's
-score.
+``pick`` compares, on TikTok and on the demo's data, the best candidate on validation rows with the best of the grid on
+test rows, by a paired bootstrap over users. ``trained`` starts the small model (matrix factorization by BPR,
+`small_model.py`) on TikTok from candidates drawn from the grid, and gives the rank correlation of the model's test
+Recall@20 with tune's score.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from common import RESULTS, row, show
-from ranking import Split
-from scipy.sparse import csr_matrix
+from ranking import Split, ones
 from scipy.stats import spearmanr
 
 import gpu_init
@@ -29,7 +28,7 @@ from gpu_init.backend.select import select
 from gpu_init.show.progress import Progress
 
 METRIC = "recall@20"
-DRAWN = 24  # settings that models are trained from
+DRAWN = 24  # settings from which models are trained
 OPTIONS = {"layers": 0, "learning_rate": 0.005, "epochs": 10, "patience": 10}
 
 
@@ -37,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data" / "tiktok")
     parser.add_argument("--parts", nargs="+", choices=("pick", "trained"), default=("pick", "trained"))
-    parser.add_argument("--quick", action="store_true", help="the demo's data alone, small: does it run?")
+    parser.add_argument("--quick", action="store_true", help="only the demo's data, in a small size")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     given = parser.parse_args()
     there = (given.data / "tiktok.inter").is_file() and not given.quick
@@ -48,14 +47,15 @@ def main() -> None:
             jobs = {"demo": demo_jobs(folder, *((2000, 400) if given.quick else (20_000, 4000)))}
             jobs |= {"tiktok": tiktok_jobs(given.data, folder)} if there else {}
             lines = [pick(name, *both, given.results / "tune.csv") for name, both in jobs.items()]
-            columns = ["data", "candidates", "seconds", "picked", "its test score", "best of the grid", "behind", "95%"]
+            columns = ["data", "candidates", "seconds", "picked settings", "their test score", "best of the grid"]
+            columns += ["behind the best", "95% interval"]
             show(f"picked on validation rows, {METRIC} on test rows", columns, lines)
         if "trained" in given.parts and there:
             trained(given.data, folder, given.results / "tune_trained.csv")
 
 
 def tiktok_jobs(data: Path, folder: str) -> tuple[config.JobConfig, config.JobConfig]:
-    """The job, with validation and with test rows held out."""
+    """Give TikTok's job, once with validation rows and once with test rows held out."""
     base = {
         "interactions": str(data / "tiktok.inter"),
         "where": "x_label == 0",
@@ -70,7 +70,7 @@ def tiktok_jobs(data: Path, folder: str) -> tuple[config.JobConfig, config.JobCo
 
 
 def demo_jobs(folder: str, users: int, items: int) -> tuple[config.JobConfig, config.JobConfig]:
-    """The demo's job; its held-out rows of even users are for validation, those of odd ones for test."""
+    """Give the demo's job, once with the held-out rows of even users (validation), once of odd users (test)."""
     made = demo.make(folder, users=users, items=items, seed=0)
     held_out = pd.read_parquet(made.held_out)
     parts = []
@@ -82,14 +82,14 @@ def demo_jobs(folder: str, users: int, items: int) -> tuple[config.JobConfig, co
 
 
 def ranked(job: config.JobConfig, drawn: int | None = None) -> tuple[tune.Ranking, float]:
-    """Candidates ranked by a job's held-out rows, all or some that are drawn, and the seconds that took."""
+    """Rank candidates, all or ``drawn`` random ones, by a job's held-out rows; give the ranking and its seconds."""
     backend, progress = select("cpu"), Progress(None)
     start = time.perf_counter()
     data, held_out = tune.read(job, backend, progress)
     widths = {name: source.table.values.shape[1] for name, source in data.sources.items()}
     settings = tune.grid(job.settings, widths, 10**6)
     if drawn:
-        settings = [one for one in settings if one.dim == tune.DIM]  # the model's own width
+        settings = [one for one in settings if one.dim == tune.DIM]  # the width of the model
         settings = [
             settings[at] for at in np.sort(np.random.default_rng(0).choice(len(settings), drawn, replace=False))
         ]
@@ -98,7 +98,7 @@ def ranked(job: config.JobConfig, drawn: int | None = None) -> tuple[tune.Rankin
 
 
 def pick(name: str, valid: config.JobConfig, test: config.JobConfig, path: Path) -> list[Any]:
-    """Pick on validation rows, and hold the pick to the best of the grid on test rows."""
+    """Pick settings on validation rows, and compare them with the best of the grid on test rows."""
     (on_valid, seconds), (on_test, _) = ranked(valid), ranked(test)
     picked = int(tune.standing(on_valid.scores[METRIC]).order[0])
     found = tune.standing(on_test.scores[METRIC])
@@ -135,8 +135,8 @@ def pick(name: str, valid: config.JobConfig, test: config.JobConfig, path: Path)
 
 
 def trained(data: Path, folder: str, path: Path) -> None:
-    """Train the small model from some candidates, and correlate."""
-    import small_model  # which needs torch
+    """Train the small model from some candidates, and correlate its scores with those of tune."""
+    import small_model  # this needs torch
 
     from gpu_init.torch import Table
 
@@ -150,7 +150,7 @@ def trained(data: Path, folder: str, path: Path) -> None:
     table = pd.read_csv(data / "tiktok.inter", sep="\t")
     features = {name: np.load(data / f"{name}_feat.npy").astype(np.float32) for name in ("image", "audio")}
     shape = (9308, len(features["image"]))
-    split = Split(*(_ones(table[table["x_label"] == label], shape) for label in range(3)))
+    split = Split(*(ones(table[table["x_label"] == label], shape) for label in range(3)))
     tables = {
         "user": Table("image+audio", gain="match", centre=True, cold="keep"),
         "item": Table("items:image+audio", gain="match", cold="keep"),
@@ -169,14 +169,9 @@ def trained(data: Path, folder: str, path: Path) -> None:
         scores.append((score, reached))
         print(*lines[-1], file=sys.stderr, flush=True)
     rho, p = spearmanr(*zip(*scores, strict=True))
-    show(f"trained from each (random start: {start:.4f})", ["settings", "tune", "trained Recall@20"], lines)
+    show(f"trained from each (random start: {start:.4f})", ["settings", "tune's score", "trained Recall@20"], lines)
     print(f"Spearman correlation {rho:.2f} (p {p:.3f}, {len(scores)} settings)")
     row(path.with_name("tune_correlation.csv"), settings=len(scores), spearman=float(rho), p=float(p))
-
-
-def _ones(table: pd.DataFrame, shape: tuple[int, int]) -> csr_matrix:
-    pairs = (table["userID"].to_numpy(), table["itemID"].to_numpy())
-    return csr_matrix((np.ones(len(table), np.float32), pairs), shape=shape)
 
 
 if __name__ == "__main__":
