@@ -91,22 +91,8 @@ _MISMATCH = {
 }
 
 
-class _Comparison(NamedTuple):
-    """Column OP values. With several values, ``==`` means one of them and ``!=`` none of them."""
-
-    column: str
-    sign: str
-    values: tuple[Literal, ...]
-
-
-class _Group(NamedTuple):
-    """All of the parts (``operator.and_``), or at least one of them (``operator.or_``)."""
-
-    join: Callable[[Any, Any], Any]
-    parts: tuple[_Node, ...]
-
-
-_Node = _Comparison | _Group
+# A condition takes the arguments of `Where.mask` and returns a Series of booleans.
+_Condition = Callable[[Any, str, Callable[[int], str]], Any]
 
 
 @dataclass(frozen=True)
@@ -123,7 +109,7 @@ class Where:
 
     text: str
     columns: tuple[str, ...]
-    _condition: _Node
+    _condition: _Condition
 
     def mask(self, frame: Any, place: str, row: Callable[[int], str] = "row {}".format) -> Any:
         """Tell which rows satisfy the condition.
@@ -147,13 +133,7 @@ class Where:
         InputError
             A column's type, or one of its values, cannot be compared with a literal.
         """
-
-        def evaluate(node: _Node) -> Any:
-            if isinstance(node, _Comparison):
-                return _compare(frame[node.column], f"{place}, column {node.column}", node, row)
-            return functools.reduce(node.join, map(evaluate, node.parts))
-
-        return evaluate(self._condition)
+        return self._condition(frame, place, row)
 
 
 def parse(text: str) -> Where:
@@ -236,23 +216,23 @@ class _Parser:
             raise _unexpected(token, wanted)
         return token.text
 
-    def condition(self) -> _Node:
+    def condition(self) -> _Condition:
         node = self._any(negate=False)
         if self._token.kind != "end":
             raise _unexpected(self._token, "and, or, or the end")
         return node
 
-    def _any(self, negate: bool) -> _Node:
+    def _any(self, negate: bool) -> _Condition:
         return self._chain("or", negate, lambda: self._chain("and", negate, lambda: self._one(negate)))
 
-    def _chain(self, word: str, negate: bool, part: Callable[[], _Node]) -> _Node:
+    def _chain(self, word: str, negate: bool, part: Callable[[], _Condition]) -> _Condition:
         parts = [part()]
         while self._accept(word):
             parts.append(part())
         join = operator.and_ if (word == "and") != negate else operator.or_
-        return parts[0] if len(parts) == 1 else _Group(join, tuple(parts))
+        return parts[0] if len(parts) == 1 else functools.partial(_joined, join, parts)
 
-    def _one(self, negate: bool) -> _Node:
+    def _one(self, negate: bool) -> _Condition:
         while self._accept("not"):
             negate = not negate
         opening = self._token
@@ -266,7 +246,7 @@ class _Parser:
         self._depth -= 1
         return node
 
-    def _comparison(self, negate: bool) -> _Comparison:
+    def _comparison(self, negate: bool) -> _Condition:
         first = literal = self._token
         if first.kind == "column":
             column = self._column()
@@ -287,7 +267,7 @@ class _Parser:
             raise _unexpected(first, "a comparison such as x_label == 0")
         if isinstance(values[0], bool) and sign not in ("==", "!="):
             raise _unexpected(literal, f"a number or a text: true and false have no order ({sign})")
-        return _Comparison(column, _OPPOSITE[sign] if negate else sign, values)
+        return functools.partial(_compared, column, _OPPOSITE[sign] if negate else sign, values)
 
     def _column(self) -> str:
         token = self._token
@@ -332,7 +312,21 @@ class _Parser:
 # Evaluation, by methods that pandas and cudf share.
 
 
-def _compare(column: Any, place: str, comparison: _Comparison, row: Callable[[int], str]) -> Any:
+def _joined(
+    join: Callable[[Any, Any], Any],
+    parts: list[_Condition],
+    frame: Any,
+    place: str,
+    row: Callable[[int], str],
+) -> Any:
+    return functools.reduce(join, (part(frame, place, row) for part in parts))
+
+
+def _compared(
+    name: str, sign: str, values: tuple[Literal, ...], frame: Any, place: str, row: Callable[[int], str]
+) -> Any:
+    """Compare a column with values. With several, the sign ``==`` means one of them and ``!=`` none of them."""
+    column, place = frame[name], f"{place}, column {name}"
     kind, dtype = kind_of(column), str(column.dtype)
     if dtype.startswith("halffloat"):  # Arrow cannot compare float16.
         column = column.astype("float32[pyarrow]")
@@ -346,7 +340,7 @@ def _compare(column: Any, place: str, comparison: _Comparison, row: Callable[[in
     if kind in ("text", "category", "decimal"):
         column = column.where(~missing, "0")
     compare: _Compare
-    match comparison.values[0], kind:
+    match values[0], kind:
         case (bool(), "boolean") | (str(), "text" | "category"):
             compare = functools.partial(_compare_values, column)
         case bool(), "text" | "category":
@@ -362,15 +356,11 @@ def _compare(column: Any, place: str, comparison: _Comparison, row: Callable[[in
             compare = lambda sign, value: _compare_integers(counts, sign, _days(value, place) * per_day)  # noqa: E731
         case value, _:
             holds, remedy = _MISMATCH.get(kind, (kind, "it cannot be compared"))
-            raise InputError(f"{place} holds {holds}, but --where compares it with {_literal_name(value)}; {remedy}.")
-    found = (_flags(compare(comparison.sign, value)) for value in comparison.values)
-    return functools.reduce(operator.or_ if comparison.sign == "==" else operator.and_, found) & ~missing
-
-
-def _literal_name(value: Literal) -> str:
-    if isinstance(value, Decimal):
-        return f"the number {value:f}"
-    return f"the text {value!r}" if isinstance(value, str) else str(value).lower()
+            literal = f"the number {value:f}" if isinstance(value, Decimal) else f"the text {value!r}"
+            literal = str(value).lower() if isinstance(value, bool) else literal
+            raise InputError(f"{place} holds {holds}, but --where compares it with {literal}; {remedy}.")
+    found = (_flags(compare(sign, value)) for value in values)
+    return functools.reduce(operator.or_ if sign == "==" else operator.and_, found) & ~missing
 
 
 def kind_of(column: Any) -> str:
