@@ -43,7 +43,7 @@ from gpu_init.ids import WHOLE_NUMBER, first_true, is_text, shown
 
 MAX_CHARACTERS = 4000
 MAX_NESTING = 50
-_MAX_DIGITS = 300  # A literal of so many digits fits a float64.
+_MAX_DIGITS = 300  # Every number of at most so many digits fits a float64.
 
 Literal = bool | Decimal | str
 _Compare = Callable[[str, Any], Any]  # It takes an operator and a literal, and returns a Series of booleans.
@@ -89,7 +89,6 @@ _MISMATCH = {
     "boolean": ("true and false", "compare it with true or false"),
     "time": ("times", "compare it with a time in quotes, such as '2024-01-31'"),
 }
-
 
 # A condition takes the arguments of `Where.mask` and returns a Series of booleans.
 _Condition = Callable[[Any, str, Callable[[int], str]], Any]
@@ -174,10 +173,8 @@ def _tokens(text: str) -> Iterator[_Token]:
         found = match[kind]
         token = _Token(kind, found.lower() if kind in ("sign", "boolean") else found, match.start(kind))
         if kind == "wrong":
-            name = "a name (in backquotes where it is not letters, digits and _)"
-            raise _unexpected(
-                token, f"a closing {found[0]}" if found[0] in "'\"`" else f"a literal, an operator or {name}"
-            )
+            wanted = "a literal, an operator or a name (in backquotes where it is not letters, digits and _)"
+            raise _unexpected(token, f"a closing {found[0]}" if found[0] in "'\"`" else wanted)
         yield token
 
 
@@ -187,10 +184,10 @@ def _unexpected(token: _Token, wanted: str) -> InputError:
 
 
 class _Parser:
-    """Recursive descent; only a parenthesis descends.
+    """A recursive descent parser, which only parentheses make descend.
 
-    Methods with an argument ``negate`` return the negation of what they parse when it is True: by De Morgan's laws,
-    ``not`` goes down to the comparisons, which become their opposites.
+    A method with ``negate=True`` returns the negation of what it parses. By De Morgan's laws, it negates the parts and
+    exchanges ``and`` and ``or``; a comparison becomes its opposite.
     """
 
     def __init__(self, text: str) -> None:
@@ -204,13 +201,13 @@ class _Parser:
         return self._tokens[self._at]
 
     def _accept(self, *signs: str) -> bool:
-        """Take the token if it is one of these."""
+        """Take the next token if it is one of these."""
         found = self._token.kind == "sign" and self._token.text in signs
         self._at += found
         return found
 
     def _expect(self, wanted: str, *signs: str) -> str:
-        """Take the token, which has to be one of these."""
+        """Take the next token, and refuse it if it is none of these."""
         token = self._token
         if not self._accept(*signs):
             raise _unexpected(token, wanted)
@@ -312,14 +309,8 @@ class _Parser:
 # Evaluation, by methods that pandas and cudf share.
 
 
-def _joined(
-    join: Callable[[Any, Any], Any],
-    parts: list[_Condition],
-    frame: Any,
-    place: str,
-    row: Callable[[int], str],
-) -> Any:
-    return functools.reduce(join, (part(frame, place, row) for part in parts))
+def _joined(join: Callable[[Any, Any], Any], parts: list[_Condition], *table: Any) -> Any:
+    return functools.reduce(join, (part(*table) for part in parts))
 
 
 def _compared(

@@ -317,12 +317,10 @@ class _Streaming:
         self._checks = checks
         self._in_place = in_place
         axis, listed = checks.axis, checks.listed
-        self._again: list[
-            tuple[Table, int]
-        ] = []  # Tables to read again, each with the number of its rows that are held.
-        self._coded: deque[tuple[Any, Any, Any, Any]] = (
-            deque()
-        )  # Codes of users and items, weights and times, by batch.
+        # Tables to read again, each with the number of its rows that are held.
+        self._again: list[tuple[Table, int]] = []
+        # By batch: codes of users and items, weights, times.
+        self._coded: deque[tuple[Any, Any, Any, Any]] = deque()
         self._room = _HELD_ROWS
         self._weighted = False
         dense = sum(table.whole or 0 for table in tables) if listed is None else 0
@@ -362,52 +360,42 @@ class _Streaming:
 
     def finish(self, place: str) -> tuple[Interactions, Any, Any]:
         """Return R, and the ids of its rows and columns, or None where these are the row numbers."""
-        checks = self._checks
-        users, items = self._users, self._items
+        checks, users, items = self._checks, self._users, self._items
         users.settle(lambda found: user_axis(found, place, checks.listed))
         items.settle(lambda found: item_axis(found, place, checks.axis))
-        timed = checks.recency is not None
-        latest = self._newest() if timed else None
-        filling = self._in_place(users.starts(), self._weighted or timed)
-
-        def add(rows: Any, columns: Any, weights: Any, times: Any) -> None:
+        latest = None  # The time of each user's newest interaction with a weight above 0.
+        if checks.recency is not None:
+            latest = np.full(users.size, -np.inf)
+            for rows, _, weights, times in self._interactions(last=False):
+                counts = slice(None) if weights is None else weights > 0
+                np.maximum.at(latest, rows[counts], times[counts])
+        filling = self._in_place(users.starts(), self._weighted or latest is not None)
+        for rows, columns, weights, times in self._interactions(last=True):
             filling.add(rows, columns, weights if latest is None else checks.decayed(weights, latest[rows] - times))
-
-        while self._coded:
-            user_codes, item_codes, weights, times = self._coded.popleft()
-            add(users.rows_of_codes(user_codes), items.rows_of_codes(item_codes), weights, times)
-        for table, batch in self._not_held("item", "weight", "time"):
-            if len(batch.frame):
-                rows, columns = users.rows(checks.users(table, batch)), items.rows(checks.items(table, batch))
-                add(rows, columns, checks.weights(table, batch), checks.times(table, batch))
-            checks.advance(batch.read - batch.read // 2)
         return Interactions(filling.finish(), items.size), users.ids, items.ids
 
-    def _not_held(self, *columns: str) -> Iterator[tuple[Table, Batch]]:
-        """Read the users and these columns of the rows that are not held, batch by batch."""
+    def _interactions(self, last: bool) -> Iterator[tuple[Any, Any, Any, Any]]:
+        """Yield the rows, columns, weights and times of all interactions, batch by batch, first of those that are held.
+
+        Only the last pass reads the columns, which are None in others, and it frees what is held.
+        """
+        checks, users, items = self._checks, self._users, self._items
+        coded = (self._coded.popleft() for _ in range(len(self._coded))) if last else iter(self._coded)
+        for user_codes, item_codes, weights, times in coded:
+            columns = items.rows_of_codes(item_codes) if last else None
+            yield users.rows_of_codes(user_codes), columns, weights, times
         for table, held in self._again:
             read = 0
-            for batch in self._checks.batches(table, table.user, *(getattr(table, name) for name in columns)):
+            for batch in checks.batches(table, table.user, table.item if last else None, table.weight, table.time):
                 read += batch.read
-                if read > held:  # A table is cut into the same batches each time.
-                    yield table, batch
-
-    def _newest(self) -> Any:
-        """Return the time of each user's newest interaction with a weight above 0, (U,) float64; -inf without one."""
-        checks, users = self._checks, self._users
-        latest = np.full(users.size, -np.inf)
-
-        def update(rows: Any, weights: Any, times: Any) -> None:
-            counts = slice(None) if weights is None else weights > 0
-            np.maximum.at(latest, rows[counts], times[counts])
-
-        for user_codes, _, weights, times in self._coded:
-            update(users.rows_of_codes(user_codes), weights, times)
-        for table, batch in self._not_held("weight", "time"):
-            if len(batch.frame):
-                rows = users.rows(checks.users(table, batch))
-                update(rows, checks.weights(table, batch), checks.times(table, batch))
-        return latest
+                if read <= held:  # A table is cut into the same batches each time.
+                    continue
+                if len(batch.frame):
+                    rows = users.rows(checks.users(table, batch))
+                    columns = items.rows(checks.items(table, batch)) if last else None
+                    yield rows, columns, checks.weights(table, batch), checks.times(table, batch)
+                if last:
+                    checks.advance(batch.read - batch.read // 2)
 
 
 def _weights(backend: Backend, column: Any, place: str, row: Callable[[int], str]) -> Any:

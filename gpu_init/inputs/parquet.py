@@ -118,7 +118,7 @@ def _layout(path: str, schema: pa.Schema, item_column: str | None) -> tuple[_Lay
 
     names = schema.names
     if len(set(names)) != len(names):
-        raise InputError(f"{path}: two columns of one name; rename one.")
+        raise InputError(f"{path}: two columns have the same name; rename one.")
     item = _item_column(path, schema, item_column)
     rest = [name for name in names if name != item]
     list_kinds = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
@@ -240,8 +240,8 @@ def _fill_lists(path: str, name: str, column: pa.Array, block: NDArray[Any], bef
     ragged = np.flatnonzero(lengths != width)
     if len(ragged):
         raise InputError(
-            f"{path}, column {name}: row {before + ragged[0]} has {lengths[ragged[0]]} values, rows before it {width};"
-            " all need as many."
+            f"{path}, column {name}: row {before + ragged[0]} has {lengths[ragged[0]]} values, but the rows before it"
+            f" have {width}; all rows need the same number of values."
         )
     valid = column.is_valid().to_numpy(zero_copy_only=False)
     block[~valid] = np.nan
@@ -264,5 +264,5 @@ def _joined_ids(columns: list[Any], paths: Sequence[str], counts: Sequence[int])
             return f"row {at - starts[file]} of {paths[file]}"
 
         [item] = found.iloc[[second]].tolist()
-        raise InputError(f"item {ids.shown(item)} stands twice, in {row(first)} and {row(second)}; keep one.")
+        raise InputError(f"item {ids.shown(item)} is there twice, in {row(first)} and {row(second)}; keep one.")
     return found

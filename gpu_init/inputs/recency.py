@@ -16,7 +16,7 @@ from gpu_init.errors import InputError
 from gpu_init.where import kind_of, time_counts
 
 _LATEST_SECOND = 1e11  # It is in the year 5138. A larger number counts milliseconds or a smaller unit.
-_DAY = 86_400.0  # seconds
+_DAY_SECONDS = 86_400.0
 LEAST = 1e-30  # A smaller weight counts as 0, because float32 keeps too few of its digits.
 
 
@@ -47,7 +47,7 @@ class Recency:
         kind = kind_of(column)
         if kind == "time":
             counts, per_day = time_counts(column)
-            return self._as_seconds(backend.asarray(counts.astype("float64").values) * (_DAY / per_day), place)
+            return self._as_seconds(backend.asarray(counts.astype("float64").values) * (_DAY_SECONDS / per_day), place)
         if kind in ("text", "category"):
             text = column.astype("str") if kind == "category" else column
             numbers = backend.asarray(backend.tables.to_numeric(text, errors="coerce").astype("float64").values)
@@ -57,15 +57,13 @@ class Recency:
             numbers = backend.asarray(column.astype("float64").values)
         else:
             raise InputError(f"{place} holds {kind}; times are numbers, or dates and times.")
-        limit = _LATEST_SECOND if self._unit else 1e300
+        limit, why = 1e300, "not a finite number"
+        if self._unit:
+            limit = _LATEST_SECOND
+            why = "not in seconds since 1970; a half-life in the column's own unit is a number alone"
         wrong = ~(abs(numbers) <= limit)
         if bool(wrong.any()):
             at = int(wrong.argmax())
-            why = (
-                "not in seconds since 1970; a half-life in the column's own unit is a number alone"
-                if self._unit
-                else "not a finite number"
-            )
             raise InputError(f"{place}: {row(at)} has time {float(numbers[at]):.15g}, which is {why}.")
         return numbers
 
@@ -82,8 +80,9 @@ class Recency:
 
     def _as_seconds(self, seconds: Any, place: str) -> Any:
         if self._unit is None:
+            remedy = "give it one, such as 30d"
             raise InputError(
-                f"{place} holds dates and times, but --half-life {self.half_life:g} has no unit; such as 30d."
+                f"{place} holds dates and times, but --half-life {self.half_life:g} has no unit; {remedy}."
             )
         return seconds
 
@@ -96,9 +95,8 @@ def _parsed(text: Any, place: str, row: Callable[[int], str]) -> Any:
     missing = times.isna()
     if missing.any():
         at = ids.first_true(missing)
-        raise InputError(
-            f"{place}: {row(at)} is {str(text.iloc[at])[:60]!r}; times are numbers, or such as 2024-01-31 18:00:00."
-        )
+        remedy = "times are numbers, or text such as 2024-01-31 18:00:00"
+        raise InputError(f"{place}: {row(at)} is {str(text.iloc[at])[:60]!r}; {remedy}.")
     return (times - pd.Timestamp(0, tz="UTC")).dt.total_seconds().to_numpy("float64")
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PARQUET_EXTENSIONS = (".parquet", ".pq")
 TEXT_EXTENSIONS = (".csv", ".tsv", ".inter", ".csv.gz", ".tsv.gz", ".inter.gz")
 EXTENSIONS = (*PARQUET_EXTENSIONS, ".npz", *TEXT_EXTENSIONS)
+USER_EXTENSIONS = (*PARQUET_EXTENSIONS, ".txt", *TEXT_EXTENSIONS)
 
 USER_NAMES = ("user_id", "userid", "user", "uid", "visitor_id", "session_id")
 TIME_NAMES = ("timestamp", "time", "ts", "datetime", "event_time")
@@ -279,11 +280,11 @@ def find_column(path: str, names: list[str], wanted: str | None, known: tuple[st
     listed = textwrap.shorten(", ".join(name[:40] for name in names[:20]), 300, placeholder=", ...")
     listed += ", ..." if len(names) > 20 and not listed.endswith("...") else ""
     if found:
-        raise InputError(f"{path}: column {found[0]} stands there {len(found)} times; the columns are {listed}.")
+        raise InputError(f"{path}: column {found[0]} is there {len(found)} times; the columns are {listed}.")
     if wanted is not None:
         raise InputError(f"{path}: no column {wanted} ({flag}); the columns are {listed}.")
     raise InputError(
-        f"{path}: none of the columns is named {', '.join(known)}; name it with {flag}. They are {listed}."
+        f"{path}: none of the columns is named {', '.join(known)}; name it with {flag}. The columns are {listed}."
     )
 
 
@@ -322,7 +323,7 @@ def read_user_ids(backend: Backend, path: str, user_column: str | None) -> Any:
     InputError
         The file has no ids, an id is missing, or an id is there twice.
     """
-    paths = expand(path, (*PARQUET_EXTENSIONS, ".txt", *TEXT_EXTENSIONS))
+    paths = expand(path, USER_EXTENSIONS)
     parts = [part for one in paths for part in _user_id_batches(backend, one, user_column)]
     if sum(map(len, parts)) == 0:
         raise InputError(f"{path}: no user ids.")
@@ -331,7 +332,7 @@ def read_user_ids(backend: Backend, path: str, user_column: str | None) -> Any:
     if bool(twice.any()):
         at = ids.first_true(twice)
         user = ids.shown(backend.host_column(column.iloc[[at]]).tolist()[0])
-        raise InputError(f"{path}: user {user} stands there twice (again in row {at}); a user has one row.")
+        raise InputError(f"{path}: user {user} is there twice (again in row {at}); a user has one row.")
     return backend.host_column(column)
 
 
