@@ -329,7 +329,7 @@ def test_ids_that_are_not_utf8(tmp_path):
 def test_two_columns_of_one_name(tmp_path):
     path = tmp_path / "f.parquet"
     pq.write_table(pa.Table.from_arrays([pa.array([1.0]), pa.array([2.0])], names=["x", "x"]), path)
-    refused(path, "one name")
+    refused(path, "same name")
 
 
 def test_parquet_files_that_do_not_fit_together(tmp_path):

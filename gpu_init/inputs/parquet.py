@@ -96,20 +96,17 @@ def read_parquet(place: str, paths: Sequence[str], item_column: str | None) -> t
 
 
 def _parquet_header(path: str, item_column: str | None) -> tuple[_Layout, np.dtype[Any], int]:
-    """Return the layout of one file, the dtype of its values and its number of rows."""
-    with _parquet(path) as parquet:
-        _check_announced(parquet.metadata)
-        return *_layout(path, parquet.schema_arrow, item_column), parquet.metadata.num_rows
+    """Return the layout of one file, the dtype of its values and its number of rows.
 
-
-def _check_announced(metadata: pq.FileMetaData) -> None:
-    """Refuse counts of rows that do not add up.
-
-    The metadata of columns are not looked at: for some damaged files, pyarrow ends the process when they are.
+    Counts of rows that do not add up are refused. The metadata of columns are not looked at: for some damaged files,
+    pyarrow ends the process when they are.
     """
-    counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-    if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
-        raise ValueError(f"{metadata.num_rows} rows, in groups of {reprlib.repr(counts)}")
+    with _parquet(path) as parquet:
+        metadata = parquet.metadata
+        counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
+            raise ValueError(f"{metadata.num_rows} rows, in groups of {reprlib.repr(counts)}")
+        return *_layout(path, parquet.schema_arrow, item_column), metadata.num_rows
 
 
 def _layout(path: str, schema: pa.Schema, item_column: str | None) -> tuple[_Layout, np.dtype[Any]]:
