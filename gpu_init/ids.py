@@ -1,51 +1,45 @@
-"""Raw ids of users and items: one rule for every format.
+"""Raw ids of users and items, which follow one rule in every file format.
 
-Ids that are all written as whole numbers are integers, whether a file stores them as numbers or as text,
-so that the same interactions give the same rows from CSV and from Parquet. Everything else is text, and
-text is never made a number: "007" stays "007".
+If all ids of a column are whole numbers, they are integers, whether the file stores them as numbers or as text, so that
+the same interactions give the same rows from CSV and from Parquet. All other ids are text, which is kept as it is:
+"007" stays "007".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from gpu_init.errors import InputError
 
-# One spelling a number: no leading zero, no plus, at most 18 digits (which always fit 64 bits).
+# Each number has one spelling: no leading zero, no plus sign, and at most 18 digits, which always fit 64 bits.
 WHOLE_NUMBER = r"^(?:0|-?[1-9][0-9]{0,17})$"
 _WRITTEN_AS_FLOAT = r"^-?[0-9]+\.0+$"
 
 
-def _row(position: int) -> str:
-    return f"row {position}"
-
-
-def normalize(column: Any, place: str, row: Callable[[int], str] = _row) -> Any:
-    """Check a column of raw ids and give it as int64 or as text.
+def normalize(column: Any, place: str, row: Callable[[int], str] = "row {}".format) -> Any:
+    """Check a column of raw ids and convert it to int64 or text.
 
     Parameters
     ----------
     column : pandas or cudf Series, shape (n,)
-        Integers, text or categories of text, as read.
+        Integers, text or categories of text, as a file has them.
     place : str
-        What to call the column in an error: file and column name.
+        Name of the column in an error: the file and the column's name.
     row : callable, optional
-        Names a position of the column in an error, such as "line 12".
+        It returns the name of a position of the column in an error, such as "line 12".
 
     Returns
     -------
     Series, shape (n,)
-        int64 where every id is a whole number, else text.
+        int64 if every id is a whole number, else text.
 
     Raises
     ------
     InputError
-        A missing id, ids beyond 64 bits, ids of another type.
+        An id is missing, an id is beyond 2^63 - 1, or ids have another type.
     """
-    missing = column.isna()
-    if bool(missing.any()):
-        raise InputError(f"{place}: {row(first_true(missing))} has no id; drop such rows or give them one.")
+    refuse_missing(column.isna(), place, row, "id")
     kind = str(column.dtype)
     if kind.lower().startswith(("int", "uint")):
         if "uint64" in kind.lower() and len(column) and int(column.max()) > 2**63 - 1:
@@ -58,9 +52,7 @@ def normalize(column: Any, place: str, row: Callable[[int], str] = _row) -> Any:
         raise InputError(f"{place}: ids of type {kind}; they must be whole numbers or text.")
     if len(column) == 0:
         return column
-    blank = column == ""
-    if bool(blank.any()):
-        raise InputError(f"{place}: {row(first_true(blank))} has no id; drop such rows or give them one.")
+    refuse_missing(column == "", place, row, "id")
     if _all_match(column, WHOLE_NUMBER):
         return column.astype("int64[pyarrow]" if "pyarrow" in kind else "int64").astype("int64")
     if _all_match(column, _WRITTEN_AS_FLOAT):
@@ -70,8 +62,14 @@ def normalize(column: Any, place: str, row: Callable[[int], str] = _row) -> Any:
     return column
 
 
+def refuse_missing(missing: Any, place: str, row: Callable[[int], str], what: str) -> None:
+    """Refuse a column if any of ``missing``, a Series of booleans, is True; the message names the first such row."""
+    if bool(missing.any()):
+        raise InputError(f"{place}: {row(first_true(missing))} has no {what}; drop such rows or give them one.")
+
+
 def _all_match(column: Any, pattern: str) -> bool:
-    """Whether every text matches; the first one, looked at alone, mostly says no at once."""
+    """Whether every text matches. The first one is tried alone, because most often it decides."""
     return bool(column.iloc[:1].str.match(pattern).all()) and bool(column.str.match(pattern).all())
 
 
@@ -80,11 +78,18 @@ def is_text(kind: str) -> bool:
     return kind == "object" or kind.startswith(("string", "large_string")) or kind == "str"
 
 
+def same_kind(columns: Iterable[Any]) -> list[Any]:
+    """Convert columns of ids, each int64 or text, to text if one of them is text."""
+    columns = list(columns)
+    text = any(is_text(str(column.dtype)) for column in columns)
+    return [column.astype("str") for column in columns] if text else columns
+
+
 def first_true(mask: Any) -> int:
-    """Position of the first True in a boolean Series."""
+    """Return the position of the first True in a Series of booleans."""
     return int(mask.to_numpy().argmax())
 
 
 def shown(value: Any) -> str:
-    """Id, or another value of a row, for an error: short whatever it is."""
+    """Write an id, or another value of a row, for an error, in at most about 60 characters if it is a text."""
     return repr(value if not isinstance(value, str) or len(value) <= 60 else value[:60] + "...")

@@ -1,4 +1,4 @@
-"""The comparison language of ``--where``: which rows of a table to take.
+"""The comparison language of ``--where``, which says which rows of a table to take.
 
 ::
 
@@ -9,15 +9,18 @@
     OP         = "==" | "=" | "!=" | "<>" | "<" | "<=" | ">" | ">="
     literal    = 12 | -0.5 | 'text' | "text" | true | false
 
-Words are taken in any case. A column is a name of letters, digits and ``_``, or anything in backquotes. A quote
-inside quotes is written twice.
+Upper and lower case make no difference in the words of the language. A column is a name of letters, digits and
+``_``, or anything in backquotes. To put a quote inside a quoted text, write it twice.
 
-The literal decides how a column is read. A number: integers are compared exactly, decimal columns and numbers
-written as text too, floats after the literal is rounded to the column's type. A text: text is compared by code
-points, times (ISO 8601; without a zone, UTC) exactly. True or false: booleans, and the texts true, false, 1, 0.
+The kind of the literal decides how the values of the column are read:
 
-A comparison with a missing value (null, NaN) is false, and ``not`` turns comparisons round (``not a < 1`` is
-``a >= 1``), so a missing value satisfies neither a comparison nor its ``not``: the rows taken are those of SQL.
+- A number. Integers, decimal columns and numbers that are written as text are compared exactly. For a column of
+  floats, the literal is first rounded to the column's type.
+- A text. Text is compared by code points. Times (ISO 8601; in UTC, where no zone is given) are compared exactly.
+- True or false. The column holds booleans, or the texts true, false, 1 and 0.
+
+A comparison with a missing value (null or NaN) is false. ``not`` inverts the comparisons inside it (``not a < 1``
+is ``a >= 1``), so a missing value satisfies neither a comparison nor its ``not``: SQL takes the same rows.
 """
 
 from __future__ import annotations
@@ -31,19 +34,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpu_init.errors import InputError
-from gpu_init.ids import WHOLE_NUMBER, first_true, is_text
+from gpu_init.ids import WHOLE_NUMBER, first_true, is_text, shown
 
 MAX_CHARACTERS = 4000
 MAX_NESTING = 50
-_MAX_DIGITS = 300  # every such number fits a float64
+_MAX_DIGITS = 300  # Every number of at most so many digits fits a float64.
 
 Literal = bool | Decimal | str
-_Compare = Callable[[str, Any], Any]  # operator and literal to a boolean Series
+_Compare = Callable[[str, Any], Any]  # It takes an operator and a literal, and returns a Series of booleans.
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "==": operator.eq,
@@ -53,24 +56,24 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-_SPELLED = {"=": "==", "<>": "!="}
+_SYNONYMS = {"=": "==", "<>": "!="}
 _OPPOSITE = {"==": "!=", "!=": "==", "<": ">=", ">=": "<", ">": "<=", "<=": ">"}
 _MIRRORED = {"==": "==", "!=": "!=", "<": ">", ">": "<", "<=": ">=", ">=": "<="}
-_WORDS = frozenset({"and", "or", "not", "in", "true", "false"})
 
 _TOKEN = re.compile(
     r"""\s*(?:
       (?P<number>[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?![\w.]))
     | (?P<text>'(?:[^']|'')*'|"(?:[^"]|"")*")
-    | (?P<quoted>`[^`]+`)
-    | (?P<name>[^\W\d]\w*)
-    | (?P<sign><>|[=!<>]=|[=<>()\[\],])
+    | (?P<boolean>(?ai:true|false)\b)
+    | (?P<sign><>|[=!<>]=|[=<>()\[\],]|(?ai:and|or|not|in)\b)
+    | (?P<column>`[^`]+`|[^\W\d]\w*)
+    | (?P<wrong>.+)
     | (?P<end>\Z)
     )""",
-    re.VERBOSE,
+    re.VERBOSE | re.DOTALL,
 )
 _NUMBER_AS_TEXT = r"^-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9][0-9]?)?$"
-_MAX_LENGTH = 200  # and two digits of exponent: such a number fits a float64 too
+_MAX_LENGTH = 200  # A number as text of at most so many characters, with two digits of exponent, fits a float64.
 
 _KINDS = {
     "integer": r"u?int[0-9]",
@@ -80,39 +83,15 @@ _KINDS = {
     "time": r"datetime64|timestamp|date32|date64",
     "category": r"category|dictionary",
 }
-_HOLDS = {"integer": "numbers", "float": "numbers", "decimal": "numbers", "boolean": "true and false", "time": "times"}
-_COMPARED_WITH = {
-    **dict.fromkeys(("integer", "float", "decimal"), "compare it with a number, without quotes"),
-    "boolean": "compare it with true or false",
-    "time": "compare it with a time in quotes, such as '2024-01-31'",
+# For each kind of column: what an error says that it holds, and what it can be compared with.
+_MISMATCH = {
+    **dict.fromkeys(("integer", "float", "decimal"), ("numbers", "compare it with a number, without quotes")),
+    "boolean": ("true and false", "compare it with true or false"),
+    "time": ("times", "compare it with a time in quotes, such as '2024-01-31'"),
 }
 
-_A_LITERAL = "a number, a text in quotes, true or false"
-_A_COMPARISON = "a comparison such as x_label == 0"
-_A_TOKEN = "a literal, an operator or a name (in backquotes where it is not letters, digits and _)"
-
-
-# The condition.
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """Column OP values: with several, ``==`` means one of them and ``!=`` none of them."""
-
-    column: str
-    sign: str
-    values: tuple[Literal, ...]
-
-
-@dataclass(frozen=True)
-class _Group:
-    """All of the parts, or at least one of them."""
-
-    every: bool
-    parts: tuple[_Node, ...]
-
-
-_Node = _Comparison | _Group
+# A condition takes the arguments of `Where.mask` and returns a Series of booleans.
+_Condition = Callable[[Any, str, Callable[[int], str]], Any]
 
 
 @dataclass(frozen=True)
@@ -122,14 +101,14 @@ class Where:
     Attributes
     ----------
     text : str
-        As it was written.
+        The condition as the user wrote it.
     columns : tuple of str
-        Names of the columns it looks at, in order of first use.
+        Names of the columns that it looks at, in order of first use.
     """
 
     text: str
     columns: tuple[str, ...]
-    _condition: _Node
+    _condition: _Condition
 
     def mask(self, frame: Any, place: str, row: Callable[[int], str] = "row {}".format) -> Any:
         """Tell which rows satisfy the condition.
@@ -137,32 +116,32 @@ class Where:
         Parameters
         ----------
         frame : pandas or cudf DataFrame, shape (n, ...)
-            With all of `columns`; integers, floats, decimals, booleans, times, or everything as text.
+            It has all of `columns`, as integers, floats, decimals, booleans, times, categories or text.
         place : str
-            What to call the table in an error, such as its file.
+            Name of the table in an error, such as its file.
         row : callable, optional
-            Names a position of the frame in an error, such as "line 12".
+            It returns the name of a position of the frame in an error, such as "line 12".
 
         Returns
         -------
         Series of bool, shape (n,)
-            With the frame's index; no missing values.
+            It has the frame's index and no missing values.
 
         Raises
         ------
         InputError
             A column's type, or one of its values, cannot be compared with a literal.
         """
-        return _evaluate(self._condition, lambda column: (frame[column], f"{place}, column {column}"), row)
+        return self._condition(frame, place, row)
 
 
 def parse(text: str) -> Where:
-    """Read a condition.
+    """Parse a condition.
 
     Parameters
     ----------
     text : str
-        At most 4,000 characters and 50 parentheses deep.
+        It has at most 4,000 characters and 50 parentheses inside one another.
 
     Returns
     -------
@@ -171,56 +150,32 @@ def parse(text: str) -> Where:
     Raises
     ------
     InputError
-        On one line: what was found, at which character (from 1), and what was expected.
+        The one line says what was found, at which character (from 1), and what was expected.
     """
     if len(text) > MAX_CHARACTERS:
         raise InputError(f"--where: {len(text)} characters; at most {MAX_CHARACTERS} are read.")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError("--where: not UTF-8 text.")
-    condition = _Parser(text).condition()
-    return Where(text, tuple(dict.fromkeys(_columns(condition))), condition)
+    parser = _Parser(text)
+    condition = parser.condition()
+    return Where(text, tuple(parser.columns), condition)
 
 
-def _columns(node: _Node) -> Iterator[str]:
-    if isinstance(node, _Comparison):
-        yield node.column
-    else:
-        for part in node.parts:
-            yield from _columns(part)
-
-
-def _negated(node: _Node) -> _Node:
-    """De Morgan: ``not`` goes down to the comparisons, which turn round."""
-    if isinstance(node, _Comparison):
-        return _Comparison(node.column, _OPPOSITE[node.sign], node.values)
-    return _Group(not node.every, tuple(map(_negated, node.parts)))
-
-
-# Parsing.
-
-
-@dataclass(frozen=True)
-class _Token:
-    kind: str  # number, text, quoted, name, word, sign or end
+class _Token(NamedTuple):
+    kind: str  # This is the name of a group of _TOKEN.
     text: str
     at: int
 
 
 def _tokens(text: str) -> Iterator[_Token]:
-    at = 0
-    while True:
-        match = _TOKEN.match(text, at)
-        if match is None:
-            rest = text[at:].lstrip()
-            wanted = f"a closing {rest[0]}" if rest[0] in "'\"`" else _A_TOKEN
-            raise _unexpected(_Token("wrong", rest, len(text) - len(rest)), wanted)
+    for match in _TOKEN.finditer(text):
         kind = str(match.lastgroup)
         found = match[kind]
-        word = kind == "name" and found.lower() in _WORDS
-        yield _Token("word", found.lower(), match.start(kind)) if word else _Token(kind, found, match.start(kind))
-        if kind == "end":
-            return
-        at = match.end()
+        token = _Token(kind, found.lower() if kind in ("sign", "boolean") else found, match.start(kind))
+        if kind == "wrong":
+            wanted = "a literal, an operator or a name (in backquotes where it is not letters, digits and _)"
+            raise _unexpected(token, f"a closing {found[0]}" if found[0] in "'\"`" else wanted)
+        yield token
 
 
 def _unexpected(token: _Token, wanted: str) -> InputError:
@@ -229,258 +184,219 @@ def _unexpected(token: _Token, wanted: str) -> InputError:
 
 
 class _Parser:
-    """Recursive descent; only a parenthesis descends."""
+    """A recursive descent parser, which only parentheses make descend.
+
+    A method with ``negate=True`` returns the negation of what it parses. By De Morgan's laws, it negates the parts and
+    exchanges ``and`` and ``or``; a comparison becomes its opposite.
+    """
 
     def __init__(self, text: str) -> None:
-        self.tokens = list(_tokens(text))
-        self.at = 0
-        self.depth = 0
+        self.columns: dict[str, None] = {}  # This is an ordered set.
+        self._tokens = list(_tokens(text))  # A token that is wrong anywhere is reported before anything else.
+        self._at = 0
+        self._depth = 0
 
     @property
-    def token(self) -> _Token:
-        return self.tokens[self.at]
+    def _token(self) -> _Token:
+        return self._tokens[self._at]
 
-    def take(self) -> _Token:
-        token = self.token
-        self.at += 1
-        return token
-
-    def taken(self, kind: str, *texts: str) -> bool:
-        """Take the token if it is one of these."""
-        found = self.token.kind == kind and self.token.text in texts
-        self.at += found
+    def _accept(self, *signs: str) -> bool:
+        """Take the next token if it is one of these."""
+        found = self._token.kind == "sign" and self._token.text in signs
+        self._at += found
         return found
 
-    def condition(self) -> _Node:
-        node = self.any()
-        if self.token.kind != "end":
-            raise _unexpected(self.token, "and, or, or the end")
+    def _expect(self, wanted: str, *signs: str) -> str:
+        """Take the next token, and refuse it if it is none of these."""
+        token = self._token
+        if not self._accept(*signs):
+            raise _unexpected(token, wanted)
+        return token.text
+
+    def condition(self) -> _Condition:
+        node = self._any(negate=False)
+        if self._token.kind != "end":
+            raise _unexpected(self._token, "and, or, or the end")
         return node
 
-    def any(self) -> _Node:
-        return self.chain("or", lambda: self.chain("and", self.one))
+    def _any(self, negate: bool) -> _Condition:
+        return self._chain("or", negate, lambda: self._chain("and", negate, lambda: self._one(negate)))
 
-    def chain(self, word: str, part: Callable[[], _Node]) -> _Node:
+    def _chain(self, word: str, negate: bool, part: Callable[[], _Condition]) -> _Condition:
         parts = [part()]
-        while self.taken("word", word):
+        while self._accept(word):
             parts.append(part())
-        return parts[0] if len(parts) == 1 else _Group(word == "and", tuple(parts))
+        join = operator.and_ if (word == "and") != negate else operator.or_
+        return parts[0] if len(parts) == 1 else functools.partial(_joined, join, parts)
 
-    def one(self) -> _Node:
-        negate = False
-        while self.taken("word", "not"):
+    def _one(self, negate: bool) -> _Condition:
+        while self._accept("not"):
             negate = not negate
-        node = self.parenthesis() if self.token.text == "(" and self.token.kind == "sign" else self.comparison()
-        return _negated(node) if negate else node
-
-    def parenthesis(self) -> _Node:
-        self.depth += 1
-        if self.depth > MAX_NESTING:
-            raise _unexpected(self.token, f"at most {MAX_NESTING} parentheses inside one another")
-        self.take()
-        node = self.any()
-        if not self.taken("sign", ")"):
-            raise _unexpected(self.token, "and, or, or )")
-        self.depth -= 1
+        opening = self._token
+        if not self._accept("("):
+            return self._comparison(negate)
+        self._depth += 1
+        if self._depth > MAX_NESTING:
+            raise _unexpected(opening, f"at most {MAX_NESTING} parentheses inside one another")
+        node = self._any(negate)
+        self._expect("and, or, or )", ")")
+        self._depth -= 1
         return node
 
-    def comparison(self) -> _Comparison:
-        start = self.token
-        if start.kind in ("name", "quoted"):
-            column = self.column()
-            negate = self.taken("word", "not")
-            if self.taken("word", "in"):
-                return _Comparison(column, "!=" if negate else "==", self.list())
-            if negate:
-                raise _unexpected(self.token, "in")
-            sign = self.sign("==, !=, <, <=, >, >=, in or not in")
-            value = self.literal(sign)
-        elif self.is_literal():
-            value = self.literal("==")
-            sign = _MIRRORED[self.sign("==, !=, <, <=, > or >=")]
-            if isinstance(value, bool):
-                self.check_boolean(start, sign)
-            column = self.column()
+    def _comparison(self, negate: bool) -> _Condition:
+        first = literal = self._token
+        if first.kind == "column":
+            column = self._column()
+            inverted = self._accept("not")
+            if self._accept("in"):
+                sign, values = "!=" if inverted else "==", self._list()
+            elif inverted:
+                raise _unexpected(self._token, "in")
+            else:
+                sign = self._operator("==, !=, <, <=, >, >=, in or not in")
+                literal = self._token
+                values = (self._literal(),)
+        elif first.kind in ("number", "text", "boolean"):
+            values = (self._literal(),)
+            sign = _MIRRORED[self._operator("==, !=, <, <=, > or >=")]
+            column = self._column()
         else:
-            raise _unexpected(start, _A_COMPARISON)
-        return _Comparison(column, sign, (value,))
+            raise _unexpected(first, "a comparison such as x_label == 0")
+        if isinstance(values[0], bool) and sign not in ("==", "!="):
+            raise _unexpected(literal, f"a number or a text: true and false have no order ({sign})")
+        return functools.partial(_compared, column, _OPPOSITE[sign] if negate else sign, values)
 
-    def column(self) -> str:
-        if self.token.kind not in ("name", "quoted"):
-            raise _unexpected(self.token, "the name of a column (in backquotes where it is not letters, digits and _)")
-        return self.take().text.strip("`")
+    def _column(self) -> str:
+        token = self._token
+        if token.kind != "column":
+            raise _unexpected(token, "the name of a column (in backquotes where it is not letters, digits and _)")
+        self._at += 1
+        name = token.text.strip("`")
+        self.columns[name] = None
+        return name
 
-    def sign(self, wanted: str) -> str:
-        sign = _SPELLED.get(self.token.text, self.token.text)
-        if self.token.kind != "sign" or sign not in _OPERATORS:
-            raise _unexpected(self.token, wanted)
-        self.take()
-        return sign
+    def _operator(self, wanted: str) -> str:
+        sign = self._expect(wanted, *_OPERATORS, *_SYNONYMS)
+        return _SYNONYMS.get(sign, sign)
 
-    def is_literal(self) -> bool:
-        token = self.token
-        return token.kind in ("number", "text") or (token.kind == "word" and token.text in ("true", "false"))
-
-    def literal(self, sign: str) -> Literal:
-        if not self.is_literal():
-            raise _unexpected(self.token, _A_LITERAL)
-        token = self.take()
-        if token.kind == "number":
-            if len(token.text) > _MAX_DIGITS:
+    def _literal(self) -> Literal:
+        token = self._token
+        self._at += 1
+        match token.kind:
+            case "number" if len(token.text) <= _MAX_DIGITS:
+                return Decimal(token.text)
+            case "number":
                 raise _unexpected(token, f"a number of at most {_MAX_DIGITS} digits")
-            return Decimal(token.text)
-        if token.kind == "text":
-            quote = token.text[0]
-            return token.text[1:-1].replace(quote * 2, quote)
-        self.check_boolean(token, sign)
-        return token.text == "true"
+            case "text":
+                quote = token.text[0]
+                return token.text[1:-1].replace(quote * 2, quote)
+            case "boolean":
+                return token.text == "true"
+        raise _unexpected(token, "a number, a text in quotes, true or false")
 
-    @staticmethod
-    def check_boolean(token: _Token, sign: str) -> None:
-        if sign not in ("==", "!="):
-            raise _unexpected(token, f"a number or a text: true and false have no order ({sign})")
-
-    def list(self) -> tuple[Literal, ...]:
-        opening = self.token
-        if not self.taken("sign", "[", "("):
-            raise _unexpected(opening, "a list such as [0, 1]")
-        closing = "]" if opening.text == "[" else ")"
-        values = []
+    def _list(self) -> tuple[Literal, ...]:
+        closing = "]" if self._expect("a list such as [0, 1]", "[", "(") == "[" else ")"
+        values: list[Literal] = []
         while True:
-            start = self.token
-            values.append(self.literal("=="))
+            token = self._token
+            values.append(self._literal())
             if type(values[-1]) is not type(values[0]):
-                raise _unexpected(start, "literals of one kind in a list: numbers, texts, or true and false")
-            if self.taken("sign", closing):
+                raise _unexpected(token, "literals of one kind in a list: numbers, texts, or true and false")
+            if self._expect(f", or {closing}", ",", closing) == closing:
                 return tuple(values)
-            if not self.taken("sign", ","):
-                raise _unexpected(self.token, f", or {closing}")
 
 
 # Evaluation, by methods that pandas and cudf share.
 
 
-def _evaluate(node: _Node, column: Callable[[str], tuple[Any, str]], row: Callable[[int], str]) -> Any:
-    if isinstance(node, _Comparison):
-        return _compare(*column(node.column), node, row)
-    parts = (_evaluate(part, column, row) for part in node.parts)
-    return functools.reduce(operator.and_ if node.every else operator.or_, parts)
+def _joined(join: Callable[[Any, Any], Any], parts: list[_Condition], *table: Any) -> Any:
+    return functools.reduce(join, (part(*table) for part in parts))
 
 
-def _compare(column: Any, place: str, comparison: _Comparison, row: Callable[[int], str]) -> Any:
-    missing = _missing(column)
+def _compared(
+    name: str, sign: str, values: tuple[Literal, ...], frame: Any, place: str, row: Callable[[int], str]
+) -> Any:
+    """Compare a column with values. With several, the sign ``==`` means one of them and ``!=`` none of them."""
+    column, place = frame[name], f"{place}, column {name}"
+    kind, dtype = kind_of(column), str(column.dtype)
+    if dtype.startswith("halffloat"):  # Arrow cannot compare float16.
+        column = column.astype("float32[pyarrow]")
+    missing = _flags(column.isna())
+    if kind == "float":
+        missing = missing | _flags(column != column)  # noqa: PLR0124 (NaN)
     if bool(missing.all()):
         return ~missing
-    literal = type(comparison.values[0])
-    reader = _as_booleans if literal is bool else _as_numbers if literal is Decimal else _as_texts
-    compare = reader(column, missing, place, row)
-    if compare is None:
-        kind, shown = kind_of(column), _shown(comparison.values[0])
-        remedy = _COMPARED_WITH.get(kind, "it cannot be compared")
-        raise InputError(f"{place} holds {_HOLDS.get(kind, kind)}, but --where compares it with {shown}; {remedy}.")
-    found = (_flags(compare(comparison.sign, value)) for value in comparison.values)
-    return functools.reduce(operator.or_ if comparison.sign == "==" else operator.and_, found) & ~missing
-
-
-def _flags(series: Any) -> Any:
-    """Booleans of whatever kind as plain ones; unknown is false."""
-    return series.fillna(False).astype("bool")
-
-
-def _missing(column: Any) -> Any:
-    missing = _flags(column.isna())
-    if kind_of(column) == "float":
-        values = _floats(column)
-        missing = missing | _flags(values != values)  # noqa: PLR0124 (NaN)
-    return missing
-
-
-def _floats(column: Any) -> Any:
-    """Widen float16 of Arrow, which has no comparisons of it."""
-    return column.astype("float32[pyarrow]") if str(column.dtype).startswith("halffloat") else column
+    if kind in ("category", "decimal"):
+        column = column.astype("str")
+    if kind in ("text", "category", "decimal"):
+        column = column.where(~missing, "0")
+    compare: _Compare
+    match values[0], kind:
+        case (bool(), "boolean") | (str(), "text" | "category"):
+            compare = functools.partial(_compare_values, column)
+        case bool(), "text" | "category":
+            compare = functools.partial(_compare_values, _booleans_in_text(column, place, row))
+        case Decimal(), "integer":
+            compare = functools.partial(_compare_integers, column)
+        case Decimal(), "float":
+            compare = lambda sign, value: _OPERATORS[sign](column, _rounded(value, dtype))  # noqa: E731
+        case Decimal(), "decimal" | "text" | "category":
+            compare = _numbers_in_text(column, place, row)
+        case str(), "time":
+            counts, per_day = time_counts(column)
+            compare = lambda sign, value: _compare_integers(counts, sign, _days(value, place) * per_day)  # noqa: E731
+        case value, _:
+            holds, remedy = _MISMATCH.get(kind, (kind, "it cannot be compared"))
+            literal = f"the number {value:f}" if isinstance(value, Decimal) else f"the text {value!r}"
+            literal = str(value).lower() if isinstance(value, bool) else literal
+            raise InputError(f"{place} holds {holds}, but --where compares it with {literal}; {remedy}.")
+    found = (_flags(compare(sign, value)) for value in values)
+    return functools.reduce(operator.or_ if sign == "==" else operator.and_, found) & ~missing
 
 
 def kind_of(column: Any) -> str:
-    """Kind of a column's values, from the names that pandas, Arrow and cudf give types."""
+    """Return the kind of a column's values, from the names that pandas, Arrow and cudf give to types."""
     name = str(column.dtype).lower()
     if is_text(name):
         return "text"
     return next((kind for kind, pattern in _KINDS.items() if re.match(pattern, name)), f"values of type {name}")
 
 
-def _shown(value: Literal) -> str:
-    if isinstance(value, Decimal):
-        return f"the number {value:f}"
-    return f"the text {value!r}" if isinstance(value, str) else str(value).lower()
-
-
-def _text(column: Any, missing: Any) -> Any:
-    """Text of a column of text, categories or decimals; "0" where it is missing."""
-    return (column if kind_of(column) == "text" else column.astype("str")).where(~missing, "0")
-
-
-def _as_booleans(column: Any, missing: Any, place: str, row: Callable[[int], str]) -> _Compare | None:
-    if kind_of(column) == "boolean":
-        return lambda sign, value: _OPERATORS[sign](column, value)
-    if kind_of(column) not in ("text", "category"):
-        return None
-    text = _text(column, missing)
-    lowered = text.str.lower()
-    true = _flags(lowered.isin(["true", "1"]))
-    wrong = ~(true | _flags(lowered.isin(["false", "0"])))
-    _refuse(text, wrong, place, row, "but --where compares it with true or false (1 or 0)")
-    return lambda sign, value: _OPERATORS[sign](true, value)
-
-
-def _as_numbers(column: Any, missing: Any, place: str, row: Callable[[int], str]) -> _Compare | None:
-    match kind_of(column):
-        case "integer":
-            return lambda sign, value: _compare_integers(column, sign, value)
-        case "float":
-            values = _floats(column)
-            return lambda sign, value: _OPERATORS[sign](values, _rounded(value, str(column.dtype)))
-        case "decimal" | "text" | "category":
-            return _numbers_in_text(_text(column, missing), place, row)
-    return None
-
-
-def _as_texts(column: Any, missing: Any, place: str, row: Callable[[int], str]) -> _Compare | None:  # noqa: ARG001
-    match kind_of(column):
-        case "text" | "category":
-            text = _text(column, missing)
-            return lambda sign, value: _OPERATORS[sign](text, value)
-        case "time":
-            counts, per_day = time_counts(column)
-            return lambda sign, value: _compare_integers(counts, sign, _days(value, place) * per_day)
-    return None
+def _flags(series: Any) -> Any:
+    """Make plain booleans of booleans of any kind; a missing one becomes False."""
+    return series.fillna(False).astype("bool")
 
 
 def _refuse(text: Any, wrong: Any, place: str, row: Callable[[int], str], why: str) -> None:
     if bool(wrong.any()):
         at = first_true(wrong)
-        value = str(text.iloc[at])
-        shown = repr(value if len(value) <= 60 else value[:60] + "...")
-        raise InputError(f"{place}: {row(at)} is {shown}, {why}.")
+        raise InputError(f"{place}: {row(at)} is {shown(str(text.iloc[at]))}, but --where compares it with {why}.")
+
+
+def _compare_values(column: Any, sign: str, value: Literal) -> Any:
+    return _OPERATORS[sign](column, value)
+
+
+def _booleans_in_text(text: Any, place: str, row: Callable[[int], str]) -> Any:
+    lowered = text.str.lower()
+    true = _flags(lowered.isin(["true", "1"]))
+    _refuse(text, ~(true | _flags(lowered.isin(["false", "0"]))), place, row, "true or false (1 or 0)")
+    return true
 
 
 def _compare_integers(column: Any, sign: str, value: Decimal | Fraction) -> Any:
-    """Compare integers with any number, exactly: a bound between two integers becomes one of them."""
+    """Compare integers with any number, exactly: a number between two integers is replaced by one of the two."""
     bound = math.ceil(value) if sign in ("<", ">=") else math.floor(value)
     limits = np.iinfo(np.uint64 if str(column.dtype).lower().startswith("uint") else np.int64)
-    top = limits.dtype.type(limits.max)
-    if sign in ("==", "!=") and bound != value:
-        always: bool | None = sign == "!="
-    elif bound > limits.max:
-        always = sign in ("<", "<=", "!=")
-    elif bound < limits.min:
-        always = sign in (">", ">=", "!=")
-    else:
+    if limits.min <= bound <= limits.max and (bound == value or sign not in ("==", "!=")):
         return _OPERATORS[sign](column, limits.dtype.type(bound))
+    always = sign == "!=" or sign in (("<", "<=") if value > 0 else (">", ">="))
+    top = limits.dtype.type(limits.max)
     return column <= top if always else column > top
 
 
 def _rounded(value: Decimal, kind: str) -> Any:
-    """Round a literal to a type of floats; to float64 where it does not fit."""
+    """Round a literal to a type of floats, or to float64 where that type cannot hold it."""
     arrow = {"double": "float64", "float": "float32", "halffloat": "float16"}
     name = kind.lower().removesuffix("[pyarrow]")
     with np.errstate(over="ignore"):
@@ -491,11 +407,13 @@ def _rounded(value: Decimal, kind: str) -> Any:
 
 
 def _numbers_in_text(text: Any, place: str, row: Callable[[int], str]) -> _Compare:
-    """Compare numbers written as text: as int64 where they fit, else as floats, and as decimals where those tie."""
+    """Compare numbers that are written as text, exactly.
+
+    Whole numbers are compared as int64, others as float64, and those as decimals whose float64 is the literal's.
+    """
     whole = _flags(text.str.match(WHOLE_NUMBER))
     number = whole | (_flags(text.str.match(_NUMBER_AS_TEXT)) & _flags(text.str.len() <= _MAX_LENGTH))
-    why = "but --where compares it with a number; put that in quotes to compare texts"
-    _refuse(text, ~number, place, row, why)
+    _refuse(text, ~number, place, row, "a number; put that in quotes to compare texts")
     arrow = "[pyarrow]" if "pyarrow" in str(text.dtype) else ""
     integers = text.where(whole, "0").astype(f"int64{arrow}")
     if bool(whole.all()):
@@ -515,7 +433,7 @@ def _numbers_in_text(text: Any, place: str, row: Callable[[int], str]) -> _Compa
 
 
 def time_counts(column: Any) -> tuple[Any, int]:
-    """Count times as integers, and say how many of them make a day."""
+    """Return times as integers since 1970, in the column's own unit, and the number of such units in a day."""
     kind = str(column.dtype)
     if kind.startswith("date32"):
         return column.astype("int32[pyarrow]"), 1
@@ -525,7 +443,7 @@ def time_counts(column: Any) -> tuple[Any, int]:
 
 
 def _days(text: str, place: str) -> Fraction:
-    """Days since 1970 of an ISO 8601 date or time."""
+    """Return the days from 1970 to an ISO 8601 date or time, exactly."""
     try:
         if re.search(r"\.[0-9]{7}", text):
             raise ValueError

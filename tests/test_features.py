@@ -300,8 +300,8 @@ def test_many_batches_and_a_late_first_list(tmp_path, rng):
         ({"item": [1, 2], "x": [[1.0, 2.0], [1.0]]}, "row 1 has 1 values"),
         ({"item": [1, 2], "x": pa.array([[], []], pa.list_(pa.float32()))}, "empty list"),
         ({"item": [1, 2], "x": pa.array([None, None], pa.list_(pa.float32()))}, "missing"),
-        ({"item": [7, 7], "x": [[1.0], [2.0]]}, r"item 7 stands twice, in row 0 of .* and row 1 of"),
-        ({"item": ["a", "a"], "x": [[1.0], [2.0]]}, "'a' stands twice"),
+        ({"item": [7, 7], "x": [[1.0], [2.0]]}, r"item 7 is there twice, in row 0 of .* and row 1 of"),
+        ({"item": ["a", "a"], "x": [[1.0], [2.0]]}, "'a' is there twice"),
         ({"item": [1, None], "x": [[1.0], [2.0]]}, "row 1 has no id"),
         ({"item": [1.5, 2.5], "x": [[1.0], [2.0]]}, "ids of type"),
         ({"item": [1, 2], "title": ["a", "b"], "x": [[1.0], [2.0]]}, "title"),
@@ -329,7 +329,7 @@ def test_ids_that_are_not_utf8(tmp_path):
 def test_two_columns_of_one_name(tmp_path):
     path = tmp_path / "f.parquet"
     pq.write_table(pa.Table.from_arrays([pa.array([1.0]), pa.array([2.0])], names=["x", "x"]), path)
-    refused(path, "one name")
+    refused(path, "same name")
 
 
 def test_parquet_files_that_do_not_fit_together(tmp_path):

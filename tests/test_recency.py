@@ -90,7 +90,7 @@ def test_what_is_too_old_is_no_interaction(tmp_path):
 @pytest.mark.parametrize(
     ("times", "half_life", "words"),
     [
-        ([START * 1000, START * 1000], "30d", r"row 0.*1700000000000.*no seconds.*own unit"),
+        ([START * 1000, START * 1000], "30d", r"row 0.*1700000000000.*not in seconds.*own unit"),
         (pd.to_datetime([0, 1]), 30.0, r"dates and times.*no unit.*30d"),
         ([1.0, np.nan], "30d", r"row 1.*no time"),
         ([1.0, np.inf], 30.0, r"row 1.*inf"),

@@ -1,7 +1,4 @@
-"""Ids to rows: what an id of a user or an item means, and which row of R, or column, it has.
-
-The id rules of section 4 of the design.
-"""
+"""From ids to rows: which row of R belongs to the id of a user, and which column to the id of an item."""
 
 from __future__ import annotations
 
@@ -17,15 +14,20 @@ from gpu_init.errors import InputError
 if TYPE_CHECKING:
     from gpu_init.kernels.ids import Numbers, Texts
 
-Resolve = Callable[[Any], tuple[Any, int, Any]]  # distinct ids to rows, as `user_axis` does
+Resolve = Callable[[Any], tuple[Any, int, Any]]  # It takes distinct ids and returns what `user_axis` returns.
 
 
 @dataclass(frozen=True)
 class ItemAxis:
-    """How item ids find their column of R.
+    """How item ids are mapped to columns of R.
 
-    ``rows``: ids are row numbers of the features, below this count. None: ``known`` are the ids (pandas
-    Series) of the features of each modality, and the columns are these and the interactions' own, sorted.
+    Attributes
+    ----------
+    rows : int or None
+        Number of rows of the features, if item ids are their row numbers.
+    known : sequence of pandas Series
+        If ``rows`` is None: the item ids of each modality's features. The columns of R are then these ids and the ids
+        of the interactions, sorted.
     """
 
     rows: int | None
@@ -33,12 +35,12 @@ class ItemAxis:
 
 
 def check_range(column: Any, count: int, place: str, row: Callable[[int], str], what: str, kind: str) -> None:
-    """Refuse ids that are no row numbers: whole numbers in [0, count).
+    """Refuse ids that are not row numbers, which are whole numbers in [0, count).
 
     Raises
     ------
     InputError
-        Names the first such row and its id.
+        The message names the first such row and its id.
     """
     if ids.is_text(str(column.dtype)):
         text = ~column.str.match(ids.WHOLE_NUMBER)
@@ -58,16 +60,16 @@ def check_range(column: Any, count: int, place: str, row: Callable[[int], str], 
 
 
 def user_axis(found: Any, place: str, users: Any | None) -> tuple[Any, int, Any]:
-    """Rows of users, from their distinct ids.
+    """Return the rows of users, given their distinct ids.
 
     Parameters
     ----------
     found : pandas Series, shape (m,)
-        Distinct ids of the interactions, int64 or text.
+        Distinct user ids of the interactions, int64 or text.
     place : str
-        What to call the interactions in an error.
+        Name of the interactions in an error.
     users : pandas Series, shape (U,), or None
-        Ids of the rows, in order.
+        Ids of the rows, in order, if they are given.
 
     Returns
     -------
@@ -76,7 +78,7 @@ def user_axis(found: Any, place: str, users: Any | None) -> tuple[Any, int, Any]
     size : int
         U.
     ids : pandas Series, shape (U,), or None
-        Ids of the rows, sorted unless given; None where they are the row numbers.
+        Ids of the rows, sorted unless they are given; None if the row numbers are the ids.
 
     Raises
     ------
@@ -97,18 +99,16 @@ def user_axis(found: Any, place: str, users: Any | None) -> tuple[Any, int, Any]
 
 
 def item_axis(found: Any, place: str, axis: ItemAxis) -> tuple[Any, int, Any]:
-    """Columns of items, from their distinct ids; arguments and results as in `user_axis`.
+    """Return the columns of items, given their distinct ids. Arguments and results are as in `user_axis`.
 
     Raises
     ------
     InputError
-        No item has features.
+        None of the items has features.
     """
     import pandas as pd
 
-    every = [found, *axis.known]
-    if any(ids.is_text(str(one.dtype)) for one in every):
-        every = [one.astype("str") for one in every]
+    every = ids.same_kind([found, *axis.known])
     axis_ids = pd.Series(pd.concat(every, ignore_index=True).unique()).sort_values(ignore_index=True)
     known = pd.Index(pd.concat(every[1:], ignore_index=True).unique())
     if not every[0].isin(known).any():
@@ -121,11 +121,16 @@ def item_axis(found: Any, place: str, axis: ItemAxis) -> tuple[Any, int, Any]:
 
 
 def positions(found: Any, axis_ids: Any) -> Any:
-    """Row of each id of ``found`` in ``axis_ids``, both pandas Series; every id must be there.
+    """Return the row of each id of ``found`` in ``axis_ids``; both are pandas Series.
 
     Returns
     -------
     numpy array, shape (n,), int64
+
+    Raises
+    ------
+    InputError
+        An id is not in ``axis_ids``.
     """
     rows, outside = _positions(found, axis_ids)
     if outside is not None:
@@ -134,21 +139,21 @@ def positions(found: Any, axis_ids: Any) -> Any:
 
 
 def _positions(found: Any, axis_ids: Any) -> tuple[Any, Any]:
-    """Row of each id, -1 where there is none, and the first id without one."""
+    """Return the row of each id, -1 for an id without a row, and the first such id or None."""
     import pandas as pd
 
-    if ids.is_text(str(found.dtype)) or ids.is_text(str(axis_ids.dtype)):
-        found, axis_ids = found.astype("str"), axis_ids.astype("str")
+    found, axis_ids = ids.same_kind([found, axis_ids])
     rows = pd.Index(axis_ids).get_indexer(pd.Index(found)).astype(np.int64)
     absent = np.flatnonzero(rows < 0)
     return rows, found.iloc[absent[:1]].tolist()[0] if len(absent) else None
 
 
-# Rows counted as the ids are read, for a job large enough for the kernels that do it.
+# The two classes below are axes whose rows are counted, by compiled kernels, while ids are read. `count` or `encode`
+# takes each batch; when all ids are known, `settle` numbers the rows; then the other methods can be called.
 
 
 class RowNumbers:
-    """An axis whose ids are its row numbers.
+    """An axis of which the row numbers are the ids.
 
     Parameters
     ----------
@@ -163,53 +168,56 @@ class RowNumbers:
         self._starts = np.zeros(size + 1, np.int64)
 
     def count(self, column: Any) -> None:
-        """Count the rows of ids (n,), all whole numbers."""
+        """Count the interactions of each id in a batch (n,)."""
         from gpu_init.kernels.ids import count
 
         count(column.to_numpy(), self._starts[1:])
 
     def encode(self, column: Any) -> Any:
-        """Count ids, int64 or text, and give what is to be kept of each (n,)."""
+        """Count a batch of ids (n,), and return codes of them (n,) for `rows_of_codes`."""
         self.count(column)
         numbers = column.to_numpy()
         return numbers if self.size > 2**31 else numbers.astype(np.int32)
 
     def settle(self, _: Resolve) -> None:
-        """Number the rows, all ids being known: sets ``size``, and ``ids`` where they are not the row numbers."""
+        """Number the rows. Set ``size``, and ``ids`` unless the row numbers are the ids."""
 
     def starts(self) -> Any:
-        """Where each row starts and the last ends (size + 1,) int64, once rows are numbered."""
+        """Return the index pointer of R, (size + 1,) int64: the running sum of the counts, from 0."""
         return np.cumsum(self._starts, out=self._starts)
 
     def rows(self, column: Any) -> Any:
-        """Rows (n,) int64 of ids (n,) that were counted."""
+        """Return the rows (n,) int64 of ids (n,) that were counted."""
         return column.to_numpy()
 
     def rows_of_codes(self, codes: Any) -> Any:
-        """Rows (n,) int64 of what `encode` gave."""
+        """Return the rows (n,) int64 of codes (n,) from `encode`."""
         return codes.astype(np.int64)
 
 
 class Codes:
-    """An axis of ids of any kind, in codes by order of appearance: numbers from 0 up, texts from -1 down.
+    """An axis with ids of any kind.
+
+    Codes follow the order in which ids appear first: 0, 1, ... for whole numbers, and -1, -2, ... for texts.
 
     Parameters
     ----------
     dense : int
-        As long as all ids are numbers from 0 to below this, and nobody asks for codes, a table counts them.
+        While all ids are whole numbers in [0, dense) and `encode` is not called, ids are counted in an array with one
+        element per id, which is faster than to give them codes.
     """
 
     def __init__(self, dense: int) -> None:
         self.size = 0
         self.ids: Any = None
-        self._table: Any = np.zeros(dense + 1, np.int64)  # memory is taken page by page, as ids fall there
-        self._numbers: Numbers | None = None  # instead of the table
+        # The count of id n is element n + 1. The system allots memory only for the pages that ids touch.
+        self._table: Any = np.zeros(dense + 1, np.int64)
+        self._numbers: Numbers | None = None  # It replaces the table when codes are needed.
         self._texts: Texts | None = None
-        self._rows: Any = None  # of each id of the table, or of each code
-        self._degrees: Any = None  # of each id or code found: (rows, counts)
+        self._rows: Any = None  # The row of each id of the table, or of each code; None if ids are row numbers.
+        self._starts: Any = None  # The index pointer of R before the counts are added up.
 
     def count(self, column: Any) -> None:
-        """See `RowNumbers.count`; texts too."""
         if self._numbers is None and not ids.is_text(str(column.dtype)):
             numbers = column.to_numpy()
             if numbers.min() >= 0 and numbers.max() < len(self._table) - 1:
@@ -221,8 +229,7 @@ class Codes:
         self.encode(column)
 
     def encode(self, column: Any) -> Any:
-        """See `RowNumbers.encode`."""
-        numbers = self._coded()
+        numbers = self._number_codes()
         if not ids.is_text(str(column.dtype)):
             return numbers.encode(column.to_numpy())
         if self._texts is None:
@@ -232,16 +239,16 @@ class Codes:
         return -1 - self._texts.encode(*_bytes(column))
 
     def settle(self, resolve: Resolve) -> None:
-        """See `RowNumbers.settle`."""
         import pandas as pd
 
         if self._numbers is None:
             counts = self._table[1 : self.size + 1]
             if counts.all():
+                self._starts = self._table[: self.size + 1]
                 return
             found = np.flatnonzero(counts)
             rows, self.size, self.ids = resolve(pd.Series(found))
-            self._degrees = rows, counts[found]
+            self._set_counts(rows, counts[found])
             counts[found] = rows
             self._rows = counts
             return
@@ -249,29 +256,30 @@ class Codes:
         if self._texts is None:
             self._rows, self.size, self.ids = resolve(pd.Series(known))
         else:
-            starts, data, text_counts = self._texts.known()
-            every = _texts(starts, data)
+            offsets, data, text_counts = self._texts.known()
+            every = _texts(offsets, data)
             places: Any = slice(None)
-            if len(known):  # what is a number in one batch may be text in another
+            if len(known):  # An id that is a number in one batch may be a text in another.
                 places, every = pd.concat([pd.Series(known).astype("str"), every]).factorize()
             rows, self.size, self.ids = resolve(pd.Series(every))
             rows = rows[places]
             self._rows = np.concatenate([rows[: len(known)], rows[len(known) :][::-1]])
             counts = np.concatenate([counts, text_counts[::-1]])
-        self._degrees = self._rows, counts
+        self._set_counts(self._rows, counts)
+
+    def _set_counts(self, rows: Any, counts: Any) -> None:
+        self._starts = np.zeros(self.size + 1, np.int64)
+        np.add.at(self._starts[1:], rows, counts)
 
     def starts(self) -> Any:
-        """See `RowNumbers.starts`."""
-        if self._rows is None:
-            starts = self._table[: self.size + 1]
-        else:
-            starts = np.zeros(self.size + 1, np.int64)
-            np.add.at(starts[1:], *self._degrees)
-            self._degrees = None
+        starts, self._starts = self._starts, None
         return np.cumsum(starts, out=starts)
 
     def rows(self, column: Any) -> Any:
-        """See `RowNumbers.rows`. Ids that were not counted get any row: the file changed, which is seen later."""
+        """Return the rows (n,) int64 of ids (n,) that were counted.
+
+        An id that was not counted gets an arbitrary row: then the file has changed, which its reader notices later.
+        """
         if ids.is_text(str(column.dtype)):
             assert self._texts is not None
             return self._rows[-1 - self._texts.find(*_bytes(column))]
@@ -282,11 +290,10 @@ class Codes:
         return self._rows.take(codes, mode="clip")
 
     def rows_of_codes(self, codes: Any) -> Any:
-        """See `RowNumbers.rows_of_codes`."""
         return self._rows[codes]
 
-    def _coded(self) -> Numbers:
-        """Codes instead of the table, whose ids take the first of them."""
+    def _number_codes(self) -> Numbers:
+        """Return the codes of whole numbers. The first call replaces the table, whose ids get the first codes."""
         if self._numbers is None:
             from gpu_init.kernels.ids import Numbers
 
@@ -299,7 +306,7 @@ class Codes:
 
 
 def _bytes(column: Any) -> tuple[Any, Any]:
-    """Where each text (n,) starts among the bytes of all, and the last ends (n + 1,) int64; the bytes, UTF-8."""
+    """Return the offsets (n + 1,) int64 of n texts among their bytes, and these bytes, (m,) uint8 of UTF-8."""
     import pyarrow as pa
 
     texts = pa.array(column, pa.large_string())
@@ -310,7 +317,7 @@ def _bytes(column: Any) -> tuple[Any, Any]:
 
 
 def _texts(starts: Any, data: Any) -> Any:
-    """Texts as a pandas Series (n,), from what `_bytes` gives."""
+    """Return texts as a pandas Series (n,), given what `_bytes` returns for them."""
     import pyarrow as pa
 
     buffers = [None, pa.py_buffer(starts), pa.py_buffer(data)]

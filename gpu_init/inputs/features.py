@@ -1,7 +1,4 @@
-"""Item features: files and arrays read and checked, projected, missing items marked.
-
-Sections 2.2 (features), 2.8 (missing features) and 4 (inputs) of the design.
-"""
+"""Item features: reads them from files, and places their rows at the items of the job."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import reprlib
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +19,10 @@ from gpu_init.backend.interface import Backend
 from gpu_init.errors import InputError
 from gpu_init.files import npy
 from gpu_init.files.storage import expand, reading
+from gpu_init.inputs.parquet import decoding, read_parquet
+from gpu_init.inputs.tables import PARQUET_EXTENSIONS
 from gpu_init.kernels.arrays import empty
 from gpu_init.memory import require as require_memory
-
-if TYPE_CHECKING:
-    pass
-from gpu_init.inputs.parquet import decoding, read_parquet
 from gpu_init.method.modality import (
     _BFLOAT16,
     _BLOCK_ROWS,
@@ -40,25 +35,24 @@ from gpu_init.method.modality import (
     check,
 )
 
-_PARQUET = (".parquet", ".pq")
-_SAFETENSORS_HEADER_BYTES = 8 << 20  # of JSON, which costs Python twenty times as much
-_CHUNK = 1 << 20
+_SAFETENSORS_HEADER_BYTES = 8 << 20  # A longer JSON header is refused: parsed, it takes twenty times its bytes.
+_CHUNK_BYTES = 1 << 20  # A compressed array is decompressed in pieces of this size.
 
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """One modality's features as a file holds them.
+    """One modality's features, as its files hold them.
 
     Attributes
     ----------
     name : str
-        The modality.
+        Name of the modality.
     path : str
-        File, folder or glob that they were read from.
+        The file, folder or glob.
     values : numpy array, shape (n, D), float16, float32 or float64
-        Memory-mapped where the file allows it.
+        Memory-mapped if the file allows it.
     ids : pandas Series, shape (n,), int64 or text, or None
-        Item of each row, each once; None: row i is item i.
+        The item id of each row, without duplicates. None: row i is item i.
     """
 
     name: str
@@ -67,20 +61,17 @@ class FeatureTable:
     ids: Any
 
 
-# Files.
-
-
 def read(name: str, path: str, item_column: str | None = None) -> FeatureTable:
     """Read one modality's features from .npy, .npz, .safetensors, .pt, .pth or Parquet.
 
     Parameters
     ----------
     name : str
-        The modality.
+        Name of the modality.
     path : str
-        A file; Parquet may be a folder or a glob too, taken in the order of the names.
+        A file. For Parquet also a folder or a glob, whose files are read in the order of their names.
     item_column : str, optional
-        Name of the interactions' item column; tried first for the id column of Parquet files.
+        Name of the interactions' item column. In Parquet files, it is the first name to try for the id column.
 
     Returns
     -------
@@ -89,16 +80,16 @@ def read(name: str, path: str, item_column: str | None = None) -> FeatureTable:
     Raises
     ------
     InputError
-        The file cannot be read, is broken, or does not hold one matrix of floats.
+        The file cannot be read, is broken, or does not hold exactly one matrix of floats.
     ResourceError
-        It does not fit into memory.
+        The features do not fit into memory.
     """
     paths = expand(path, EXTENSIONS)
     extensions = {os.path.splitext(one)[1].lower() for one in paths}
     unknown = extensions - set(EXTENSIONS)
     if unknown:
         raise InputError(f"{path}: cannot tell what it is; features end in {', '.join(EXTENSIONS)}.")
-    if extensions <= set(_PARQUET):
+    if extensions <= set(PARQUET_EXTENSIONS):
         return FeatureTable(name, path, *read_parquet(path, paths, item_column))
     if len(paths) > 1:
         raise InputError(f"{path}: {len(paths)} files; only Parquet features may be several files.")
@@ -112,7 +103,7 @@ def read(name: str, path: str, item_column: str | None = None) -> FeatureTable:
 
 
 def read_rows(name: str, path: str, items: int) -> NDArray[np.float32]:
-    """Features by item, for ids that are row numbers; rows of NaN for items without them.
+    """Read features by item, for item ids that are row numbers. An item without features gets a row of NaN.
 
     Parameters
     ----------
@@ -128,7 +119,7 @@ def read_rows(name: str, path: str, items: int) -> NDArray[np.float32]:
     Raises
     ------
     InputError
-        As `read` and `check`, or an id that is not a row number below ``items``.
+        As in `read` and `check`; or an id is not a row number below ``items``.
     """
     table = read(name, path)
     check(table.values, path)
@@ -141,7 +132,7 @@ def read_rows(name: str, path: str, items: int) -> NDArray[np.float32]:
 
 
 def _npy_header(file: Any, place: str, size: int) -> npy.Header:
-    """Header of an .npy file that holds a matrix, held to the file's real size."""
+    """Read the header of an .npy file, and refuse it if the file is no matrix or has another size."""
     header = npy.read_header(file)
     _require_matrix(place, header.shape, header.dtype)
     header.require_size(place, size)
@@ -173,7 +164,7 @@ def _read_npz(file: io.BufferedReader, path: str) -> NDArray[Any]:
         with archive.open(member) as stream:
             stream.read(header.offset)
             filled = 0
-            while part := stream.read(_CHUNK):
+            while part := stream.read(_CHUNK_BYTES):
                 data[filled : filled + len(part)] = np.frombuffer(part, np.uint8)
                 filled += len(part)
         if filled != len(data):
@@ -186,7 +177,10 @@ _SAFETENSORS_TYPES = {"F16": np.dtype("<f2"), "BF16": _BFLOAT16, "F32": np.dtype
 
 
 def _read_safetensors(file: io.BufferedReader, path: str) -> NDArray[Any]:
-    """Map the one matrix: 8 bytes of header length, a JSON header, then the values (the format's own specification)."""
+    """Map the only matrix of a file.
+
+    By the format's specification, the file is 8 bytes of header length, the header as JSON, and the values.
+    """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     first = 8 + length
@@ -259,11 +253,14 @@ _READERS: dict[str, Callable[[io.BufferedReader, str], NDArray[Any]]] = {
     ".pt": _read_torch,
     ".pth": _read_torch,
 }
-EXTENSIONS = (*_READERS, *_PARQUET)
+EXTENSIONS = (*_READERS, *PARQUET_EXTENSIONS)
 
 
 def align_mask(present: Any, rows: Any, items: int) -> NDArray[np.bool_]:
-    """Which of the items (I,) have a modality, from which rows of its table do; arguments as of `align`."""
+    """Return which items have the modality, (I,) bool, given which rows of its table do, (n,) bool.
+
+    ``rows`` is as in `align`.
+    """
     if rows is None:
         return np.asarray(present)
     mask = np.zeros(items, bool)
@@ -274,20 +271,20 @@ def align_mask(present: Any, rows: Any, items: int) -> NDArray[np.bool_]:
 def align(
     backend: Backend, table: FeatureTable, mask: NDArray[np.bool_], rows: Any, *, exact: bool = False
 ) -> Modality:
-    """Place a table's rows at their items.
+    """Place a table's rows at their items, on the device.
 
     Parameters
     ----------
     backend : Backend
-        Where the modality shall lie.
+        The modality is made on its device.
     table : FeatureTable
-        As `read` gives it.
+        What `read` returns.
     mask : numpy array, shape (I,), bool
-        As `align_mask` gives it. An item that no row is placed at is missing.
+        What `align_mask` returns. An item without a row in the table is missing.
     rows : numpy array, shape (n,), int64, or None
-        Item row of each row of the table, each once; None: row i is item i.
+        The item of each row of the table, without duplicates. None: row i is item i.
     exact : bool
-        Keep float64, for a projection.
+        Whether float64 values stay float64, which a projection needs.
 
     Returns
     -------
@@ -296,7 +293,7 @@ def align(
     Raises
     ------
     ResourceError
-        Not enough memory.
+        The modality does not fit into memory.
     """
     values = table.values
     dtype = np.dtype(_kept_dtype(values, exact))

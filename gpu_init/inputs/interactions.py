@@ -1,7 +1,4 @@
-"""Interactions: from tables with ids of any kind to R, the U x I matrix of weights, by rows.
-
-Section 2.1 (weights) and section 4 (inputs) of the design.
-"""
+"""Interactions: from tables with ids of any kind to R, the U x I matrix of weights in CSR form."""
 
 from __future__ import annotations
 
@@ -37,21 +34,44 @@ from gpu_init.memory import require as require_memory
 from gpu_init.method.matrix import ROW_BYTES, Interactions, built, check_weights, from_matrix
 from gpu_init.where import Where
 
-_HELD_ROWS = 1 << 24  # whose codes are kept so that they need not be read again, 8 bytes each, 4 more with weights
-_ENTRY_BYTES = 4  # of memory for each row that is kept, at least: its item in R
+# So many rows of tables are held in memory as codes, and not read again. A row takes 8 bytes, 12 with its weight.
+_HELD_ROWS = 1 << 24
+_ENTRY_BYTES = 4  # Each interaction takes at least so much memory, for its item in R.
 _INDICES = ("indices.npy", "indptr.npy", "row.npy", "col.npy", "coords.npy", "offsets.npy", "shape.npy")
-_MATRIX_COPIES = 3  # of the arrays of a matrix file that are in memory at once: scipy's, by entries, R
+# So many copies of a matrix file's arrays are in memory at the same time: as scipy reads them, as entries, and R.
+_MATRIX_COPIES = 3
 
 
-# Reading.
+def require_kept(pattern: str, read: int, kept: int) -> None:
+    """Refuse interactions if none is kept of the ``read`` rows."""
+    if kept == 0:
+        found = f"{read} rows, none of which --where keeps" if read else "no rows"
+        raise InputError(f"{pattern}: {found}; there is nothing to make vectors from.")
+
+
+def require_unchanged(tables: Iterable[Table]) -> None:
+    """Refuse tables that have changed since they were opened."""
+    for table in tables:
+        if file_state(table.path) != table.state:
+            raise InputError(f"{table.path}: changed while it was read; run again when it is complete.")
 
 
 @dataclass(frozen=True)
 class InteractionTable:
-    """Interactions as read: R, the raw ids of its rows and columns, and how many rows there were.
+    """Interactions as they were read.
 
-    ``user_ids`` and ``item_ids`` are pandas Series, or None where rows and columns are the ids. ``read`` and
-    ``kept`` count rows of the files, before and after ``where``. ``kernels``: name of those that R was made with.
+    Attributes
+    ----------
+    interactions : Interactions
+        R.
+    user_ids, item_ids : pandas Series, shape (U,) and (I,), or None
+        Raw ids of the rows and of the columns of R; None where the row and column numbers are the ids.
+    read, kept : int
+        Number of rows of the files, before and after ``where``.
+    kernels : str
+        Name of the kernels that made R.
+    warnings : list of str
+        What the user should know about the files.
     """
 
     interactions: Interactions
@@ -71,23 +91,23 @@ def read(
     users: int | Any | None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> InteractionTable:
-    """Read interactions: a file, a folder or a glob of Parquet, CSV, TSV, .inter, or one scipy .npz.
+    """Read interactions from Parquet, CSV, TSV or .inter files, or from one .npz file of scipy.
 
     Parameters
     ----------
     backend : Backend
-        Where R shall lie.
+        R is made on its device.
     pattern : str
         File, folder or glob.
     columns : Columns
         Names of the columns, and the rows to keep.
     axis : ItemAxis
         What item ids mean.
-    users : int, pandas Series or None
-        U, when user ids are row numbers; or the ids of the rows, in order; or None: user ids are row numbers
-        when they fill 0..max without gaps, else they are sorted.
+    users : int, pandas Series of shape (U,), or None
+        An int is U, and user ids are row numbers. A Series has the ids of the rows, in order. With None, user ids are
+        row numbers if they fill 0..max without gaps; otherwise rows follow the sorted ids.
     advance : callable
-        Told the number of rows of each batch read.
+        It is called with the number of rows of each batch that was read.
 
     Returns
     -------
@@ -96,7 +116,9 @@ def read(
     Raises
     ------
     InputError
-        The files, their columns or their rows are not what is wanted; which file, which row, what to do.
+        A file, a column or a row is wrong. The message says which one and what to do.
+    ResourceError
+        The interactions do not fit into memory.
     """
     paths = expand(pattern, EXTENSIONS)
     if any(path.endswith(".npz") for path in paths):
@@ -109,32 +131,33 @@ def read(
     backend = for_work(backend, reading_seconds(stated_rows(pattern), text_bytes(pattern)))
     checks = Checks(backend, columns.where, axis, users, advance, recency)
     in_place = backend.kernels.rows_in_place()
-    held = _Hold(checks) if in_place is None else _Stream(checks, in_place, tables)
+    reader = _Holding(checks) if in_place is None else _Streaming(checks, in_place, tables)
     for table in tables:
-        held.take(table)
-    require_kept(pattern, held.read, held.kept)
-    matrix, user_ids, item_ids = held.finish(pattern)
+        reader.take(table)
+    require_kept(pattern, reader.read, reader.kept)
+    matrix, user_ids, item_ids = reader.finish(pattern)
     require_unchanged(tables)
-    return InteractionTable(matrix, user_ids, item_ids, held.read, held.kept, backend.kernels.name, warnings)
-
-
-def require_kept(pattern: str, read: int, kept: int) -> None:
-    """Refuse interactions of which none is left, of so many rows."""
-    if kept == 0:
-        found = f"{read} rows, none of which --where keeps" if read else "no rows"
-        raise InputError(f"{pattern}: {found}; there is nothing to make vectors from.")
-
-
-def require_unchanged(tables: Iterable[Table]) -> None:
-    """Refuse tables that changed since they were opened."""
-    for table in tables:
-        if file_state(table.path) != table.state:
-            raise InputError(f"{table.path}: changed while it was read; run again when it is complete.")
+    return InteractionTable(matrix, user_ids, item_ids, reader.read, reader.kept, backend.kernels.name, warnings)
 
 
 @dataclass(frozen=True)
 class Checks:
-    """What every row must satisfy, whatever becomes of it."""
+    """Reads the columns of tables and checks every value, for all ways of making R.
+
+    Attributes
+    ----------
+    backend : Backend
+    where : Where or None
+        The rows to keep.
+    axis : ItemAxis
+        What item ids mean.
+    listed : int, pandas Series or None
+        The argument ``users`` of `read`.
+    advance : callable
+        It is called with the number of rows of each batch that was read.
+    recency : Recency or None
+        How weights decay with age.
+    """
 
     backend: Backend
     where: Where | None
@@ -144,57 +167,57 @@ class Checks:
     recency: Recency | None = None
 
     def users(self, table: Table, batch: Batch) -> Any:
-        """User ids of a batch, int64 or text."""
-        place = f"{table.path}, column {table.user}"
-        column = ids.normalize(batch.frame[table.user], place, batch.row)
-        if isinstance(self.listed, int):
-            check_range(column, self.listed, place, batch.row, f"--users {self.listed}", "user")
-        return column
+        """Return the user ids of a batch (n,), int64 or text."""
+        count = self.listed if isinstance(self.listed, int) else None
+        return self._ids(table, batch, table.user, count, f"--users {count}", "user")
 
     def items(self, table: Table, batch: Batch) -> Any:
-        """Item ids of a batch, int64 or text."""
-        place = f"{table.path}, column {table.item}"
-        column = ids.normalize(batch.frame[table.item], place, batch.row)
-        if self.axis.rows is not None:
-            check_range(column, self.axis.rows, place, batch.row, f"the features' {self.axis.rows} rows", "item")
+        """Return the item ids of a batch (n,), int64 or text."""
+        count = self.axis.rows
+        return self._ids(table, batch, table.item, count, f"the features' {count} rows", "item")
+
+    def _ids(self, table: Table, batch: Batch, name: str, count: int | None, limit: str, kind: str) -> Any:
+        place = f"{table.path}, column {name}"
+        column = ids.normalize(batch.frame[name], place, batch.row)
+        if count is not None:
+            check_range(column, count, place, batch.row, limit, kind)
         return column
 
     def weights(self, table: Table, batch: Batch) -> Any:
-        """Weights of a batch, (n,) float32, or None."""
+        """Return the weights of a batch, (n,) float32 on the device, or None."""
         if table.weight is None:
             return None
         place = f"{table.path}, column {table.weight}"
         return _weights(self.backend, batch.frame[table.weight], place, batch.row).astype("float32")
 
     def times(self, table: Table, batch: Batch) -> Any:
-        """Times of a batch, (n,) float64, or None."""
+        """Return the times of a batch, (n,) float64 on the device, or None."""
         if self.recency is None:
             return None
         place = f"{table.path}, column {table.time}"
         return self.recency.times(self.backend, batch.frame[table.time], place, batch.row)
 
     def decayed(self, weights: Any, ages: Any) -> Any:
-        """Weights (n,) float32 or None of interactions of such ages (n,), or of any where age does not count."""
+        """Return the weights (n,), float32 or None, of interactions with these ages (n,), after any decay."""
         return weights if self.recency is None else self.recency.decayed(self.backend, weights, ages)
 
     def batches(self, table: Table, *wanted: str | None, groups: range | None = None) -> Iterator[Batch]:
-        """Batches with these columns, of some row groups or all."""
+        """Read these columns of a table, or of some of its row groups, batch by batch."""
         return batches(self.backend, table, self.where, [name for name in wanted if name], groups)
 
 
-class _Hold:
-    """All rows held until the end, two codes of 32 bits each, then sorted: on any device."""
+class _Holding:
+    """Holds all rows in memory until the end, as two codes of 32 bits each, and then sorts them, on any device."""
 
     def __init__(self, checks: Checks) -> None:
         self.read = self.kept = 0
         self._checks = checks
-        self._users = _Held(checks.backend, checks.listed if isinstance(checks.listed, int) else None)
-        self._items = _Held(checks.backend, checks.axis.rows)
+        self._users = _HeldIds(checks.backend, checks.listed if isinstance(checks.listed, int) else None)
+        self._items = _HeldIds(checks.backend, checks.axis.rows)
         self._weights: list[Any] = []
         self._times: list[Any] = []
 
     def take(self, table: Table) -> None:
-        """Read a table."""
         checks = self._checks
         for batch in checks.batches(table, table.user, table.item, table.weight, table.time):
             self.read += batch.read
@@ -211,18 +234,21 @@ class _Hold:
                 self._times.append(checks.times(table, batch))
 
     def finish(self, place: str) -> tuple[Interactions, Any, Any]:
-        """R, and the ids of its rows and columns where they are not the row numbers."""
-        checks = self._checks
+        """Return R, and the ids of its rows and columns, or None where these are the row numbers."""
+        checks, concatenate = self._checks, self._checks.backend.xp.concatenate
         users = self._users.rows(lambda found: user_axis(found, place, checks.listed))
         items = self._items.rows(lambda found: item_axis(found, place, checks.axis))
-        weights = checks.backend.xp.concatenate(self._weights) if self._weights else None
+        weights = concatenate(self._weights) if self._weights else None
+        times = concatenate(self._times) if self._times else None
         shape = (self._users.size, self._items.size)
-        times = checks.backend.xp.concatenate(self._times) if self._times else None
         return assemble(checks, users, items, weights, times, shape), self._users.ids, self._items.ids
 
 
 def assemble(checks: Checks, users: Any, items: Any, weights: Any, times: Any, shape: tuple[int, int]) -> Interactions:
-    """R as `build` makes it, from what `Checks` gives of all interactions of the users."""
+    """Make R from the rows, columns, weights and times, each (n,) or None, of all interactions of the users.
+
+    Weights and times are what `Checks` returns.
+    """
     backend = checks.backend
     if times is not None:
         counts = slice(None) if weights is None else backend.xp.flatnonzero(weights > 0)
@@ -231,14 +257,17 @@ def assemble(checks: Checks, users: Any, items: Any, weights: Any, times: Any, s
     return built(backend, users, items, weights, shape)
 
 
-class _Held:
-    """Ids of an axis, each as its row number, or as a code of its batch, whose distinct ids are kept beside.
+class _HeldIds:
+    """The ids of an axis.
+
+    If ids are row numbers, these are kept. Otherwise each batch has codes of its own, and its distinct ids are kept
+    with them until `rows` numbers them.
 
     Parameters
     ----------
     backend : Backend
     size : int or None
-        Ids are row numbers below this; None: `rows` asks what they mean.
+        Ids are row numbers below this count; None if they are not.
     """
 
     def __init__(self, backend: Backend, size: int | None) -> None:
@@ -250,7 +279,7 @@ class _Held:
         self._found: list[Any] = []
 
     def take(self, column: Any) -> None:
-        """Keep the ids of a batch, int64 or text."""
+        """Keep the ids of a batch (n,), int64 or text."""
         if self._coded:
             codes, found = column.factorize()
             self._found.append(self._backend.tables.Series(found))
@@ -260,7 +289,7 @@ class _Held:
         self._codes.append(codes.astype("int32") if self._coded or self.size <= 2**31 else codes)
 
     def rows(self, resolve: Resolve) -> Any:
-        """Row of each id (n,), int32 or int64; sets ``size``, and ``ids`` where they are not the row numbers."""
+        """Return the rows of the ids (n,), int32 or int64. Set ``size``, and ``ids`` unless ids are row numbers."""
         backend = self._backend
         if self._coded:
             places, found = joined(backend, self._found).factorize()
@@ -275,12 +304,12 @@ class _Held:
         return rows
 
 
-class _Stream:
-    """Rows counted as they are read, then put into R in place.
+class _Streaming:
+    """Counts each user's rows while it reads, and then puts the rows into R in place, which takes the least memory.
 
-    Tables whose ids are whole numbers are read twice, first for the users alone. Of others, `_HELD_ROWS` in all are
-    kept as int32 codes, and only what comes after these is read again. Where age counts, times are read in between, for
-    each user's newest.
+    Tables that store both ids as integers are read twice, the first time only to count. Of the other tables, up to
+    `_HELD_ROWS` rows are held as int32 codes, and only the rows after these are read again. With a recency, the times
+    are read in a pass between these two, to find each user's newest interaction.
     """
 
     def __init__(self, checks: Checks, in_place: Callable[..., Any], tables: list[Table]) -> None:
@@ -288,21 +317,18 @@ class _Stream:
         self._checks = checks
         self._in_place = in_place
         axis, listed = checks.axis, checks.listed
-        self._again: list[tuple[Table, int]] = []  # and how many of its rows are held
+        # Tables to read again, each with the number of its rows that are held.
+        self._again: list[tuple[Table, int]] = []
+        # By batch: codes of users and items, weights, times.
         self._coded: deque[tuple[Any, Any, Any, Any]] = deque()
         self._room = _HELD_ROWS
         self._weighted = False
-        self._users: RowNumbers | Codes
-        self._items: RowNumbers | Codes
-        if isinstance(listed, int):
-            self._users = RowNumbers(listed)
-        else:
-            rows = sum(table.whole or 0 for table in tables) if listed is None else 0
-            self._users = Codes(rows)
+        dense = sum(table.whole or 0 for table in tables) if listed is None else 0
+        self._users = RowNumbers(listed) if isinstance(listed, int) else Codes(dense)
         self._items = RowNumbers(axis.rows) if axis.rows is not None else Codes(0)
 
     def take(self, table: Table) -> None:
-        """Read a table, or the columns of it that say how R is laid out."""
+        """Read a table: all its columns while rows are held, otherwise only those to count."""
         checks = self._checks
         self._weighted = table.weight is not None
         counts_items = isinstance(self._items, Codes)
@@ -321,7 +347,7 @@ class _Stream:
                     self._room -= len(batch.frame)
             else:
                 holds = False
-                checks.advance(batch.read // 2)  # the other half when it is read again
+                checks.advance(batch.read // 2)  # The other half is told when the batch is read again.
                 if len(batch.frame):
                     self._users.count(checks.users(table, batch))
                     if counts_items:
@@ -333,62 +359,50 @@ class _Stream:
             self._again.append((table, held))
 
     def finish(self, place: str) -> tuple[Interactions, Any, Any]:
-        """R, and the ids of its rows and columns where they are not the row numbers."""
-        checks = self._checks
-        users, items = self._users, self._items
+        """Return R, and the ids of its rows and columns, or None where these are the row numbers."""
+        checks, users, items = self._checks, self._users, self._items
         users.settle(lambda found: user_axis(found, place, checks.listed))
         items.settle(lambda found: item_axis(found, place, checks.axis))
-        timed = checks.recency is not None
-        latest = self._newest() if timed else None
-        filling = self._in_place(users.starts(), self._weighted or timed)
-
-        def add(rows: Any, columns: Any, weights: Any, times: Any) -> None:
+        latest = None  # The time of each user's newest interaction with a weight above 0.
+        if checks.recency is not None:
+            latest = np.full(users.size, -np.inf)
+            for rows, _, weights, times in self._interactions(last=False):
+                counts = slice(None) if weights is None else weights > 0
+                np.maximum.at(latest, rows[counts], times[counts])
+        filling = self._in_place(users.starts(), self._weighted or latest is not None)
+        for rows, columns, weights, times in self._interactions(last=True):
             filling.add(rows, columns, weights if latest is None else checks.decayed(weights, latest[rows] - times))
-
-        while self._coded:
-            user_codes, item_codes, weights, times = self._coded.popleft()
-            add(users.rows_of_codes(user_codes), items.rows_of_codes(item_codes), weights, times)
-        for table, batch in self._not_held("item", "weight", "time"):
-            if len(batch.frame):
-                rows, columns = users.rows(checks.users(table, batch)), items.rows(checks.items(table, batch))
-                add(rows, columns, checks.weights(table, batch), checks.times(table, batch))
-            checks.advance(batch.read - batch.read // 2)
         return Interactions(filling.finish(), items.size), users.ids, items.ids
 
-    def _not_held(self, *columns: str) -> Iterator[tuple[Table, Batch]]:
-        """Batches of what is read again, of users and such columns of a table."""
+    def _interactions(self, last: bool) -> Iterator[tuple[Any, Any, Any, Any]]:
+        """Yield the rows, columns, weights and times of all interactions, batch by batch, first of those that are held.
+
+        Only the last pass reads the columns, which are None in others, and it frees what is held.
+        """
+        checks, users, items = self._checks, self._users, self._items
+        coded = (self._coded.popleft() for _ in range(len(self._coded))) if last else iter(self._coded)
+        for user_codes, item_codes, weights, times in coded:
+            columns = items.rows_of_codes(item_codes) if last else None
+            yield users.rows_of_codes(user_codes), columns, weights, times
         for table, held in self._again:
             read = 0
-            for batch in self._checks.batches(table, table.user, *(getattr(table, name) for name in columns)):
+            for batch in checks.batches(table, table.user, table.item if last else None, table.weight, table.time):
                 read += batch.read
-                if read > held:  # batches are cut as they were the first time
-                    yield table, batch
-
-    def _newest(self) -> Any:
-        """Time of the newest interaction, of weight above 0, of each user (U,); -inf where there is none."""
-        checks, users = self._checks, self._users
-        latest = np.full(users.size, -np.inf)
-
-        def look_at(rows: Any, weights: Any, times: Any) -> None:
-            counts = slice(None) if weights is None else weights > 0
-            np.maximum.at(latest, rows[counts], times[counts])
-
-        for user_codes, _, weights, times in self._coded:
-            look_at(users.rows_of_codes(user_codes), weights, times)
-        for table, batch in self._not_held("weight", "time"):
-            if len(batch.frame):
-                rows = users.rows(checks.users(table, batch))
-                look_at(rows, checks.weights(table, batch), checks.times(table, batch))
-        return latest
+                if read <= held:  # A table is cut into the same batches each time.
+                    continue
+                if len(batch.frame):
+                    rows = users.rows(checks.users(table, batch))
+                    columns = items.rows(checks.items(table, batch)) if last else None
+                    yield rows, columns, checks.weights(table, batch), checks.times(table, batch)
+                if last:
+                    checks.advance(batch.read - batch.read // 2)
 
 
 def _weights(backend: Backend, column: Any, place: str, row: Callable[[int], str]) -> Any:
     kind = str(column.dtype).lower()
     if not (ids.is_text(kind) or kind.startswith(("int", "uint", "float", "double", "half", "decimal"))):
         raise InputError(f"{place}: values of type {kind}; weights are numbers.")
-    missing = column.isna()
-    if bool(missing.any()):
-        raise InputError(f"{place}: {row(ids.first_true(missing))} has no weight; drop such rows or give them one.")
+    ids.refuse_missing(column.isna(), place, row, "weight")
     numbers = backend.tables.to_numeric(column, errors="coerce") if ids.is_text(kind) else column
     weights = backend.asarray(numbers.astype("float64").values)
     if ids.is_text(kind):
@@ -401,7 +415,7 @@ def _weights(backend: Backend, column: Any, place: str, row: Callable[[int], str
 
 
 def _require_matrix_file(file: io.BufferedReader, path: str) -> None:
-    """Refuse, before scipy reads them, arrays that are not what they declare, or do not fit into memory."""
+    """Refuse, before scipy reads them, arrays that are not as their headers say, or that do not fit into memory."""
     with npy.archive(file, path) as archive:
         for member in archive.infolist():
             with archive.open(member) as stream:
@@ -418,7 +432,7 @@ def _require_matrix_file(file: io.BufferedReader, path: str) -> None:
 def _read_matrix(
     backend: Backend, path: str, columns: Columns, axis: ItemAxis, users: int | Any | None
 ) -> InteractionTable:
-    """Interactions from scipy's .npz: rows are users, columns items, values weights."""
+    """Read a sparse matrix of scipy from .npz. Its rows are users, its columns items, and its values weights."""
     import scipy.sparse
 
     named = {
@@ -452,7 +466,7 @@ def _read_matrix(
         require_memory(f"{path}: {user_count} rows", user_count * ROW_BYTES)
     except (GpuInitError, MemoryError):
         raise
-    except Exception as error:  # zip, numpy and scipy raise many kinds for a broken file
+    except Exception as error:  # For a broken file, zipfile, numpy and scipy raise errors of many types.
         raise InputError(
             f"{path}: not a scipy sparse matrix ({one_line(error)}); scipy.sparse.save_npz writes one."
         ) from None
@@ -464,12 +478,15 @@ def _read_matrix(
             f"{path}: user {int(matrix.row[at])} has item {int(matrix.col[at])}, beyond the features' {axis.rows} rows:"
             f" row numbers run from 0 to {axis.rows - 1}."
         )
-    if isinstance(users, int) and users < user_count:
-        raise InputError(f"{path}: {user_count} rows, more than --users {users}.")
-    if users is not None and not isinstance(users, int) and len(users) != user_count:
-        raise InputError(f"{path}: {user_count} rows, but --users names {len(users)}.")
-    user_ids = None if users is None or isinstance(users, int) else users
-    count = users if isinstance(users, int) else user_count
+    count, user_ids = user_count, None
+    if isinstance(users, int):
+        if users < user_count:
+            raise InputError(f"{path}: {user_count} rows, more than --users {users}.")
+        count = users
+    elif users is not None:
+        if len(users) != user_count:
+            raise InputError(f"{path}: {user_count} rows, but --users names {len(users)}.")
+        user_ids = users
     matrix = scipy.sparse.coo_array((matrix.data, (matrix.row, matrix.col)), shape=(count, axis.rows))
     backend = for_work(backend, reading_seconds(read_rows, 0))
     return InteractionTable(

@@ -26,13 +26,23 @@ if TYPE_CHECKING:
 
 
 ITEM_NAMES = ("item_id", "itemid", "item", "id", "iid", "product_id", "asin")
-_PARQUET_ROWS = 4096  # decoded at a time
-_PARQUET_COLUMNS = 16  # likewise; each holds a page and a dictionary of up to 1 MiB
+_PARQUET_ROWS = 4096  # So many rows are decoded at a time.
+_PARQUET_COLUMNS = 16  # So many columns are read at a time, since each takes a page and a dictionary of up to 1 MiB.
 
 
 @contextmanager
 def decoding(path: str, kind: str) -> Iterator[None]:
-    """Say in one line what a library found wrong with a file; a broken file can raise anything in any of them."""
+    """Turn any error that a library raises in the block into one line about the file.
+
+    For a broken file, the libraries raise errors of many types.
+
+    Raises
+    ------
+    InputError
+        The file is broken, or not of this kind.
+    ResourceError
+        It does not fit into memory.
+    """
     try:
         with warnings.catch_warnings(), memory.bounded():
             warnings.simplefilter("ignore")
@@ -43,17 +53,18 @@ def decoding(path: str, kind: str) -> Iterator[None]:
         raise ResourceError(f"{path}: {one_line(error)}; not enough memory to read it.") from None
     except Exception as error:
         why = textwrap.shorten(one_line(error), 200, placeholder=" ...")
-        if "allocate memory" in str(error):  # torch's
+        if "allocate memory" in str(error):  # PyTorch raises a RuntimeError.
             raise ResourceError(f"{path}: {why}; not enough memory to read it.") from None
         raise InputError(f"{path}: broken, or not {kind} ({why}).") from None
 
 
-# Parquet.
-
-
 @dataclass(frozen=True)
 class _Layout:
-    """Which columns of a Parquet file hold what: one list, or one number per dimension."""
+    """Which columns of a Parquet file hold what.
+
+    ``item`` is the column of ids. ``values`` are the columns of features: one column of lists, or one column of numbers
+    per dimension.
+    """
 
     item: str | None
     values: tuple[str, ...]
@@ -61,7 +72,7 @@ class _Layout:
 
 
 def read_parquet(place: str, paths: Sequence[str], item_column: str | None) -> tuple[NDArray[Any], Any]:
-    """Values (n, D) and ids of all rows, file after file, batch by batch into one array."""
+    """Read the values (n, D) and the ids of all rows, file after file; ids are None if no column holds them."""
     headers = [_parquet_header(path, item_column) for path in paths]
     layout, dtype, _ = headers[0]
     for path, (other, _, _) in zip(paths, headers, strict=True):
@@ -85,33 +96,37 @@ def read_parquet(place: str, paths: Sequence[str], item_column: str | None) -> t
 
 
 def _parquet_header(path: str, item_column: str | None) -> tuple[_Layout, np.dtype[Any], int]:
-    """Layout, dtype of the values and number of rows of one file."""
+    """Return the layout of one file, the dtype of its values and its number of rows.
+
+    Counts of rows that do not add up are refused. The metadata of columns are not looked at: for some damaged files,
+    pyarrow ends the process when they are.
+    """
     with _parquet(path) as parquet:
-        _check_announced(parquet.metadata)
-        return *_layout(path, parquet.schema_arrow, item_column), parquet.metadata.num_rows
-
-
-def _check_announced(metadata: pq.FileMetaData) -> None:
-    """Refuse counts of rows that do not add up. Columns are left alone: pyarrow ends the process over some of them."""
-    counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-    if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
-        raise ValueError(f"{metadata.num_rows} rows, in groups of {reprlib.repr(counts)}")
+        metadata = parquet.metadata
+        counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
+            raise ValueError(f"{metadata.num_rows} rows, in groups of {reprlib.repr(counts)}")
+        return *_layout(path, parquet.schema_arrow, item_column), metadata.num_rows
 
 
 def _layout(path: str, schema: pa.Schema, item_column: str | None) -> tuple[_Layout, np.dtype[Any]]:
     import pyarrow as pa
+    from pyarrow.types import is_floating, is_integer
 
     names = schema.names
     if len(set(names)) != len(names):
-        raise InputError(f"{path}: two columns of one name; rename one.")
+        raise InputError(f"{path}: two columns have the same name; rename one.")
     item = _item_column(path, schema, item_column)
     rest = [name for name in names if name != item]
-    lists = [name for name in rest if _is_list(schema.field(name).type)]
+    list_kinds = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
+    lists = [name for name in rest if isinstance(schema.field(name).type, list_kinds)]
     others = [name for name in rest if name not in lists]
-    strange = [name for name in others if not _is_number(schema.field(name).type)]
+    kinds = {name: schema.field(name).type for name in others}
+    strange = [f"{n} ({kind})" for n, kind in kinds.items() if not (is_floating(kind) or is_integer(kind))]
     if strange:
-        kinds = reprlib.repr([f"{name} ({schema.field(name).type})" for name in strange])
-        raise InputError(f"{path}: columns {kinds} hold no numbers; besides the item ids, keep features only.")
+        raise InputError(
+            f"{path}: columns {reprlib.repr(strange)} hold no numbers; besides the item ids, keep features only."
+        )
     if not rest or len(lists) > 1 or (lists and others):
         raise InputError(
             f"{path}: columns {reprlib.repr(names)}; an id column and either one list column or one number column"
@@ -120,14 +135,16 @@ def _layout(path: str, schema: pa.Schema, item_column: str | None) -> tuple[_Lay
     types = [schema.field(name).type for name in rest]
     if lists:
         types = [types[0].value_type]
-        if not pa.types.is_floating(types[0]):
+        if not is_floating(types[0]):
             raise InputError(f"{path}: lists of {types[0]} in column {lists[0]}; lists of floats are wanted.")
-    dtypes = [kind.to_pandas_dtype() if pa.types.is_floating(kind) else np.float64 for kind in types]
+    dtypes = [kind.to_pandas_dtype() if is_floating(kind) else np.float64 for kind in types]
     return _Layout(item, tuple(rest), bool(lists)), np.result_type(*dtypes)
 
 
 def _item_column(path: str, schema: pa.Schema, item_column: str | None) -> str | None:
-    """Column of the item ids: by name, else the only one of whole numbers or text beside floats or lists."""
+    """Find the column of the item ids: by its name, or else the only one that holds whole numbers or text."""
+    from pyarrow.types import is_dictionary, is_integer, is_large_string, is_string
+
     names: list[str] = schema.names
     if item_column in names:
         return item_column
@@ -135,7 +152,9 @@ def _item_column(path: str, schema: pa.Schema, item_column: str | None) -> str |
     for known in ITEM_NAMES:
         if known in by_name:
             return by_name[known]
-    candidates = [name for name in names if _is_id(schema.field(name).type)]
+    kinds = {name: schema.field(name).type for name in names}
+    kinds = {name: kind.value_type if is_dictionary(kind) else kind for name, kind in kinds.items()}
+    candidates = [n for n, kind in kinds.items() if is_integer(kind) or is_string(kind) or is_large_string(kind)]
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
@@ -146,28 +165,9 @@ def _item_column(path: str, schema: pa.Schema, item_column: str | None) -> str |
     return None
 
 
-def _is_id(kind: pa.DataType) -> bool:
-    from pyarrow.types import is_dictionary, is_integer, is_large_string, is_string
-
-    kind = kind.value_type if is_dictionary(kind) else kind
-    return bool(is_integer(kind) or is_string(kind) or is_large_string(kind))
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    from pyarrow.types import is_fixed_size_list, is_large_list, is_list
-
-    return bool(is_list(kind) or is_large_list(kind) or is_fixed_size_list(kind))
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    from pyarrow.types import is_floating, is_integer
-
-    return bool(is_floating(kind) or is_integer(kind))
-
-
 @contextmanager
 def _parquet(path: str) -> Iterator[pq.ParquetFile]:
-    """Open a file mapped: a row group, compressed, may be as large as memory."""
+    """Open a file as a memory map, because even one compressed row group may be as large as memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -181,7 +181,7 @@ def _parquet(path: str) -> Iterator[pq.ParquetFile]:
 
 
 def _list_width(place: str, paths: Sequence[str], column: str) -> int:
-    """Length of the first list there is."""
+    """Return the length of the first list that is not null."""
     import pyarrow.compute as pc
 
     for path in paths:
@@ -196,7 +196,7 @@ def _list_width(place: str, paths: Sequence[str], column: str) -> int:
 
 
 def _read_parquet_file(path: str, layout: _Layout, values: NDArray[Any]) -> Any:
-    """Fill the rows of one file; gives its ids, normalized, or None."""
+    """Read one file into ``values``, and return its ids after `ids.normalize`, or None."""
     import pandas as pd
     import pyarrow as pa
 
@@ -217,7 +217,7 @@ def _read_parquet_file(path: str, layout: _Layout, values: NDArray[Any]) -> Any:
             return None
         column = parquet.read(columns=[layout.item]).column(layout.item)
         _require_rows(path, len(column), len(values))
-        column.validate(full=True)  # text that is not UTF-8
+        column.validate(full=True)  # It refuses text that is not UTF-8.
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
         return ids.normalize(column.to_pandas(types_mapper=pd.ArrowDtype), f"{path}, column {layout.item}")
@@ -229,7 +229,7 @@ def _require_rows(path: str, found: int, announced: int) -> None:
 
 
 def _fill_lists(path: str, name: str, column: pa.Array, block: NDArray[Any], before: int) -> None:
-    """Rows from lists of equal length; a null list is a missing item, a null within it NaN."""
+    """Fill rows from lists of equal length. A null list is a missing item, and a null in a list becomes NaN."""
     import pyarrow.compute as pc
 
     width = block.shape[1]
@@ -237,8 +237,8 @@ def _fill_lists(path: str, name: str, column: pa.Array, block: NDArray[Any], bef
     ragged = np.flatnonzero(lengths != width)
     if len(ragged):
         raise InputError(
-            f"{path}, column {name}: row {before + ragged[0]} has {lengths[ragged[0]]} values, rows before it {width};"
-            " all need as many."
+            f"{path}, column {name}: row {before + ragged[0]} has {lengths[ragged[0]]} values, but the rows before it"
+            f" have {width}; all rows need the same number of values."
         )
     valid = column.is_valid().to_numpy(zero_copy_only=False)
     block[~valid] = np.nan
@@ -246,13 +246,10 @@ def _fill_lists(path: str, name: str, column: pa.Array, block: NDArray[Any], bef
 
 
 def _joined_ids(columns: list[Any], paths: Sequence[str], counts: Sequence[int]) -> Any:
-    """Ids of all files; each may stand once."""
+    """Concatenate the ids of all files, and refuse an id that is there twice."""
     import pandas as pd
 
-    columns = [column for column in columns if column is not None]
-    if any(ids.is_text(str(column.dtype)) for column in columns):
-        columns = [column.astype("str") for column in columns]
-    found = pd.concat(columns, ignore_index=True)
+    found = pd.concat(ids.same_kind(columns), ignore_index=True)
     twice = found.duplicated()
     if twice.any():
         second = ids.first_true(twice)
@@ -264,5 +261,5 @@ def _joined_ids(columns: list[Any], paths: Sequence[str], counts: Sequence[int])
             return f"row {at - starts[file]} of {paths[file]}"
 
         [item] = found.iloc[[second]].tolist()
-        raise InputError(f"item {ids.shown(item)} stands twice, in {row(first)} and {row(second)}; keep one.")
+        raise InputError(f"item {ids.shown(item)} is there twice, in {row(first)} and {row(second)}; keep one.")
     return found

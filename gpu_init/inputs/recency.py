@@ -1,4 +1,8 @@
-"""Times of interactions, and what age makes of their weights: ``2^(-(t_u - t) / half_life)`` (design, section 2.1)."""
+"""Times of interactions, and the decay of their weights with age.
+
+An interaction at time t of a user whose newest one is at time t_u has its weight multiplied by
+``2^(-(t_u - t) / half_life)``.
+"""
 
 from __future__ import annotations
 
@@ -11,91 +15,96 @@ from gpu_init.config import half_life
 from gpu_init.errors import InputError
 from gpu_init.where import kind_of, time_counts
 
-_LATEST_SECOND = 1e11  # the year 5138: beyond, a number is of milliseconds or less
-_DAY = 86_400.0
-LEAST = 1e-30  # weights below count as 0: float32 keeps too few digits of them
+_LATEST_SECOND = 1e11  # It is in the year 5138. A larger number counts milliseconds or a smaller unit.
+_DAY_SECONDS = 86_400.0
+LEAST = 1e-30  # A smaller weight counts as 0, because float32 keeps too few of its digits.
 
 
 class Recency:
-    """A half-life, and times to go with it.
+    """A half-life, and the reading of times that fit it.
 
     Parameters
     ----------
     value : str or float
-        With a unit, such as "30d": columns of numbers are of seconds, and both they and dates and times count from
-        1970 in UTC. A number alone is in the unit of the column, which must be of numbers.
+        With a unit, such as "30d": the column holds dates and times, or numbers of seconds since 1970 in UTC. A number
+        alone is in the unit of the column, which must hold numbers.
     """
 
     def __init__(self, value: str | float) -> None:
         self.half_life, self._unit = half_life(value)
 
     def times(self, backend: Backend, column: Any, place: str, row: Callable[[int], str]) -> Any:
-        """Times of a column, (n,) float64: seconds, or as they stand where the half-life has no unit.
+        """Return the times of a column, (n,) float64 on the device.
+
+        They are seconds since 1970, or the column's own numbers if the half-life has no unit.
 
         Raises
         ------
         InputError
-            A time that is missing or none, or one in another unit than the half-life; which row.
+            A value is missing, is not a time, or has another unit than the half-life. The message names the row.
         """
-        missing = column.isna()
-        if bool(missing.any()):
-            raise InputError(f"{place}: {row(ids.first_true(missing))} has no time; drop such rows or give them one.")
+        ids.refuse_missing(column.isna(), place, row, "time")
         kind = kind_of(column)
         if kind == "time":
             counts, per_day = time_counts(column)
-            return self._of_calendar(backend.asarray(counts.astype("float64").values) * (_DAY / per_day), place)
+            return self._as_seconds(backend.asarray(counts.astype("float64").values) * (_DAY_SECONDS / per_day), place)
         if kind in ("text", "category"):
             text = column.astype("str") if kind == "category" else column
             numbers = backend.asarray(backend.tables.to_numeric(text, errors="coerce").astype("float64").values)
             if bool(backend.xp.isnan(numbers).any()):
-                return self._of_calendar(backend.asarray(_parsed(backend.host_column(text), place, row)), place)
+                return self._as_seconds(backend.asarray(_parsed(backend.host_column(text), place, row)), place)
         elif kind in ("integer", "float", "decimal"):
             numbers = backend.asarray(column.astype("float64").values)
         else:
             raise InputError(f"{place} holds {kind}; times are numbers, or dates and times.")
-        limit = _LATEST_SECOND if self._unit else 1e300
+        limit, why = 1e300, "not a finite number"
+        if self._unit:
+            limit = _LATEST_SECOND
+            why = "not in seconds since 1970; a half-life in the column's own unit is a number alone"
         wrong = ~(abs(numbers) <= limit)
         if bool(wrong.any()):
             at = int(wrong.argmax())
-            why = (
-                "no seconds since 1970; a half-life in the column's own unit is a number alone"
-                if self._unit
-                else "none"
-            )
             raise InputError(f"{place}: {row(at)} has time {float(numbers[at]):.15g}, which is {why}.")
         return numbers
 
     def decayed(self, backend: Backend, weights: Any, ages: Any) -> Any:
-        """Weights (n,) float32, or None for ones, of interactions that are older than the user's newest by ``ages``."""
-        xp = backend.xp
-        left = xp.exp2(-xp.maximum(ages, 0.0) / self.half_life)  # only what has no weight is newer than the newest
-        left = left if weights is None else left * weights
-        return xp.where(left < LEAST, 0.0, left).astype(xp.float32)
+        """Return the decayed weights (n,) float32 of interactions.
 
-    def _of_calendar(self, seconds: Any, place: str) -> Any:
+        ``weights`` (n,) are 1 if None. ``ages`` (n,) are counted from the user's newest interaction with a weight above
+        0, so that only interactions of weight 0 have a negative age.
+        """
+        xp = backend.xp
+        decayed = xp.exp2(-xp.maximum(ages, 0.0) / self.half_life)
+        decayed = decayed if weights is None else decayed * weights
+        return xp.where(decayed < LEAST, 0.0, decayed).astype(xp.float32)
+
+    def _as_seconds(self, seconds: Any, place: str) -> Any:
         if self._unit is None:
+            remedy = "give it one, such as 30d"
             raise InputError(
-                f"{place} holds dates and times, but --half-life {self.half_life:g} has no unit; such as 30d."
+                f"{place} holds dates and times, but --half-life {self.half_life:g} has no unit; {remedy}."
             )
         return seconds
 
 
 def _parsed(text: Any, place: str, row: Callable[[int], str]) -> Any:
-    """Seconds since 1970 (n,) float64 of a pandas Series of dates and times in ISO 8601; without a zone, UTC."""
+    """Return seconds since 1970, (n,) float64, given a pandas Series of ISO 8601 texts; without a zone, in UTC."""
     import pandas as pd
 
     times = pd.to_datetime(text.astype("str"), errors="coerce", format="ISO8601", utc=True)
     missing = times.isna()
     if missing.any():
         at = ids.first_true(missing)
-        raise InputError(
-            f"{place}: {row(at)} is {str(text.iloc[at])[:60]!r}; times are numbers, or such as 2024-01-31 18:00:00."
-        )
+        remedy = "times are numbers, or text such as 2024-01-31 18:00:00"
+        raise InputError(f"{place}: {row(at)} is {str(text.iloc[at])[:60]!r}; {remedy}.")
     return (times - pd.Timestamp(0, tz="UTC")).dt.total_seconds().to_numpy("float64")
 
 
 def newest(backend: Backend, rows: Any, times: Any, count: int) -> Any:
-    """Latest of ``times`` (n,) at each of ``rows`` (n,), (count,) float64; 0 at rows without one."""
+    """Return the latest time of each row, (count,) float64, or 0 for a row that is not among ``rows``.
+
+    ``times`` (n,) are those of interactions, and ``rows`` (n,) the rows of their users.
+    """
     xp = backend.xp
     order = xp.argsort(times, kind="stable")
     order = order[xp.argsort(rows[order], kind="stable")]

@@ -1,14 +1,12 @@
-"""Tables of interactions: which column is what, the rows to keep, and where in a file a row stands.
-
-Section 4 (inputs) of the design.
-"""
+"""Tables of interactions: which column holds what, which rows are kept, and where in a file a row is."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpu_init import ids
 from gpu_init.backend.batches import TEXT_BLOCK_BYTES
@@ -18,23 +16,29 @@ from gpu_init.files.lines import line_of, trouble
 from gpu_init.files.storage import expand, file_state, source, stream
 from gpu_init.where import Where
 
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
+PARQUET_EXTENSIONS = (".parquet", ".pq")
 TEXT_EXTENSIONS = (".csv", ".tsv", ".inter", ".csv.gz", ".tsv.gz", ".inter.gz")
-EXTENSIONS = (".parquet", ".pq", ".npz", *TEXT_EXTENSIONS)
+EXTENSIONS = (*PARQUET_EXTENSIONS, ".npz", *TEXT_EXTENSIONS)
+USER_EXTENSIONS = (*PARQUET_EXTENSIONS, ".txt", *TEXT_EXTENSIONS)
 
 USER_NAMES = ("user_id", "userid", "user", "uid", "visitor_id", "session_id")
 TIME_NAMES = ("timestamp", "time", "ts", "datetime", "event_time")
 ITEM_NAMES = ("item_id", "itemid", "item", "iid", "product_id", "asin")
 SPLIT_NAMES = ("x_label", "split")
-HEADER_BYTES = 1 << 20  # of a text file's first line, at most
-_PACKED = 4  # bytes of text in one of a .gz file, about
+HEADER_BYTES = 1 << 20  # The first line of a text file has at most so many bytes.
+_PACKED = 4  # One byte of a .gz file holds about so many bytes of text.
 _RECBOLE_TYPES = (":token", ":float", ":token_seq", ":float_seq")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table hold what; None: known names are tried.
+    """Which columns of a table hold what. A column that is None is looked for by its usual names.
 
-    ``session``, where given, stands in for ``user``. ``half_life``: as of `config.JobConfig`; None: times are not read.
+    A ``session`` column takes the place of ``user``. ``half_life`` is a number, or a text with a unit such as "30d";
+    without it, times are not read.
     """
 
     user: str | None = None
@@ -47,7 +51,7 @@ class Columns:
 
     @property
     def row(self) -> tuple[str | None, str]:
-        """The column of what the rows of R are, and the flag that names it."""
+        """The column whose ids are the rows of R, and the flag that names this column."""
         return (self.user, "--user-column") if self.session is None else (self.session, "--session-column")
 
 
@@ -59,15 +63,19 @@ class Table:
     ----------
     path : str
     separator : str or None
-        None: Parquet.
-    user, item, weight, time : str
-        Names of the columns as they stand in the file; ``weight`` None: 1 per interaction; ``time`` None: not read.
+        The character between columns of a text file; None for Parquet.
+    user, item : str
+        Names of the columns, as the file has them.
+    weight : str or None
+        None: each interaction has the weight 1.
+    time : str or None
+        None: times are not read.
     where : dict
-        From a column's name in ``--where`` to its name in the file.
+        It maps a column's name in ``--where`` to its name in the file.
     whole : int or None
-        Number of rows, where both ids are stored as whole numbers and so can be read again at little cost.
+        Number of rows, if the file stores both ids as integers, so that reading it twice costs little; else None.
     state : tuple of int
-        Size and time of the last change.
+        Size and time of the last change, from `file_state`.
     """
 
     path: str
@@ -82,21 +90,24 @@ class Table:
 
 
 class Batch(NamedTuple):
-    """Rows of a table: those kept, and how many there were before ``--where``."""
+    """Some rows of a table: the frame of those that ``--where`` keeps, and the number of rows before it.
+
+    ``row`` returns the name of a row of the frame, which is its place in the file.
+    """
 
     frame: Any
     read: int
-    row: Callable[[int], str]  # names a row of the frame by its place in the file
+    row: Callable[[int], str]
 
 
 def open_table(path: str, columns: Columns, warnings: list[str]) -> Table:
-    """Find the columns of a file; may add to ``warnings``.
+    """Find the columns of a file. What the user should know is appended to ``warnings``.
 
     Raises
     ------
     InputError
-        The file is not a table, a column is not there, or the file says which rows are for validation and
-        test but ``--where`` was not given.
+        The file is not a table, a column is missing, or the file says which rows are for validation and test, but
+        there is no ``--where``.
     """
     state = file_state(path)
     separator, names = header(path)
@@ -106,9 +117,8 @@ def open_table(path: str, columns: Columns, warnings: list[str]) -> Table:
     weight = find_column(path, names, columns.weight, (), "--weight-column") if columns.weight else None
     timed = columns.half_life is not None
     time = find_column(path, names, columns.time, TIME_NAMES, "--time-column") if timed else None
-    where = {
-        name: find_column(path, names, name, (), "--where") for name in (columns.where.columns if columns.where else ())
-    }
+    asked = columns.where.columns if columns.where else ()
+    where = {name: find_column(path, names, name, (), "--where") for name in asked}
     _check_split(path, names, columns.where, where, warnings)
     whole = _whole_numbers(path, (user, item)) if separator is None else None
     return Table(path, separator, user, item, weight, time, where, whole, state)
@@ -117,46 +127,40 @@ def open_table(path: str, columns: Columns, warnings: list[str]) -> Table:
 def batches(
     backend: Backend, table: Table, where: Where | None, wanted: Sequence[str], groups: range | None = None
 ) -> Iterator[Batch]:
-    """Rows of a table, or of some row groups of it, in order, with the columns ``wanted``, typed by `Backend.batches`.
+    """Read the columns ``wanted`` of a table, or of some row groups of it, batch by batch and in order.
 
     Raises
     ------
     InputError
         The file is broken, or a value cannot be compared with what ``--where`` says.
     """
-    before = 0 if groups is None else rows_before(table.path, groups.start)
+    before = 0 if groups is None else sum(_group_rows(table.path)[: groups.start])
     columns = list(dict.fromkeys([*wanted, *table.where.values()]))
     for frame in backend.batches(table.path, table.separator, columns, groups):
         read = len(frame)
         positions: Any = range(before, before + read)
-        before += read
-        kept = frame
         if where:
             named = frame.rename(columns={actual: name for name, actual in table.where.items()})
-            keep = where.mask(named, table.path, _rows_named(table.path, table.separator, positions))
-            kept = frame[keep].reset_index(drop=True)
-            positions = positions.start + backend.xp.flatnonzero(backend.asarray(keep.to_numpy().astype(bool)))
-        yield Batch(kept, read, _rows_named(table.path, table.separator, positions))
+            keep = where.mask(named, table.path, _row_names(table.path, table.separator, positions))
+            frame = frame[keep].reset_index(drop=True)  # noqa: PLW2901
+            positions = before + backend.xp.flatnonzero(backend.asarray(keep.to_numpy().astype(bool)))
+        before += read
+        yield Batch(frame, read, _row_names(table.path, table.separator, positions))
 
 
 def _whole_numbers(path: str, names: Sequence[str]) -> int | None:
-    """Number of rows of a Parquet file whose columns ``names`` are integers, else None."""
+    """Return the number of rows of a Parquet file whose columns ``names`` are integers, else None."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    try:
-        metadata = pq.read_metadata(source(path))
+    with _metadata(path) as metadata:
         schema = metadata.schema.to_arrow_schema()
-        whole = all(pa.types.is_integer(schema.field(name).type) for name in names)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: {one_line(error)}") from None
-    return int(metadata.num_rows) if whole else None
+        return int(metadata.num_rows) if all(pa.types.is_integer(schema.field(name).type) for name in names) else None
 
 
 def pieces(tables: Sequence[Table], least: int, most: int) -> list[tuple[Table, range | None]]:
-    """Runs of row groups of Parquet files, in order, of about ``least`` rows, or more: about ``most`` runs in all.
+    """Cut Parquet files into runs of row groups, in order, with at least about ``least`` rows each.
 
-    None stands for a text file, read as one.
+    There are about ``most`` runs in all. A text file is one piece, whose range is None.
     """
     by_table = [_group_rows(table.path) if table.separator is None else [] for table in tables]
     rows = max(least, sum(map(sum, by_table)) // most)
@@ -175,61 +179,57 @@ def pieces(tables: Sequence[Table], least: int, most: int) -> list[tuple[Table, 
     return found
 
 
-def rows_before(path: str, group: int) -> int:
-    """Rows of a Parquet file before a row group."""
-    return sum(_group_rows(path)[:group])
-
-
 def _group_rows(path: str) -> list[int]:
+    with _metadata(path) as metadata:
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+@contextmanager
+def _metadata(path: str) -> Iterator[pq.FileMetaData]:
+    """Give the metadata of a Parquet file. Errors while they are read, and in the block, say in which file they are."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_metadata(source(path))
+        yield pq.read_metadata(source(path))
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: {one_line(error)}") from None
-    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
 def stated_rows(pattern: str) -> int:
-    """Rows that the Parquet files of a path, folder or glob say they have.
+    """Return the number of rows that the Parquet files of a path, folder or glob announce.
 
     Raises
     ------
     InputError
         One of them cannot be read.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rows = 0
     for path in expand(pattern, EXTENSIONS):
-        if path.endswith((".parquet", ".pq")):
-            try:
-                rows += pq.read_metadata(source(path)).num_rows
-            except (pa.ArrowException, OSError) as error:
-                raise InputError(f"{path}: {one_line(error)}") from None
+        if path.endswith(PARQUET_EXTENSIONS):
+            with _metadata(path) as metadata:
+                rows += metadata.num_rows
     return rows
 
 
 def text_bytes(pattern: str) -> int:
-    """Bytes of the text files of a path, folder or glob, about, as they are when unpacked."""
+    """Estimate the bytes of the text files of a path, folder or glob, after unpacking."""
     texts = (path for path in expand(pattern, EXTENSIONS) if path.endswith(TEXT_EXTENSIONS))
     return sum(file_state(path)[0] * (_PACKED if path.endswith(".gz") else 1) for path in texts)
 
 
 def row_name(path: str, separator: str | None, position: int) -> str:
-    """Name a row as an editor would show it: the line of a text file, the row of a Parquet file from 0."""
+    """Name a row for an error: its line in a text file, as an editor counts lines, or its number from 0 in Parquet."""
     return f"row {position}" if separator is None else f"line {line_of(path, position)}"
 
 
-def _rows_named(path: str, separator: str | None, positions: Any) -> Callable[[int], str]:
-    """Names of the rows of a batch, whose places in the file are ``positions``."""
+def _row_names(path: str, separator: str | None, positions: Any) -> Callable[[int], str]:
+    """Return a function that names the rows of a batch, whose positions in the file are ``positions``."""
     return lambda at: row_name(path, separator, int(positions[at]))
 
 
 def header(path: str) -> tuple[str | None, list[str]]:
-    """Separator (None for Parquet) and column names of a table.
+    """Return the separator (None for Parquet) and the names of the columns of a table.
 
     Raises
     ------
@@ -238,11 +238,11 @@ def header(path: str) -> tuple[str | None, list[str]]:
     """
     import pyarrow as pa
     import pyarrow.csv as pc
-    import pyarrow.parquet as pq
 
+    if path.endswith(PARQUET_EXTENSIONS):
+        with _metadata(path) as metadata:
+            return None, list(metadata.schema.to_arrow_schema().names)
     try:
-        if path.endswith((".parquet", ".pq")):
-            return None, list(pq.read_schema(source(path)).names)
         with stream(path) as file:
             start = file.read(HEADER_BYTES)
         if len(start) == HEADER_BYTES and b"\n" not in start:
@@ -261,7 +261,7 @@ def header(path: str) -> tuple[str | None, list[str]]:
 
 
 def find_column(path: str, names: list[str], wanted: str | None, known: tuple[str, ...], flag: str) -> str:
-    """Give the column that a name means; RecBole's typed headers (``user_id:token``) count as their bare name.
+    """Find the column that a name means. A typed header of RecBole (``user_id:token``) counts as its bare name.
 
     Raises
     ------
@@ -273,35 +273,29 @@ def find_column(path: str, names: list[str], wanted: str | None, known: tuple[st
     if wanted is not None:
         found = [name for name in names if wanted in (name, bare(name))]
     else:
-        found = next(
-            (
-                hits
-                for one in known
-                if (hits := [name for name in names if bare(name).lower() in (one, one.replace("_", ""))])
-            ),
-            [],
-        )
+        usual = ([name for name in names if bare(name).lower() in (one, one.replace("_", ""))] for one in known)
+        found = next(filter(None, usual), [])
     if len(found) == 1:
         return found[0]
     listed = textwrap.shorten(", ".join(name[:40] for name in names[:20]), 300, placeholder=", ...")
     listed += ", ..." if len(names) > 20 and not listed.endswith("...") else ""
     if found:
-        raise InputError(f"{path}: column {found[0]} stands there {len(found)} times; the columns are {listed}.")
+        raise InputError(f"{path}: column {found[0]} is there {len(found)} times; the columns are {listed}.")
     if wanted is not None:
         raise InputError(f"{path}: no column {wanted} ({flag}); the columns are {listed}.")
     raise InputError(
-        f"{path}: none of the columns is named {', '.join(known)}; name it with {flag}. They are {listed}."
+        f"{path}: none of the columns is named {', '.join(known)}; name it with {flag}. The columns are {listed}."
     )
 
 
 def bare(name: str) -> str:
-    """Column name without RecBole's type."""
+    """Return a column's name without RecBole's type."""
     ending = next((ending for ending in _RECBOLE_TYPES if name.endswith(ending)), "")
     return name.removesuffix(ending)
 
 
 def _check_split(path: str, names: list[str], where: Where | None, asked: dict[str, str], warned: list[str]) -> None:
-    """Refuse a table that says which rows are for validation and test, unless the caller says which to take."""
+    """Refuse a table that says which rows are for validation and test, unless there is a ``--where``."""
     split = next((name for name in names if bare(name).lower() in SPLIT_NAMES), None)
     if split is None or split in asked.values():
         return
@@ -317,8 +311,8 @@ def _check_split(path: str, names: list[str], where: Where | None, asked: dict[s
 def read_user_ids(backend: Backend, path: str, user_column: str | None) -> Any:
     """Read ``--users PATH``: the ids of the users' rows, in order.
 
-    Parquet, CSV or TSV with a header (the user column, a known name, or the only column there is), or a .txt
-    of one id per line.
+    The file is Parquet, or CSV or TSV with a header, and the ids are in the user column, in a column with a usual
+    name, or in the only column; or it is a .txt with one id per line.
 
     Returns
     -------
@@ -327,9 +321,9 @@ def read_user_ids(backend: Backend, path: str, user_column: str | None) -> Any:
     Raises
     ------
     InputError
-        Nothing there, a missing id, or one id twice.
+        The file has no ids, an id is missing, or an id is there twice.
     """
-    paths = expand(path, (".parquet", ".pq", ".txt", *TEXT_EXTENSIONS))
+    paths = expand(path, USER_EXTENSIONS)
     parts = [part for one in paths for part in _user_id_batches(backend, one, user_column)]
     if sum(map(len, parts)) == 0:
         raise InputError(f"{path}: no user ids.")
@@ -338,37 +332,33 @@ def read_user_ids(backend: Backend, path: str, user_column: str | None) -> Any:
     if bool(twice.any()):
         at = ids.first_true(twice)
         user = ids.shown(backend.host_column(column.iloc[[at]]).tolist()[0])
-        raise InputError(f"{path}: user {user} stands there twice (again in row {at}); a user has one row.")
+        raise InputError(f"{path}: user {user} is there twice (again in row {at}); a user has one row.")
     return backend.host_column(column)
 
 
 def _user_id_batches(backend: Backend, path: str, user_column: str | None) -> Iterator[Any]:
+    before = 0
     if path.endswith(".txt"):
-        before = 0
         for lines in _lines(path):
-            column = backend.tables.Series(lines, dtype="str")
-
-            def line(at: int, before: int = before) -> str:
-                return f"line {before + at + 1}"
-
-            yield ids.normalize(column, path, line)
+            numbers = range(before + 1, before + len(lines) + 1)
+            yield ids.normalize(backend.tables.Series(lines, dtype="str"), path, _line_names(numbers))
             before += len(lines)
         return
     separator, names = header(path)
     only = names[0] if len(names) == 1 and user_column is None else None
     name = only or find_column(path, names, user_column, USER_NAMES, "--user-column")
-    before = 0
     for frame in backend.batches(path, separator, [name]):
-
-        def row(at: int, before: int = before) -> str:
-            return row_name(path, separator, before + at)
-
+        row = _row_names(path, separator, range(before, before + len(frame)))
         yield ids.normalize(frame[name].reset_index(drop=True), f"{path}, column {name}", row)
         before += len(frame)
 
 
+def _line_names(numbers: Sequence[int]) -> Callable[[int], str]:
+    return lambda at: f"line {numbers[at]}"
+
+
 def _lines(path: str) -> Iterator[list[str | None]]:
-    """Lines of a text file, some megabytes at a time; None for an empty one."""
+    """Read the lines of a text file, some megabytes at a time; an empty line is None."""
     import pyarrow as pa
     import pyarrow.csv as pc
 
@@ -388,7 +378,6 @@ def _lines(path: str) -> Iterator[list[str | None]]:
 
 
 def joined(backend: Backend, parts: list[Any]) -> Any:
-    """One column from those of the batches; whole numbers become text where any batch holds text."""
-    if any(ids.is_text(str(part.dtype)) for part in parts):
-        parts = [part.astype("str") for part in parts]
+    """Concatenate the columns of batches; if one of them holds text, the whole numbers of the others become text."""
+    parts = ids.same_kind(parts)
     return parts[0] if len(parts) == 1 else backend.tables.concat(parts, ignore_index=True)
