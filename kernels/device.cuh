@@ -2,7 +2,7 @@
 #ifndef GPU_INIT_DEVICE_CUH
 #define GPU_INIT_DEVICE_CUH
 
-#ifdef __CUDACC__  // a build for the host brings its own (tests/shim/cuda.h)
+#ifdef __CUDACC__  // a build for the host brings its own (tests/support/shim/cuda.h)
 
 // load<ONCE>(wanted, from, words...): read-only words at `from`, left as they are where they are not wanted.
 // The load is predicated, not branched around, so that several of them are in flight at once. What is read ONCE

@@ -15,7 +15,7 @@ import gpu_init
 from gpu_init.backend import cuda, doctor
 from gpu_init.backend.select import select
 from gpu_init.errors import ResourceError
-from tests import cuda_jobs as jobs
+from tests.support import cuda_jobs as jobs
 
 TIKTOK = Path(__file__).resolve().parents[3] / "shared" / "data" / "tiktok"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpu_init.kernels import Csr, ahead, cuda
-from tests import cuda_checks as checks
+from tests.support import cuda_checks as checks
 
 
 @pytest.fixture(scope="module")
