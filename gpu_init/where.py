@@ -244,7 +244,7 @@ class _Parser:
         return node
 
     def _comparison(self, negate: bool) -> _Condition:
-        first = literal = self._token
+        first = self._token
         if first.kind == "column":
             column = self._column()
             inverted = self._accept("not")
@@ -254,17 +254,21 @@ class _Parser:
                 raise _unexpected(self._token, "in")
             else:
                 sign = self._operator("==, !=, <, <=, >, >=, in or not in")
-                literal = self._token
-                values = (self._literal(),)
+                values = (self._ordered(self._token, self._literal(), sign),)
         elif first.kind in ("number", "text", "boolean"):
-            values = (self._literal(),)
+            value = self._literal()
             sign = _MIRRORED[self._operator("==, !=, <, <=, > or >=")]
+            values = (self._ordered(first, value, sign),)
             column = self._column()
         else:
             raise _unexpected(first, "a comparison such as x_label == 0")
-        if isinstance(values[0], bool) and sign not in ("==", "!="):
-            raise _unexpected(literal, f"a number or a text: true and false have no order ({sign})")
         return functools.partial(_compared, column, _OPPOSITE[sign] if negate else sign, values)
+
+    @staticmethod
+    def _ordered(token: _Token, value: Literal, sign: str) -> Literal:
+        if isinstance(value, bool) and sign not in ("==", "!="):
+            raise _unexpected(token, f"a number or a text: true and false have no order ({sign})")
+        return value
 
     def _column(self) -> str:
         token = self._token

@@ -420,8 +420,8 @@ def _require_matrix_file(file: io.BufferedReader, path: str) -> None:
         for member in archive.infolist():
             with archive.open(member) as stream:
                 header = npy.read_header(stream)
-            if header.dtype.hasobject:
-                raise ValueError(f"{member.filename} holds Python objects")  # a pickle
+            if header.dtype.hasobject:  # numpy stores such an array as a pickle.
+                raise ValueError(f"{member.filename} holds Python objects")
             if member.filename in _INDICES and header.dtype.kind not in "iu":
                 raise ValueError(f"{member.filename} holds {header.dtype}, not whole numbers")
             header.require_size(f"{path}, {member.filename}", member.file_size)
@@ -478,15 +478,11 @@ def _read_matrix(
             f"{path}: user {int(matrix.row[at])} has item {int(matrix.col[at])}, beyond the features' {axis.rows} rows:"
             f" row numbers run from 0 to {axis.rows - 1}."
         )
-    count, user_ids = user_count, None
-    if isinstance(users, int):
-        if users < user_count:
-            raise InputError(f"{path}: {user_count} rows, more than --users {users}.")
-        count = users
-    elif users is not None:
-        if len(users) != user_count:
-            raise InputError(f"{path}: {user_count} rows, but --users names {len(users)}.")
-        user_ids = users
+    count, user_ids = (users, None) if isinstance(users, int) else (user_count, users)
+    if count < user_count:
+        raise InputError(f"{path}: {user_count} rows, more than --users {count}.")
+    if user_ids is not None and len(user_ids) != user_count:
+        raise InputError(f"{path}: {user_count} rows, but --users names {len(user_ids)}.")
     matrix = scipy.sparse.coo_array((matrix.data, (matrix.row, matrix.col)), shape=(count, axis.rows))
     backend = for_work(backend, reading_seconds(read_rows, 0))
     return InteractionTable(
