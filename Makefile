@@ -14,7 +14,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-BENCHMARKS = $(filter-out $(addprefix benchmarks/,common.py baselines.py gpu.py quality.py ranking.py small_model.py tune.py interactions.py),$(wildcard benchmarks/*.py))
+BENCHMARKS = $(filter-out $(addprefix benchmarks/,common.py baselines.py gpu.py quality.py mmrec_runs.py ranking.py same_bytes.py small_model.py tune.py interactions.py),$(wildcard benchmarks/*.py))
 # cuda12 or cuda13, by what the driver serves; make CUDA=cuda12 ... chooses
 CUDA ?= $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *1\([0-9]\).*/1\1/p' | sed 's/1[3-9]/13/; s/^/cuda/')
 
