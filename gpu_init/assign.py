@@ -125,7 +125,13 @@ def _recognise(
     given: Collection[str],
     progress: Progress,
 ) -> None:
-    """Know the features again by their content."""
+    """Compare the features with those of the artifact's job by their content.
+
+    Raises
+    ------
+    InputError
+        They differ, and were not given on purpose.
+    """
     for name in source:
         old, new = ([one for one in files if one["for"] == f"features.{name}"] for files in (before, inputs))
         if [(one["bytes"], one["hash"]) for one in old] == [(one["bytes"], one["hash"]) for one in new]:
@@ -140,7 +146,7 @@ def _recognise(
 
 
 def _projected_features(source: Artifact) -> Features:
-    """The artifact's own projected items, as if they were features with the items' ids."""
+    """Return the artifact's own projected items as features, with the ids of the items."""
     tables = {
         name: FeatureTable(name, f"{source.path}/{name}/items.npy", np.asarray(one.items), source.item_ids)
         for name, one in source.items()
@@ -149,7 +155,7 @@ def _projected_features(source: Artifact) -> Features:
 
 
 def _check_shape(source: Artifact, table: FeatureTable) -> None:
-    """Refuse features given that cannot be those of the job."""
+    """Refuse features that cannot be those of the artifact's job."""
     width = source[table.name].centroids.shape[1]
     if table.values.shape[1] != width:
         raise InputError(f"{table.path}: {table.values.shape[1]} dimensions, but the job's had {width}.")
@@ -201,7 +207,7 @@ def _save_known(source: Artifact, config: JobConfig, data: Data, staging: Stagin
 
 
 def _label_interactions(job: Job, source: Artifact) -> None:
-    """Label the users, in all modalities, by where the artifact's embedding places what they did."""
+    """Label the users, in all modalities, by the artifact's embedding of the interactions."""
     assert source.interactions is not None
     if job.store.finished(INTERACTIONS) is None:
         with job.progress.step("assign interactions"):

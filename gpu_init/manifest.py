@@ -29,7 +29,7 @@ from gpu_init.version import __version__
 
 
 def embedding_facts(store: Staging) -> dict[str, Any]:
-    """What the manifest says of what places users by what they did."""
+    """Return what the manifest says of the embedding of the interactions."""
     path = f"{INTERACTIONS}/items.npy"
     items, values = store.load(path), store.load(f"{INTERACTIONS}/singular_values.npy")
     outside = int((store.load(f"{INTERACTIONS}/item_factors.npy") == 0).sum())
@@ -38,7 +38,7 @@ def embedding_facts(store: Staging) -> dict[str, Any]:
 
 
 def timings_of(started: datetime, progress: Progress, backend: Backend) -> dict[str, Any]:
-    """What the manifest says of a run's time and memory."""
+    """Return what the manifest says of a run's time and memory."""
     ended = datetime.now(UTC)
     return {
         "started": started.isoformat(timespec="seconds"),
@@ -104,7 +104,7 @@ def modality_facts(
 def kmeans_facts(
     found: Clusters, choice: Choice | None, sizes: list[int], what: str, tolerance: float, progress: Progress
 ) -> dict[str, Any]:
-    """What the manifest says of a clustering, whose clusters have so many rows; warns of those that are empty."""
+    """Return what the manifest says of a clustering, and warn of empty clusters; ``sizes``: rows of each cluster."""
     clusters = len(found.centroids)
     empty = clusters - np.count_nonzero(sizes)
     if empty:
@@ -122,7 +122,10 @@ def kmeans_facts(
 
 
 def _peak_memory() -> int:
-    """Most bytes that were resident. Not `ru_maxrss` where Linux tells: that includes the process that started this."""
+    """Return the most bytes that were resident.
+
+    Where Linux has its own figure, `ru_maxrss` is not used: it includes the process that started this one.
+    """
     with suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
         for line in status:
             if line.startswith("VmHWM:"):
@@ -131,12 +134,12 @@ def _peak_memory() -> int:
 
 
 def cluster_sizes(labels: Any, clusters: int) -> list[int]:
-    """Rows of each label, on the host; negative labels are no cluster's."""
+    """Count the rows of each label, on the host; rows with a negative label are in no cluster."""
     return [int(size) for size in np.bincount(labels[labels >= 0], minlength=clusters)]
 
 
 def save_ids(staging: Staging, user_ids: Any, item_ids: Any) -> None:
-    """users.parquet and items.parquet, where rows are not the ids."""
+    """Save users.parquet and items.parquet, where row numbers are not the ids."""
     for path, kind, column in (("users.parquet", "user_id", user_ids), ("items.parquet", "item_id", item_ids)):
         if column is not None:
             rows = np.arange(len(column), dtype=np.int64)
@@ -144,7 +147,7 @@ def save_ids(staging: Staging, user_ids: Any, item_ids: Any) -> None:
 
 
 def identity_of(config: JobConfig, inputs: list[dict[str, Any]], backend: str) -> dict[str, Any]:
-    """What must be the same for a run to be resumed: settings, columns, contents of the inputs, the program."""
+    """Return what must be the same for a run to be resumed: settings, columns, contents of the inputs, the program."""
     files = {
         f"{one['for']}/{number}:{os.path.basename(one['path'])}": {"bytes": one["bytes"], "hash": one["hash"]}
         for number, one in enumerate(inputs)
@@ -160,13 +163,13 @@ def identity_of(config: JobConfig, inputs: list[dict[str, Any]], backend: str) -
 
 
 def _columns(config: JobConfig) -> dict[str, Any]:
-    """What the interactions are taken for, by the names of the keys."""
+    """Return the settings that say which column holds what, by the names of their keys."""
     names = ("user_column", "item_column", "weight_column", "time_column", "half_life", "session_column", "where")
     return {name: getattr(config, name) for name in names}
 
 
 def backend_facts(backend: Backend, reading_kernels: str) -> dict[str, Any]:
-    """What the manifest says of the backend, whose kernels fit and write; those that read may be others."""
+    """Return what the manifest says of the backend; other kernels may have read than cluster and write."""
     return {
         "name": backend.name,
         "kernels": backend.kernels.name,
@@ -183,7 +186,7 @@ def manifest_of(
     counts: Counts,
     statistics: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return all but the timings; ``site`` has ``backend`` as of `backend_facts`, ``statistics`` each modality's part."""
+    """Return all but the timings; ``site``: as of `Site.facts`; ``statistics``: each modality's part."""
     return {
         "gpu_init_version": __version__,
         "settings": settings_to_dict(config.settings),
@@ -192,7 +195,7 @@ def manifest_of(
             "features": config.features,
             **_columns(config),
             "users": config.users,
-            "folder": os.getcwd(),  # that paths are relative to
+            "folder": os.getcwd(),  # The paths above are relative to it.
         },
         **site,
         "inputs": inputs,

@@ -1,9 +1,8 @@
 """Users in parts: what one process holds of a run, and how work is given out to every part.
 
-The users are cut into parts by the data alone, so the bytes of a result do not depend on who takes which part. A task is
-a function of a `Part` (see `gpu_init.tasks`). `LocalParts` runs the tasks in this process, one after another;
-`gpu_init.cluster.workers` runs them on the workers of a Dask cluster. Both are `Parts`, and `gpu_init.run` uses nothing
-else of them.
+The users are cut into parts by the data alone, so the bytes of a result do not depend on who takes which part. A task
+is a function of a `Part`; they are in `gpu_init.tasks`. `LocalParts` runs them in this process, one after another, and
+`gpu_init.cluster` on the workers of a Dask cluster. Both are `Parts`, and `gpu_init.run` uses nothing else of them.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def part_bounds(users: int, interactions: int) -> tuple[int, ...]:
     """First user of each part, and U at the end; all but the last are multiples of `NORM_ROWS`."""
     parts = min(max(LEAST_PARTS, -(-interactions // PART_ROWS)), MOST_PARTS)
     step = max(1, -(-users // (parts * NORM_ROWS))) * NORM_ROWS
-    return (*range(0, users, step), users)
+    return (*range(0, max(users, 1), step), users)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The page: read, cluster, blend, write.
 
-`run` is a job from files to files in this process; `gpu_init.cluster.workers` runs the same page over a Dask cluster, and
-`gpu_init.api` on arrays. What the page asks of them are a `Site`, which reads the inputs and opens the users in parts,
-and a `Store`, which keeps what is made. `vectors` is the method, sentence by sentence; what it does to each part of the
-users are the functions of `gpu_init.tasks`. A step that is finished is noted in the store, and a resumed run skips it.
+`run` is a job from files to files in this process; `gpu_init.cluster` runs the same page over a Dask cluster, and
+`gpu_init.api` on arrays. The page needs a `Site`, which reads the inputs and opens the users in parts, and a `Store`,
+which keeps what is made. `vectors` is the method, sentence by sentence; what it does to each part of the users are the
+functions of `gpu_init.tasks`. A step that is finished is noted in the store, and a resumed run skips it.
 """
 
 from __future__ import annotations

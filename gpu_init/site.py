@@ -1,4 +1,4 @@
-"""Where a job runs: what reads its inputs and opens the users in parts. `LocalSite` is this process."""
+"""Where a job runs: what reads its inputs and opens the users in parts. A `LocalSite` is one process."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Site(Protocol):
 
 
 class LocalSite:
-    """This process."""
+    """A job in one process."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend_name = backend.name

@@ -47,11 +47,11 @@ METRICS = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
 LAMBDAS: tuple[float | str, ...] = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1, *POLICIES)
 CLUSTERS = (8, 32, 128)
 WEIGHTINGS = ("mean", "sym")
-DIM = 64  # that features are projected to, plain and whitened
-MOST_USERS = 10_000  # with held-out items that are ranked; more are sampled
+DIM = 64  # Features are also tried projected to this width, plain and whitened.
+MOST_USERS = 10_000  # Users with held-out items that are ranked; of more, a sample is.
 BOOTSTRAPS = 1000
 CONFIDENCE = 0.95
-_BLOCK_VALUES = 1 << 18  # scores at a time, about a cache full
+_BLOCK_VALUES = 1 << 18  # Scores that are computed at a time; they fit in a processor's cache.
 _LAMBDA_ROWS = 1 << 16
 _PLACES = (10, 20)
 
@@ -60,7 +60,7 @@ Score = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings, and the modalities whose products are summed."""
+    """Settings to try, and the modalities whose scores are summed."""
 
     settings: Settings
     modalities: tuple[str, ...]
@@ -93,7 +93,7 @@ class Ranking:
 
 
 def grid(settings: Settings, widths: Mapping[str, int], most_clusters: int) -> list[Settings]:
-    """All candidates about some settings, these first.
+    """List all candidates around some settings, these first.
 
     Lambda, policies, K, weighting, what is clustered, and features as they are, projected and whitened; what is not
     varied (seed, restarts, scale, dtype) is taken from the settings. Lambda 1 knows no clusters and stands once.
@@ -112,13 +112,13 @@ def grid(settings: Settings, widths: Mapping[str, int], most_clusters: int) -> l
     found = [settings]
     ks = [k for k in CLUSTERS if k <= most_clusters] or [most_clusters]
     spaces = ((None, False), (dim, False), (dim, True))
-    for (width, whiten), weighting, on, k, lam in itertools.product(spaces, WEIGHTINGS, CLUSTER_ON, ks, LAMBDAS):
+    for (width, whiten), kind, on, k, lam in itertools.product(spaces, WEIGHTINGS, CLUSTER_ON, ks, LAMBDAS):
         if lam != 1.0 or (k == ks[0] and on == CLUSTER_ON[0]):
             given: dict[str, Any] = {
                 "lam": lam,
                 "clusters": k,
                 "cluster_on": on,
-                "weighting": weighting,
+                "weighting": kind,
                 "dim": width,
                 "whiten": whiten,
                 "cluster_rank": settings.cluster_rank if on == "interactions" else None,
@@ -169,7 +169,7 @@ def read(config: JobConfig, backend: Backend, progress: Progress) -> tuple[Data,
 
 
 def _warm(data: Data) -> dict[str, int]:
-    """Number of warm users in each modality."""
+    """Count the warm users in each modality."""
     backend = data.backend
     operators = {
         name: weighting(backend, data.matrix, backend.asarray(mask), "mean") for name, mask in data.masks.items()
@@ -178,13 +178,16 @@ def _warm(data: Data) -> dict[str, int]:
 
 
 def _pairs(backend: Backend, found: Interactions) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row and column of each interaction."""
+    """Return the row and column of each interaction."""
     starts, items = backend.to_host(found.csr.indptr), backend.to_host(found.csr.indices)
     return np.repeat(np.arange(found.users), np.diff(starts)), items.astype(np.int64)
 
 
 def _rows(codes: NDArray[np.int64], ids: Any, axis_ids: Any, size: int) -> NDArray[np.int64]:
-    """Rows among ``axis_ids`` of codes into ``ids``, -1 where there is none; ids None: rows are the ids."""
+    """Find the row of R of each code; -1 where there is none.
+
+    A code is a place in ``ids``, and ``axis_ids`` are the ids of the rows; None: row numbers are the ids.
+    """
     if ids is None and axis_ids is None:
         return np.where(codes < size, codes, -1)
     own = pd.Series(np.arange(codes.max(initial=-1) + 1)) if ids is None else ids
@@ -220,7 +223,7 @@ def rank(data: Data, held_out: HeldOut, candidates: Sequence[Settings], seed: in
         users = np.sort(np.random.default_rng(seed).choice(users, MOST_USERS, replace=False))
         held_out = HeldOut(*(part[np.isin(held_out.users, users)] for part in held_out))
     backend = data.backend
-    task = _Task(backend, data.matrix, users, held_out, tuple(data.sources))
+    task = _Ranker(backend, data.matrix, users, held_out, tuple(data.sources))
     found: dict[Candidate, NDArray[np.float32]] = {}
     by_space: dict[tuple[int | None, bool], list[Settings]] = {}
     for one in candidates:
@@ -260,8 +263,8 @@ def _metrics(ranks: NDArray[np.float32], rows: NDArray[np.int64], users: int) ->
     return found
 
 
-class _Task:
-    """What all candidates share: users with held-out items, their training items, the modalities put together."""
+class _Ranker:
+    """Ranks candidates; holds what they share: users with held-out items, their training items, clusterings."""
 
     def __init__(
         self,
@@ -282,7 +285,7 @@ class _Task:
     def ranked(
         self, spaces: Mapping[str, Modality], candidates: Sequence[Settings]
     ) -> dict[Candidate, NDArray[np.float32]]:
-        """Ranks of all held-out pairs by candidates whose features are in one space."""
+        """Rank all held-out pairs by candidates that have the same features, projected or not."""
         local: dict[Any, Any] = {}
         level: dict[Any, Any] = {}
         shares: dict[Any, Any] = {}
@@ -303,7 +306,7 @@ class _Task:
         def work(part: slice) -> dict[Candidate, Any]:
             of_local = {key: vectors[part] @ items[key[-1]] for key, vectors in local.items()}
             of_level = {key: vectors[part] @ items[key[-1]] for key, vectors in level.items()}
-            rank_of = self._ranker(part)
+            rank_of = self._rank_by(part)
             found = {}
             for one in candidates:
                 scores = []
@@ -322,7 +325,7 @@ class _Task:
         return {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
 
     def _plan(self, modality: Modality, settings: Settings) -> Blend:
-        """All but lambda of a clustering, of all users."""
+        """Cluster and label all users; returns all that a blend needs but lambda."""
         backend, name = self.backend, modality.name
         settings = replace(settings, lam=0.0, tau=None, temperature=None, weighting="mean")
         arrays = self._behaviour(modality, settings) if settings.cluster_on == "interactions" else Memory(backend)
@@ -342,7 +345,7 @@ class _Task:
         )
 
     def _behaviour(self, modality: Modality, settings: Settings) -> Memory:
-        """Clusters of the users by what they did, which are the same for all features."""
+        """Cluster the users on the interactions, which gives the same for all features."""
         embed = (settings.cluster_rank, settings.seed)
         key = (*embed, settings.clusters, settings.restarts, settings.tolerance, settings.kmeans)
         if key not in self.behaviours:
@@ -355,13 +358,13 @@ class _Task:
         return self.behaviours[key].copy()
 
     def _global(self, plan: Blend) -> Any:
-        """G of the users with held-out items, (n, d) float32; that of cold users is all they get."""
+        """Return G of the users with held-out items, (n, d) float32; cold users get the vector of cold users."""
         own = of_users(plan, self.users)
         level = global_part(self.backend, self.part, own, slice(0, len(self.users)))
         return self.backend.xp.where(own.weighting.warm[:, None], level, plan.cold).astype(self.backend.xp.float32)
 
     def _local(self, modality: Modality, settings: Settings) -> Any:
-        """L of the users with held-out items, (n, d) float32."""
+        """Return L of the users with held-out items, (n, d) float32."""
         xp = self.backend.xp
         operator = weighting(self.backend, self.train, modality.present, settings.weighting)
         rows, offset = operator.local_rows[self.users], xp.zeros(modality.values.shape[1])
@@ -369,7 +372,7 @@ class _Task:
         return made.astype(xp.float32)
 
     def _lambda(self, plan: Blend, settings: Settings) -> Any:
-        """Lambda of the users with held-out items, (n, 1) float32; 0 for cold users."""
+        """Return lambda of the users with held-out items, (n, 1) float32; 0 for cold users."""
         backend, xp = self.backend, self.backend.xp
         own = of_users(plan, self.users)
         if settings.lam not in POLICIES:
@@ -377,7 +380,7 @@ class _Task:
         squares, counts = lambdas.effective_counts(backend, self.part, own.weighting)
         if settings.lam == "shrink":
             tau = settings.tau
-            if tau is None:  # that of all users
+            if tau is None:  # It is found from all users, not just these.
                 modalities = {plan.modality.name: plan.modality}
                 job = job_on_arrays(backend, self.train, modalities, settings, Memory(backend))
                 tau = run.find_tau(job, plan.modality)["tau"]
@@ -387,8 +390,11 @@ class _Task:
             values = lambdas.attention(backend, self.part, own, squares, temperature, _LAMBDA_ROWS)
         return values.astype(xp.float32)[:, None]
 
-    def _ranker(self, part: slice) -> Callable[[Any], NDArray[np.float32]]:
-        """What ranks the held-out pairs of a block by its scores (n, I), which it changes; ties count against them."""
+    def _rank_by(self, part: slice) -> Callable[[Any], NDArray[np.float32]]:
+        """Give a function that ranks a block's held-out pairs by scores (n, I), which it changes.
+
+        Items with the same score as the held-out one count as ranked before it.
+        """
         backend, xp = self.backend, self.backend.xp
         csr = self.part.csr.rows(part.start, part.stop)
         seen = slice(int(csr.indptr[0]), int(csr.indptr[-1]))
@@ -405,13 +411,13 @@ class _Task:
 
 
 def _keys(settings: Settings, name: str) -> tuple[Any, Any, Any]:
-    """What the local part, the cluster-level part and lambda of a modality go by, besides the space of the features."""
+    """Return the settings that decide the local part, the global part, and lambda of a modality, as three keys."""
     clusters = (settings.cluster_on, settings.cluster_rank, settings.clusters, name)
     policy = (settings.lam, settings.tau, settings.temperature)
     return (settings.weighting, name), clusters, (policy, *(clusters if settings.lam == "attention" else (name,)))
 
 
-# What comes of it.
+# Results.
 
 
 @dataclass(frozen=True)
@@ -514,7 +520,7 @@ def tune(config: JobConfig, by: str, folder: str, progress: Progress) -> tuple[p
 
 
 def job_file(config: JobConfig, best: Candidate, row: pd.Series[Any], by: str) -> str:
-    """Job with a candidate's settings, as TOML that `gpu-init run` takes; paths are absolute."""
+    """Return a job with a candidate's settings, as TOML that `gpu-init run` takes; paths are absolute."""
 
     def path(value: Any) -> Any:
         return os.path.abspath(value) if isinstance(value, str) and "://" not in value else value
@@ -533,7 +539,7 @@ def job_file(config: JobConfig, best: Candidate, row: pd.Series[Any], by: str) -
 
 
 def page(frame: pd.DataFrame, by: str, users: int) -> str:
-    """Page with the best candidates and what each setting does, for a browser."""
+    """Return an HTML page with the best candidates and the effect of each setting."""
     top = frame.head(40).iloc[::-1]
     names = [
         f"{row['modalities']}: lambda {row['lambda']}, K {row['clusters']} on {row['cluster_on']},"

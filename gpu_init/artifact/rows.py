@@ -84,7 +84,7 @@ def row_writer(
 
 
 class Folder:
-    """The arrays in a run's staging folder, by their paths in the artifact; any process that sees the folder has one."""
+    """The arrays in a run's staging folder, by their paths in the artifact."""
 
     def __init__(self, path: str, written: Callable[[str, int, memoryview], None] | None = None) -> None:
         self.path = path

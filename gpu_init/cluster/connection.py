@@ -108,7 +108,10 @@ def connected(config: JobConfig, progress: Progress) -> Iterator[tuple[Dask, Any
                 f"workers died of a task, one after another ({one_line(error)}), for want of memory most often:"
                 " give them more, or more of them, and run again with --resume."
             ) from None
-        except (CancelledError, dask.CommClosedError, TimeoutError) as error:
+        except (CancelledError, dask.CommClosedError, OSError) as error:  # a TimeoutError is an OSError
+            if isinstance(error, OSError) and not isinstance(error, TimeoutError | dask.CommClosedError):
+                if there not in str(error):  # It is not about the scheduler.
+                    raise
             raise ResourceError(
                 f"the scheduler at {there} is lost ({one_line(error)}); run again with --resume."
             ) from None

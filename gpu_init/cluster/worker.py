@@ -1,8 +1,8 @@
 """What runs in a worker of a Dask cluster: the tasks of a run, on the parts that the worker keeps.
 
-Parts of R lie in the run's staging folder, which every worker sees. What a worker opens or works out it keeps, since its
-next task is most often about the same part. A worker that lacks something makes it again, so that nothing is lost with a
-worker but its time.
+Parts of R lie in the run's staging folder, which every worker sees. What a worker opens or works out it keeps, since
+its next task is most often about the same part. A worker that lacks something makes it again, so that nothing is lost
+with a worker but its time.
 """
 
 from __future__ import annotations

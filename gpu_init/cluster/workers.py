@@ -1,11 +1,9 @@
-"""A job over the workers of a Dask cluster: the page of `gpu_init.run`, on parts that the workers keep.
+"""The workers of a Dask cluster, and tasks on the parts that they keep.
 
-Dask reads the interactions and shuffles them by user (`gpu_init.cluster.shuffle`); parts of R then lie in the staging
-folder, which all workers see. Tasks go to the worker that keeps their part. Of a step of K-means only each part's sums and
-counts travel, K x D and K numbers, and each worker writes its users' rows to their place in the artifact's arrays.
-
-Parts are the same for any number of workers, so the bytes are too. A worker that is lost costs what it was at: its tasks
-go to others, which open its parts again.
+Parts of R lie in the staging folder, which all workers see. Tasks go to the worker that keeps their part. Of a step of
+K-means only each part's sums and counts travel, K x D and K numbers, and each worker writes its users' rows to their
+place in the artifact's arrays. A worker that is lost costs what it was at: its tasks go to others, which open its parts
+again.
 """
 
 from __future__ import annotations
@@ -180,8 +178,8 @@ class Workers:
     def _arrange(self, parts: int) -> list[range]:
         """Runs of neighbouring parts, each of one worker; a lost one's go to others, and new ones get a share.
 
-        Runs are dealt in turn, so that parts are written in about their order, in which they are hashed. Where there are
-        many runs, as many at a time are dealt as are joined first, so that few of their results travel.
+        Runs are dealt in turn, so that parts are written in about their order, in which they are hashed. Where there
+        are many runs, as many at a time are dealt as are joined first, so that few of their results travel.
         """
         there = self.present()
         if self._arranged != (there, parts):

@@ -28,7 +28,7 @@ from gpu_init.settings import Settings
 from gpu_init.show.progress import Progress
 from gpu_init.where import parse
 
-_LINE_BYTES = 32  # of an interaction in a text file, about
+_LINE_BYTES = 32  # An interaction in a text file takes about so many bytes.
 USER_EXTENSIONS = (".parquet", ".pq", ".txt", *TEXT_EXTENSIONS)
 
 
@@ -58,7 +58,7 @@ class Features:
         return [settings.dim or table.values.shape[1] for table in self.tables.values()]
 
     def placed(self, axis: ItemAxis, item_ids: Any, items: int) -> dict[str, Source]:
-        """Features of each modality by item, of so many items, with the ids of the columns of R."""
+        """Place each modality's features at the columns of R, of which there are ``items`` with these ids."""
         sources = {}
         for name, table in self.tables.items():
             rows = None if table.ids is None else feature_rows(table, axis, item_ids)
@@ -85,7 +85,7 @@ class Source:
     rows: Any
 
     def aligned(self, backend: Backend, *, exact: bool = False) -> Modality:
-        """Features by item, on the device; ``exact`` keeps float64."""
+        """Return the features by item, on the device; ``exact`` keeps float64."""
         return features.align(backend, self.table, self.mask, self.rows, exact=exact)
 
 
@@ -121,7 +121,7 @@ class Counts:
 
     @classmethod
     def of(cls, table: InteractionTable) -> Counts:
-        """Of interactions in memory."""
+        """Count interactions that lie in memory."""
         matrix, weights = table.interactions, table.interactions.csr.weights
         weight = float(matrix.pairs if weights is None else weights.sum(dtype="float64"))
         axes = (matrix.users, table.user_ids, matrix.items, table.item_ids)
@@ -187,7 +187,7 @@ def job_seconds(settings: Settings, found: Features, sizes: tuple[int, int, int]
 
 
 def columns_of(config: JobConfig) -> Columns:
-    """Which columns of the interactions hold what."""
+    """Return which columns of the interactions hold what."""
     return Columns(
         config.user_column,
         config.item_column,
@@ -200,20 +200,20 @@ def columns_of(config: JobConfig) -> Columns:
 
 
 def users_of(config: JobConfig, backend: Backend) -> int | Any | None:
-    """U, the ids of the rows (pandas Series), or None, as `interactions.read` takes them."""
+    """Return U, or the ids of the rows (pandas Series), or None where they are found in the interactions."""
     if isinstance(config.users, str):
         return read_user_ids(backend, config.users, config.session_column or config.user_column)
     return config.users
 
 
 def tell_gaps(config: JobConfig, user_ids: Any, progress: Progress) -> None:
-    """Say where whole numbers were not taken for row numbers."""
+    """Say it where user ids are whole numbers but were not taken for row numbers."""
     if user_ids is not None and config.users is None and not is_text(str(user_ids.dtype)):
         progress.say("user ids have gaps: rows follow the sorted ids, in users.parquet; --users N makes ids the rows")
 
 
 def item_axis_of(tables: Mapping[str, FeatureTable]) -> ItemAxis:
-    """What item ids mean: row numbers where any modality is by row, else ids to join on."""
+    """Return what item ids mean: row numbers where a modality has no ids, otherwise ids to join on."""
     by_row = {name: len(table.values) for name, table in tables.items() if table.ids is None}
     if not by_row:
         return ItemAxis(None, [table.ids for table in tables.values()])
@@ -228,7 +228,7 @@ def item_axis_of(tables: Mapping[str, FeatureTable]) -> ItemAxis:
 
 
 def feature_rows(source: FeatureTable, axis: ItemAxis, item_ids: Any) -> Any:
-    """Item row of each row of a feature table that has ids."""
+    """Return the item of each row of a feature table that has ids."""
     if axis.rows is None:
         return positions(source.ids, item_ids)
     if is_text(str(source.ids.dtype)):
@@ -245,19 +245,21 @@ def feature_rows(source: FeatureTable, axis: ItemAxis, item_ids: Any) -> Any:
 
 
 def inputs_of(config: JobConfig, feature_names: Iterable[str] | None = None) -> Inputs:
-    """Every input file; of the features, those named, or all."""
+    """Return every input file; of the features only those of the modalities that are named, or all."""
     named = [("interactions", path) for path in _tables(config.interactions, EXTENSIONS)]
     for name in config.features if feature_names is None else feature_names:
         pattern = config.features[name]
         named += [(f"features.{name}", path) for path in expand(pattern, features.EXTENSIONS)]
     if isinstance(config.users, str):
         named += [("users", path) for path in _tables(config.users, USER_EXTENSIONS)]
-    states = {path: file_state(path) for _, path in named}  # before they are hashed
+    states = {
+        path: file_state(path) for _, path in named
+    }  # Taken before the files are hashed, so that a later change shows.
     return Inputs([{"for": role, "path": path, **fingerprint(path)} for role, path in named], states)
 
 
 def _tables(pattern: str, extensions: tuple[str, ...]) -> list[str]:
-    """Files of a pattern; one named outright too must end in what says how to read it."""
+    """Return the files of a pattern; each, also one that is named outright, must have a known ending."""
     paths = expand(pattern, extensions)
     unknown = next((path for path in paths if not path.endswith(extensions)), None)
     if unknown is not None:

@@ -29,7 +29,7 @@ Some = Callable[[Any], tuple[Interactions, Blend]]
 
 
 def describe(backend: Backend, modality: Modality, centroids: Any, warm: int, some: Some, seed: int) -> dict[str, Any]:
-    """Arrays of an artifact that a report is drawn from, on the host, by the names that `gpu_init.artifact.read.ModalityArrays` has.
+    """Arrays of an artifact that a report is drawn from, on the host, by name.
 
     ``sample`` (n, 11) float32: of `SAMPLE` warm users, the `SAMPLE_COLUMNS`. ``sample_items`` (m, 3)
     float32: of as many items, their place in the same plane and their norm. ``typical`` (K, 8) int32: the items

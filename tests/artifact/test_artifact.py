@@ -1,7 +1,7 @@
 """The output folder under kills, faults, rivals and hostile files.
 
-Run as a program (`python -m tests.artifact.test_artifact FOLDER MODE STEP`), this file is the kill harness: it forks a small
-run again and again, each killed just before another one of its system calls, and resumes each.
+Run as a program (`python -m tests.artifact.test_artifact FOLDER MODE STEP`), this file is the kill harness: it forks
+a small run again and again, each killed just before another one of its system calls, and resumes each.
 """
 
 import contextlib

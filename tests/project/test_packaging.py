@@ -133,6 +133,14 @@ def test_the_reading_of_imports_sees_every_form(tmp_path):
     assert found == {"errors", "kernels.csr", "backend.select"}
 
 
+def test_the_root_of_a_checkout_has_the_whole_package():
+    """Whichever way the project is installed: in the root, Python finds the folder ``gpu_init`` first."""
+    code = "import sys; sys.meta_path[:] = [one for one in sys.meta_path if 'ditable' not in repr(one)]\n"
+    code += "import gpu_init.kernels.reference; print(gpu_init.kernels.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert Path(done.stdout.strip()) == ROOT / "gpu_init" / "kernels" / "__init__.py"
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")

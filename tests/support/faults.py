@@ -1,9 +1,9 @@
 """Jobs killed and stopped, at every step's start and end and in between, then resumed: always the same bytes.
 
-`python -m tests.support.faults --kills 40 --stops 20 --seed 0` prints what it did. Jobs, two at a time, are processes of their
-own, killed by SIGKILL, or stopped by SIGTERM and SIGINT. After each, what stands at the output's place is nothing, or
-an artifact whose every byte is checked; some are killed again while they resume; in the end the artifact is that of a
-run that nobody disturbed.
+`python -m tests.support.faults --kills 40 --stops 20 --seed 0` prints what it did. Jobs, two at a time, are processes
+of their own, killed by SIGKILL, or stopped by SIGTERM and SIGINT. After each, what stands at the output's place is
+nothing, or an artifact whose every byte is checked; some are killed again while they resume; in the end the artifact
+is that of a run that nobody disturbed.
 """
 
 from __future__ import annotations

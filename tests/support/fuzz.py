@@ -1,7 +1,7 @@
 """Spoilt files and settings, by the thousand: each must end as a result or as one of the project's own errors.
 
-`python -m tests.support.fuzz --cases 100000 --command 1000 --seed 0` prints what became of them. Case n of a seed is always
-the same; `--first` starts at another than 0. What went wrong is printed with the number of its case.
+`python -m tests.support.fuzz --cases 100000 --command 1000 --seed 0` prints what became of them. Case n of a seed is
+always the same; `--first` starts at another than 0. What went wrong is printed with the number of its case.
 
 Cases in the process go through every reader, the settings and `--where`; those by command through `gpu-init run`
 and `inspect --verify`, each a process of its own, whose exit code, messages, files and memory are looked at.

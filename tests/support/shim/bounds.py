@@ -1,7 +1,7 @@
 """Run kernels of a library built with sanitizers, which end the process where an access is out of bounds.
 
-``python -m tests.support.shim.bounds LIBRARY``, with the sanitizer's library preloaded: says ``clean``, then reads one row of
-the features too many, and never says ``unseen``.
+``python -m tests.support.shim.bounds LIBRARY``, with the sanitizer's library preloaded: says ``clean``, then reads
+one row of the features too many, and never says ``unseen``.
 """
 
 import sys
