@@ -16,6 +16,8 @@ from typing import Any
 import numba
 from numba import types
 
+from gpu_init.kernels import cache_folder
+
 int32, int64, uint8, uint64 = types.int32, types.int64, types.uint8, types.uint64
 float32, float64 = types.float32, types.float64
 
@@ -144,8 +146,7 @@ def _is_ours(folder: str) -> bool:
 
 
 def _own_folder() -> str | None:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = os.path.join(base, "gpu-init", "numba")
+    folder = str(cache_folder() / "numba")
     if _is_ours(folder):
         return folder
     for place in ("/dev/shm", None):  # None: where Python looks for such a folder

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_init.errors import InputError, ResourceError
+from gpu_init.kernels import BlendTerms, cache_folder
 from gpu_init.kernels.csr import Csr
 from gpu_init.kernels.reference import ReferenceKernels
 
@@ -46,7 +47,7 @@ _WIDEST = 16  # bytes that a lane loads at once, at most
 _MOST_VECTORS = 4  # loads per lane and row in aggregate_blend, at most
 _MOST_VALUES = 16  # values per lane and row in aggregate_blend, at most, so that they fit in registers
 _NULL = np.uint64(0)  # stands for None, which CuPy would hand on as no argument at all
-_NO_BLEND = (_NULL, _NULL, _NULL, np.float64(1.0), _NULL, _NULL)  # stands for the `blend` of aggregate_blend
+_NO_BLEND = (_NULL, _NULL, _NULL, np.float64(1.0), _NULL, _NULL)  # stands for the terms of aggregate_blend
 _BITS = 62  # bits of sums in whole numbers: a 64-bit number without its sign and a bit for rounding
 
 Launch = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], None]
@@ -189,11 +190,10 @@ class CudaKernels(ReferenceKernels):
         self._programs = programs if programs is not None else Programs(xp)
 
     def row_sums(self, csr: Csr, item_values: Any) -> Any:
-        """See `Kernels.row_sums`: a matrix of one column; None stands for scales of 1 and no offset."""
+        # The column is a matrix of width 1; None stands for scales of 1 and no offset.
         return self.aggregate(csr, self._as(item_values, np.float64).reshape(-1, 1), None, None, None)[:, 0]
 
     def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Any:
-        """See `Kernels.aggregate`."""
         of, offset = self._gather(csr, features, row_scale, item_scale), self._as(offset, np.float64)
         out = self._xp.empty((of.users, of.width), np.float64)
         self._each_row("aggregate", of, offset, out)
@@ -202,43 +202,27 @@ class CudaKernels(ReferenceKernels):
         return out
 
     def aggregate_blend(
-        self,
-        csr: Csr,
-        features: Any,
-        row_scale: Any,
-        item_scale: Any,
-        lam: Any,
-        centroids: Any,
-        user_labels: Any,
-        item_labels: Any,
-        mean_scale: Any,
-        cold: Any,
-        scale: float,
-        out: Any,
+        self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, blend: BlendTerms, out: Any
     ) -> None:
-        """See `Kernels.aggregate_blend`; ``out`` may be float16 as well, with infinity for what does not fit.
-
-        Features are float16 or float32; others are converted first.
-        """
+        """Also takes a float16 ``out``, where values that do not fit become infinite; converts float64 features."""
+        lam, centroids, user_labels, item_labels, mean_scale, cold, scale = blend
         if features.dtype.name == "float64":
             features = features.astype(np.float32)
         of = self._gather(csr, features, row_scale, item_scale)
-        labels, lam, centroids = self._as(user_labels, np.int32), self._as(lam, np.float64), self._aligned(centroids)
-        by_item = (self._as(item_labels, np.int32), self._as(mean_scale, np.float64))
-        blend = (labels, lam, centroids, np.float64(scale), *by_item)
+        by_user = (self._as(user_labels, np.int32), self._as(lam, np.float64), self._aligned(centroids))
+        terms = (*by_user, np.float64(scale), self._as(item_labels, np.int32), self._as(mean_scale, np.float64))
         values = of.values((_address(out), of.width * out.itemsize, out.itemsize))
         vectors = vectors_per_lane(of.width, values, of.features.itemsize)
         others = (self._aligned(scale * cold), groups_log2(of.width, values), out, np.int32(out.itemsize == 2))
         self._launch(
             f"aggregate_blend<{of.kind}, {values}, {vectors}>",
             blocks(-(-of.users // (ROWS // 2 if item_labels is not None else ROWS))),
-            (np.int64(of.users), *of.arguments, *blend, *others),
+            (np.int64(of.users), *of.arguments, *terms, *others),
         )
-        for at, rows in self._busy_rows(of, out.dtype, blend=blend):
+        for at, rows in self._busy_rows(of, out.dtype, terms=terms):
             out[at] = rows
 
     def assign(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any, lengths: Any) -> tuple[Any, Any]:
-        """See `Kernels.assign`."""
         of, lengths = self._gather(csr, table, row_scale, item_scale), self._as(lengths, np.float64)
         labels, least = self._xp.empty(of.users, np.int32), self._xp.empty(of.users, np.float64)
         self._each_row("assign", of, lengths, labels, least)
@@ -247,10 +231,10 @@ class CudaKernels(ReferenceKernels):
         return labels, least
 
     def label_sums(self, csr: Csr, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
-        """See `Kernels.label_sums`: sums in whole numbers, whose order does not matter.
+        """Sums in whole numbers, because their order does not change the result.
 
-        The unit is so small that the sum of all that is added takes 62 bits: each interaction is rounded to 2^-62 of
-        that sum, which for 100 million users is some 3e-11 of a user.
+        The unit is chosen so that the sum of all values takes 62 bits: each interaction is rounded to 2^-62 of that
+        sum, which is about 3e-11 of a user for 100 million users.
         """
         xp = self._xp
         bound = float((row_scale * self.row_sums(csr, item_scale)).sum())
@@ -291,7 +275,7 @@ class CudaKernels(ReferenceKernels):
         self._launch(f"{name}<{of.kind}, {values}>", blocks(-(-of.users // ROWS)), arguments)
 
     def _busy_rows(
-        self, of: _Gather, dtype: Any, offset: Any = _NULL, blend: tuple[Any, ...] = _NO_BLEND
+        self, of: _Gather, dtype: Any, offset: Any = _NULL, terms: tuple[Any, ...] = _NO_BLEND
     ) -> Iterator[tuple[Any, Any]]:
         """Busy users (m,), and their rows (m, D) of ``A F - offset`` or of the blend in a type, a batch at a time.
 
@@ -304,9 +288,9 @@ class CudaKernels(ReferenceKernels):
         for batch in split(of.busy, of.degrees, WORKSPACE_BYTES // (8 * width)):
             at, starts, owner = map(xp.asarray, batch)
             partial, rows = xp.empty((len(owner), width), np.float64), xp.empty((len(at), width), dtype)
-            parts = (np.int64(len(owner)), at, starts, owner, *of.arguments, *blend[1:], groups, partial)
+            parts = (np.int64(len(owner)), at, starts, owner, *of.arguments, *terms[1:], groups, partial)
             self._launch(f"add_parts<{of.kind}, {values}, {total}>", blocks(len(owner)), parts)
-            whole = (np.int64(tiles), at, starts, partial, np.int32(width), *blend[:4], offset, rows)
+            whole = (np.int64(tiles), at, starts, partial, np.int32(width), *terms[:4], offset, rows)
             self._launch(f"combine_parts<{kind}>", tiles * len(at), whole, _COMBINED)
             yield at, rows
 
@@ -418,7 +402,7 @@ def fingerprint(file: str) -> str:
 
 def ahead_folder() -> Path:
     """Folder ``cuda`` of the machine code that ``GPU_INIT_MACHINE_CODE`` names, or of the user's cache."""
-    return Path(os.environ.get("GPU_INIT_MACHINE_CODE") or _cache()) / "cuda"
+    return Path(os.environ.get("GPU_INIT_MACHINE_CODE") or cache_folder()) / "cuda"
 
 
 def machine_code(folder: Path, file: str, capability: int) -> tuple[Path, Path]:
@@ -449,7 +433,7 @@ def choose_cache_folder() -> None:
     ``CUPY_CACHE_DIR`` says is taken, then CuPy's own default, then gpu-init's folder; else CuPy keeps it in memory.
     """
     default = os.path.join(os.path.expanduser("~"), ".cupy", "kernel_cache")
-    for folder in filter(None, (os.environ.get("CUPY_CACHE_DIR"), default, str(_cache() / "cupy"))):
+    for folder in filter(None, (os.environ.get("CUPY_CACHE_DIR"), default, str(cache_folder() / "cupy"))):
         try:
             Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError:
@@ -458,8 +442,3 @@ def choose_cache_folder() -> None:
             os.environ["CUPY_CACHE_DIR"] = folder
             return
     os.environ.update(CUPY_CACHE_DIR=os.sep, CUPY_CACHE_IN_MEMORY="1")  # a folder that exists; nothing is written there
-
-
-def _cache() -> Path:
-    """gpu-init's folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")) / "gpu-init"
