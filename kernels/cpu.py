@@ -217,19 +217,16 @@ class NumbaKernels(ReferenceKernels):
             means = _mean_centroids(csr, item_labels, mean_scale, centroids)
         all_origins = np.vstack([centroids, cold])  # a cold user's origin is the last row
 
-        def blended(part: slice) -> None:
-            if means is None:
-                origins, labels, last = all_origins, user_labels[part], clusters
-            else:
-                last = part.stop - part.start
-                origins, labels = np.vstack([means(part), cold]), np.arange(last)
-            is_cold, local = row_scale[part] == 0, scale * lam[part]
-            shares = np.where(is_cold, scale, scale - local)
-            summed(part, local * row_scale[part], origins, np.where(is_cold, last, labels), shares, out[part])
-
-        def work(part: slice) -> None:
-            for tile in [part] if means is None else _tiles(part, out.shape[1]):
-                blended(tile)
+        def work(whole: slice) -> None:
+            for part in [whole] if means is None else _tiles(whole, out.shape[1]):
+                if means is None:
+                    origins, labels, last = all_origins, user_labels[part], clusters
+                else:
+                    last = part.stop - part.start
+                    origins, labels = np.vstack([means(part), cold]), np.arange(last)
+                is_cold, local = row_scale[part] == 0, scale * lam[part]
+                shares = np.where(is_cold, scale, scale - local)
+                summed(part, local * row_scale[part], origins, np.where(is_cold, last, labels), shares, out[part])
 
         run(work, _ranges(csr, out.shape[1]))
 
