@@ -29,7 +29,7 @@ import numpy as np
 from common import arguments, row, show, write_interactions
 from common import features as features_on_host
 
-from gpu_init.kernels import Csr, cuda
+from gpu_init.kernels import BlendTerms, Csr, cuda
 from gpu_init.method import kmeans
 from gpu_init.method import points as method_points
 
@@ -205,8 +205,8 @@ def ways(cupy: Any, interactions: Drawn, table: Any) -> dict[str, Callable[[], A
     means = interactions.matrix(cupy, means=True)
 
     def ours() -> Any:
-        scales = (row_scale, item_scale, lam)
-        kernels.aggregate_blend(interactions.csr, table, *scales, centroids, labels, None, None, cold, 1.0, out)
+        terms = BlendTerms(lam, centroids, labels, None, None, cold, 1.0)
+        kernels.aggregate_blend(interactions.csr, table, row_scale, item_scale, terms, out)
         return out
 
     functions: dict[str, Callable[[], Any]] = {OURS: ours}

@@ -18,6 +18,7 @@ import scipy.sparse
 from common import alternate, arguments, cache_bytes, copier, features, matrix, plot, reader, row, show
 
 from gpu_init.backend.select import select
+from gpu_init.kernels import BlendTerms
 from gpu_init.kernels.arrays import empty
 from gpu_init.kernels.reference import ReferenceKernels
 from gpu_init.method.matrix import from_matrix
@@ -89,8 +90,8 @@ def competitors(interactions: Any, values: Any) -> dict[str, Callable[[], Any]]:
     out = empty((users, width), np.float32)
 
     def fused(implementation: Any) -> Any:
-        scales = (row_scale, item_scale, lam)
-        implementation.aggregate_blend(ours.csr, values, *scales, centroids, labels, None, None, cold, 1.0, out)
+        terms = BlendTerms(lam, centroids, labels, None, None, cold, 1.0)
+        implementation.aggregate_blend(ours.csr, values, row_scale, item_scale, terms, out)
         return out
 
     reference = ReferenceKernels(np, scipy.sparse)

@@ -1,9 +1,10 @@
-"""The fused kernels and their launcher: the reference first, its twins beside it, one interface over all."""
+"""The kernels: `reference` defines them with array expressions; `cpu` (numba) and `cuda` are the fast versions."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from gpu_init.errors import InputError
 from gpu_init.kernels.csr import Csr
@@ -15,8 +16,10 @@ __all__ = [
     "NUMPY_SECONDS",
     "PARTS",
     "PARTS_BYTES",
+    "BlendTerms",
     "Csr",
     "Kernels",
+    "cache_folder",
     "compile_all",
     "cpu_kernels",
     "forced_kernels",
@@ -25,12 +28,29 @@ __all__ = [
 ]
 
 
-PARTS = 8  # of the users, whose sums by item are taken side by side on a CPU, into tables of their own
-PARTS_BYTES = 128 << 20  # that these tables may take together: there are fewer parts where tables are large
+PARTS = 8  # A CPU sums by item over so many parts of the users in parallel, each into its own table.
+PARTS_BYTES = 128 << 20  # These tables take at most so many bytes together: large tables mean fewer parts.
+
+
+class BlendTerms(NamedTuple):
+    """What `Kernels.aggregate_blend` mixes with the local part ``A F`` of n users.
+
+    With ``user_labels``, ``G_u`` is the centroid of the user's label. With ``item_labels`` instead, it is the mean of
+    the centroids of the user's items, weighted by the interactions: ``mean_scale_u * sum_i w_ui C[label_i]`` over the
+    items whose label is not negative.
+    """
+
+    lam: Any  # (n,) float64, the share of the local part
+    centroids: Any  # (K, D) float32
+    user_labels: Any  # (n,) int32, or None
+    item_labels: Any  # (I,) int32, or None
+    mean_scale: Any  # (n,) float64, or None where there are no item labels
+    cold: Any  # (D,) the row of a cold user
+    scale: float  # multiplies every row
 
 
 class Kernels(Protocol):
-    """What every implementation gives; arrays are those of one device.
+    """The methods of every implementation; their arrays are those of one device.
 
     In all methods, ``csr`` holds the interactions of a range of n users, and ``row_scale`` (n,) and ``item_scale``
     (I,), both float64, make the operator ``A = diag(row_scale) R diag(item_scale)``. An item whose scale is 0 is not
@@ -50,29 +70,14 @@ class Kernels(Protocol):
         """``A F - offset`` for features F (I, D); returns (n, D) float64, C order."""
 
     def aggregate_blend(
-        self,
-        csr: Csr,
-        features: Any,
-        row_scale: Any,
-        item_scale: Any,
-        lam: Any,
-        centroids: Any,
-        user_labels: Any,
-        item_labels: Any,
-        mean_scale: Any,
-        cold: Any,
-        scale: float,
-        out: Any,
+        self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, blend: BlendTerms, out: Any
     ) -> None:
         """``scale * (lam_u (A F)_u + (1 - lam_u) G_u)`` in one pass, into ``out`` (n, D) float32, C order.
 
-        With ``user_labels`` (n,), ``G_u`` is the centroid (K, D) of the user's label. With ``item_labels``
-        (I,) instead, it is the mean of the centroids of the user's items, weighted by the interactions:
-        ``mean_scale_u * sum_i w_ui C[label_i]`` over items whose label is not negative. A cold user gets
-        ``scale * cold``.
+        A cold user gets ``scale * cold``. `BlendTerms` defines the other symbols.
         """
 
-    # For K-means on the rows of A F, which are never stored (see gpu_init.kmeans).
+    # K-means uses the following methods on the rows of A F, which are never stored.
 
     def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Any:
         """``|(A F)_u - offset|^2`` for each row; returns (n,) float64."""
@@ -110,15 +115,20 @@ class Kernels(Protocol):
         """Add ``R^T diag(row_factors) R T`` to ``sums`` (I, b) float64, for a table T (I, b) float64, C order."""
 
     def rows_in_place(self) -> type[Rows] | None:
-        """What makes R from batches of interactions in place, or None: then the caller holds them all and sorts."""
+        """Class that builds R from batches in R's own memory; None if the caller must hold and sort them all."""
 
 
 NUMPY_SECONDS = 5.0
-"""Work that takes numpy's kernels about so long, or less, is theirs: compiling others may take longer than that."""
+"""The numpy kernels do work that takes them about so long or less, since compiling others may take longer."""
+
+
+def cache_folder() -> Path:
+    """gpu-init's folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")) / "gpu-init"
 
 
 def cpu_kernels(name: str) -> Kernels:
-    """Give the CPU's kernels of a name: ``numba``, or ``numpy``, the plain reference."""
+    """The CPU kernels with a name: ``numba``, or ``numpy``, the plain reference."""
     if name == "numpy":
         import numpy as np
         import scipy.sparse
@@ -132,7 +142,7 @@ def cpu_kernels(name: str) -> Kernels:
 
 
 def prepare(reading: bool, fitting: bool, on_interactions: bool) -> None:
-    """Begin to compile numba's kernels for a CPU, in a thread of their own: for reading, fitting, or both."""
+    """Start to compile the numba kernels for reading, fitting, or both, in a thread of its own."""
     from gpu_init.kernels import build, cpu, ids
     from gpu_init.kernels.compiled import prepare
 
@@ -146,7 +156,7 @@ def prepare(reading: bool, fitting: bool, on_interactions: bool) -> None:
 
 
 def compile_all() -> tuple[int, str | None]:
-    """Compile all of numba's kernels; gives how many they are, and the folder where their machine code is kept."""
+    """Compile all numba kernels; returns their number, and the folder that keeps their machine code."""
     from gpu_init.kernels import build, cpu, ids
     from gpu_init.kernels.compiled import folder
 
@@ -157,26 +167,26 @@ def compile_all() -> tuple[int, str | None]:
 
 
 def kernels_for(seconds: float) -> str:
-    """Name of the CPU's kernels that suit work which would take numpy's so many seconds on two cores.
+    """Name of the CPU kernels to use for work that takes the numpy kernels so many seconds on two cores.
 
-    The work is estimated by the sizes of the job alone. It does not matter what is compiled already, nor how many cores
-    there are, so that the bytes of the result depend on the inputs only.
+    The estimate depends on the sizes of the job alone, and not on what is compiled already or on the number of cores,
+    so that the bytes of the result depend on the inputs only.
 
     Raises
     ------
     InputError
-        As in `forced_kernels`.
+        ``GPU_INIT_KERNELS`` is neither ``numba`` nor ``numpy``.
     """
     return forced_kernels() or ("numpy" if seconds <= NUMPY_SECONDS else "numba")
 
 
 def forced_kernels() -> str | None:
-    """Name of the CPU's kernels that ``GPU_INIT_KERNELS`` asks for, whatever the work; None where it does not.
+    """Name of the CPU kernels that ``GPU_INIT_KERNELS`` demands for any work; None if it is not set.
 
     Raises
     ------
     InputError
-        It is neither ``numba`` nor ``numpy``.
+        ``GPU_INIT_KERNELS`` is neither ``numba`` nor ``numpy``.
     """
     wanted = os.environ.get("GPU_INIT_KERNELS")
     if wanted not in (None, "numba", "numpy"):

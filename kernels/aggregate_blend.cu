@@ -1,6 +1,6 @@
 // The fused pass: gather a user's item rows, weigh, sum, blend with the centroid, scale, cast, store.
 //
-// In plain C++, for every user u and column d (kernels/reference.py says the same on arrays):
+// In plain C++, for every user u and column d (kernels/reference.py has the same in array expressions):
 //
 //     if (row_scale[u] == 0) { out[u][d] = scale * cold[d]; continue; }
 //     double local = 0, cluster = 0;
@@ -13,7 +13,7 @@
 //     if (user_labels) cluster = centroids[user_labels[u]][d];
 //     out[u][d] = scale * (lam[u] * local + (1 - lam[u]) * cluster);
 //
-// The ladder from there:
+// The steps from this loop to the kernels below:
 // 1. A thread per value of the result: the loop above. Each lane reads indices and factors anew.
 // 2. A warp per user: a lane per interaction reads index and factors once and hands them round; the 32 lanes read a
 //    row together, 16 bytes each.
@@ -27,7 +27,7 @@
 //    come in four more, each waiting for the one before. So a warp takes 8 users: its lanes read all of that for all of
 //    them at once, to shared memory (gather.cuh: read_ahead), and then sum one user after another. At D 128 that took
 //    the kernel from half of a copy's speed to all of it, on an H200.
-// What is here is 6; the shim of tests/shim and the device run it against kernels/reference.py.
+// The kernels below are step 6. Tests compare them with kernels/reference.py, on the host (tests/shim) and on a GPU.
 //
 // Bytes of a user of degree n, D columns of b bytes: n * (D * b + 4, and 4 more if weighted) + D * 4 of the result (2
 // in float16) + 28 (row pointer, row_scale, lambda, label). Scales of items (8 each) and centroids are small tables
@@ -37,7 +37,7 @@
 
 #include "gather.cuh"
 
-/// E values of a row of the result, past the caches: nobody reads them soon.
+/// Stores E values of a row of the result and bypasses the caches, because no kernel reads them soon.
 template <int E>
 __device__ __forceinline__ void store(void* out, bool half, Index at, const float* values)
 {
@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(WARPS * WARP, 6) aggregate_blend(
     }
 }
 
-/// Users with more than RUN interactions who are not cold: found[0] counts them, from found[2] on are number and degree
-/// of each, in any order.
+/// Finds the users with more than RUN interactions who are not cold: found[0] is their count, and from found[2] on are
+/// the number and the degree of each, in any order.
 __global__ void __launch_bounds__(WARPS * WARP) busy_rows(
     Index n, const Index* indptr, const double* row_scale, Index* found)
 {
@@ -174,10 +174,10 @@ __global__ void __launch_bounds__(WARPS * WARP) busy_rows(
 
 constexpr int PART = 256;  // interactions of a part of a busy user; its last part may have fewer (cuda.py: PART)
 
-/// Parts of busy users: a warp per part; those of user at[b] begin with part starts[b], and part p is one of user
-/// at[owner[p]]. Sums of RUN interactions are in `Sum`, and those of the part in float64, into partial (parts, width).
+/// Sums the parts of busy users into partial (parts, width), a warp per part. The parts of user at[b] begin with part
+/// starts[b], and part p belongs to user at[owner[p]]. RUN interactions are summed in `Sum`, and these sums in float64.
 ///
-/// Without lambda the sum is A F; with it, all of the blend that goes by item.
+/// Without lambda the sum is A F; with lambda, it is the part of the blend that is summed over the items.
 template <typename T, int E, typename Sum>
 __global__ void __launch_bounds__(WARPS * WARP, sizeof(Sum) == 4 ? 4 : 3) add_parts(
     Index parts, const Index* at, const Index* starts, const Index* owner, const Index* indptr, const int* indices,
@@ -238,7 +238,7 @@ __device__ __forceinline__ void put(Out* out, double value)
         *out = (Out)value;
 }
 
-/// Rows of busy users from their parts: parts starts[b] to starts[b + 1] make row b of out, the row of user at[b].
+/// Adds the parts of busy users: parts starts[b] to starts[b + 1] make row b of out, the row of user at[b].
 ///
 /// A block of 32 x 8 threads per user and 32 columns; thread row y sums every eighth part, and these 8 are added in
 /// order. With labels, the share of the user's centroid is added; with an offset, that point is subtracted.

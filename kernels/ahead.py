@@ -1,7 +1,7 @@
-"""CUDA kernels compiled ahead of time, so that the first job on a device does not wait for its compiler.
+"""Compiles CUDA kernels ahead of time, so that the first job on a device does not wait for the compiler.
 
-An image is built, and `gpu-init doctor --compile` runs, with NVRTC and CuPy alone: neither a device nor a driver is
-needed. `gpu_init.kernels.cuda.Programs` finds what is written here.
+The build of an image and `gpu-init doctor --compile` do this. They need NVRTC and CuPy, but no device and no driver.
+`gpu_init.kernels.cuda.Programs` finds the files.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # A100, RTX 30, RTX 40 and L4, H100 
 
 
 def compile_cuda(folder: Path, architectures: Iterable[int] = ARCHITECTURES, nvrtc: Any = None) -> list[Path]:
-    """Compile every kernel for some devices, by all cores.
+    """Compile every kernel for several kinds of devices, on all cores.
 
     Parameters
     ----------
     folder : path
-        Where to put the machine code: ``sm_90/clustering.cubin`` and the like, each with a JSON file beside it that
-        gives the names of its kernels, and the hashes of the source and of the machine code. Made where it is missing.
+        Gets the machine code, such as ``sm_90/clustering.cubin``. Beside each is a JSON file with the names of its
+        kernels and the hashes of the source and of the machine code. The folder is created if it does not exist.
     architectures : int, default=`ARCHITECTURES`
         Compute capabilities, times ten. Those that this NVRTC does not know are left out.
     nvrtc : module, optional
-        What compiles; by default ``cupy.cuda.nvrtc``.
+        The compiler; by default ``cupy.cuda.nvrtc``.
 
     Returns
     -------
@@ -71,12 +71,12 @@ def compile_cuda(folder: Path, architectures: Iterable[int] = ARCHITECTURES, nvr
 
 
 def compile_text(nvrtc: Any, text: str, names: Iterable[str], architecture: int) -> tuple[bytes, dict[str, str]]:
-    """Machine code of some kernels of a source, and what each of them is called there.
+    """Machine code of some kernels of a source text, and each kernel's name in the machine code.
 
     Raises
     ------
     ResourceError
-        It does not compile; the message names file and line.
+        A kernel does not compile; the message names file and line.
     """
     program = nvrtc.createProgram(text, "kernels.cu", (), ())
     try:
@@ -99,7 +99,7 @@ def _write(nvrtc: Any, folder: Path, architecture: int, file: str) -> Path:
     for place, content in zip(places, (code, json.dumps(facts, indent=1).encode()), strict=True):
         partial = place.with_name(f"{place.name}.{os.getpid()}")
         partial.write_bytes(content)
-        partial.replace(place)  # a job that runs at the same time finds a whole file, the old or the new
+        partial.replace(place)  # atomic: a job that runs now finds the old file or the new one
     return places[0]
 
 

@@ -1,4 +1,4 @@
-"""Arrays whose rows start on a cache line, where rows are as long as so many lines."""
+"""Arrays that start on a cache line, so that rows of whole lines do too."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-LINE_BYTES = 64  # of a cache line
+LINE_BYTES = 64  # A cache line has so many bytes.
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:
-    """As `numpy.empty`, C order, on a cache line: a row of 512 bytes is 8 of them then, and 9 elsewhere."""
+    """As `numpy.empty` in C order, but on a cache line: a row of 512 bytes then touches 8 lines instead of 9."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     space = np.empty(size + LINE_BYTES, np.uint8)

@@ -1,7 +1,6 @@
 """R from batches of interactions, on the CPU: a counting sort that works in the memory of R itself.
 
-`gpu_init.interactions.build` is the plain reference. What is written does not depend on the number of threads:
-each row is sorted by one of them.
+One thread sorts each row, so the result does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from gpu_init.kernels.compiled import float32, int32, int64, kernel, read_only, 
 from gpu_init.kernels.csr import Csr
 from gpu_init.kernels.threads import in_order
 
-_PARTS = 64  # of the rows, to spread uneven ones over the threads
-_HELD = 1 << 21  # interactions put into R at a time
-_GROUP_BITS = 9  # of the groups of neighbouring rows that they are sorted into first
+_PARTS = 64  # The rows are split into so many parts, to spread long rows over the threads.
+_HELD = 1 << 21  # So many interactions are collected before they are written to R.
+_GROUP_BITS = 9  # Before that they are sorted into 2^9 groups of neighbouring rows.
 _NO_BITS, _NO_WEIGHTS = np.empty(0, np.int32), np.empty(0, np.float32)
 
 _INTERACTIONS = (reads(int64), reads(int32), reads(float32))
@@ -31,8 +30,8 @@ def _fill(  # type: ignore[no-untyped-def]
 ):
     """Write each interaction at its row's cursor.
 
-    Before that they are sorted into groups of neighbouring rows, equal but for the last ``shift`` bits, since it is
-    slow to write to memory far apart.
+    Before that they are sorted into groups of neighbouring rows, whose numbers differ in the last ``shift`` bits only,
+    because writes to distant places in memory are slow.
     """
     places[:] = 0
     for k in range(rows.size):
@@ -48,7 +47,7 @@ def _fill(  # type: ignore[no-untyped-def]
         places[rows[k] >> shift] = place + 1
     for k in range(rows.size):
         at = cursor[own_rows[k]]
-        if at < indices.size:  # else the file has changed since its rows were counted, which is seen later
+        if at < indices.size:  # otherwise the file has changed since its rows were counted; the caller notices later
             indices[at] = own_columns[k]
             if values.size > 0:
                 weights[at] = own_values[k]
@@ -57,9 +56,10 @@ def _fill(  # type: ignore[no-untyped-def]
 
 @kernel(reads(int64), writes(int32), writes(int32))
 def _sort_rows(indptr, indices, bits):  # type: ignore[no-untyped-def]
-    """Sort rows by item, then by weight; returns how many interactions repeat an item, or have no weight.
+    """Sort rows by item, then by weight; returns how many interactions repeat an item or have a weight of 0.
 
-    ``bits``: the weights, not negative, as whole numbers, which are in the same order; empty where all are 1.
+    ``bits`` holds the bit patterns of the weights as whole numbers, which have the same order since no weight is
+    negative; it is empty if all weights are 1.
     """
     extra = 0
     keys = np.empty(0, np.int64)
@@ -74,9 +74,7 @@ def _sort_rows(indptr, indices, bits):  # type: ignore[no-untyped-def]
                 keys[k] |= np.int64(bits[first + k]) & 0x7FFFFFFF  # without the sign of -0.0
             is_sorted &= k == 0 or keys[k - 1] <= keys[k]
         if not is_sorted:
-            gap = (
-                1  # Shell's sort: by insertion at once where a row is short, and no row takes long, whatever its order
-            )
+            gap = 1  # Shell's sort is an insertion sort for short rows, and never slow for long ones
             while gap < count // 3:
                 gap = 3 * gap + 1
             while gap > 0:
@@ -99,9 +97,9 @@ def _sort_rows(indptr, indices, bits):  # type: ignore[no-untyped-def]
 
 @kernel(writes(int64), writes(int32), reads(float32), writes(float32))
 def _merge_rows(indptr, indices, weights, merged):  # type: ignore[no-untyped-def]
-    """Leave one interaction of each item in sorted rows, in place, and its weight, summed in float64, in ``merged``.
+    """Merge the interactions of an item in each sorted row, in place; ``merged`` gets their weights, summed in float64.
 
-    Without ``weights`` each interaction weighs 1. Those whose sum is 0 are dropped.
+    Without ``weights`` each interaction weighs 1. Items whose sum is 0 are dropped.
     """
     write, first = 0, indptr[0]
     for row in range(indptr.size - 1):
@@ -118,19 +116,19 @@ def _merge_rows(indptr, indices, weights, merged):  # type: ignore[no-untyped-de
 
 
 READING = (_fill, _sort_rows)
-"""What most jobs use while they read, in this order."""
+"""The kernels that most jobs use while they read, in this order."""
 
 MERGING = _merge_rows
-"""What is used where interactions are repeated."""
+"""The kernel for interactions that are repeated."""
 
 
 class Rows:
-    """Interactions on their way into R, in little more memory than R takes.
+    """Builds R from batches of interactions, in little more memory than R takes.
 
     Parameters
     ----------
     starts : array, shape (U + 1,), int64
-        Where each row starts and the last ends, counted before; it becomes `indptr`.
+        Where each row starts, and where the last one ends. It becomes `indptr`.
     weighted : bool
         Whether interactions have weights.
 
@@ -151,17 +149,17 @@ class Rows:
                 f"{size} interactions need {need / 1e9:.1f} GB of memory, more than there is."
             ) from None
         self._weighted = weighted
-        self._cursor = starts  # where each row goes on, until all is filled
+        self._cursor = starts  # the next free place of each row
         self._shift = max(0, (len(starts) - 1).bit_length() - _GROUP_BITS)
         held = max(1, min(size, _HELD))
         self._held, self._spare = _room(held, weighted), _room(held, weighted)
         self._count = 0
 
     def add(self, rows: Any, columns: Any, weights: Any) -> None:
-        """Put rows (n,) int64, columns (n,) and weights (n,) or None where they belong.
+        """Add interactions: rows (n,) int64, columns (n,), and weights (n,) or None.
 
-        Over all calls each row must come as often as ``starts`` says; what does not fit is left out, and so is a call
-        with rows outside R.
+        Over all calls each row must come as often as ``starts`` says. Interactions beyond that are left out, and so is
+        a call with rows outside R.
         """
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self._cursor) - 1):
             return
@@ -178,18 +176,18 @@ class Rows:
                 self._fill()
 
     def _fill(self) -> None:
-        """Put what is held where it belongs."""
+        """Write the collected interactions to their rows."""
         held = [read_only(array[: self._count], array.dtype) for array in self._held]
         places = np.empty(((len(self._cursor) - 1) >> self._shift) + 1, np.int64)
         _fill(*held, self._shift, places, *self._spare, self._cursor, self._indices, self._weights)
         self._count = 0
 
     def finish(self) -> Csr:
-        """Canonical rows: sorted by item; duplicates summed in float64, in order of weight; no zeros."""
+        """R with rows sorted by item, duplicates summed in float64 in order of weight, and no zeros."""
         self._fill()
         del self._held, self._spare
         indptr, indices, weights = self._cursor, self._indices, self._weights
-        indptr[1:] = indptr[:-1]  # each cursor stands where the next row starts
+        indptr[1:] = indptr[:-1]  # each cursor has reached the start of the next row
         indptr[0] = 0
         bits = weights.view(np.int32) if self._weighted else _NO_BITS
 
@@ -201,25 +199,21 @@ class Rows:
             _merge_rows(indptr, indices, read_only(weights, np.float32), weights)
         elif extra:
             weights = np.empty(len(indices) - extra, np.float32)
-            _merge_rows(indptr, indices, _NO_WEIGHTS_READ, weights)
+            _merge_rows(indptr, indices, read_only(_NO_WEIGHTS, np.float32), weights)
         indices.resize(int(indptr[-1]), refcheck=False)
-        uneven = bool(extra) if not self._weighted else not bool((weights[: len(indices)] == 1).all())
-        if not uneven:
+        if (weights[: len(indices)] == 1).all() if self._weighted else not extra:
             return Csr(indptr, indices, None)
         weights.resize(len(indices), refcheck=False)
         return Csr(indptr, indices, weights)
 
 
-_NO_WEIGHTS_READ = read_only(_NO_WEIGHTS, np.float32)
-
-
 def _room(size: int, weighted: bool) -> tuple[Any, Any, Any]:
-    """For so many interactions: rows, columns, weights."""
+    """Empty arrays for the rows, columns and weights of so many interactions."""
     return np.empty(size, np.int64), np.empty(size, np.int32), np.empty(size if weighted else 0, np.float32)
 
 
 def _parts(starts: Any) -> Any:
-    """Split the rows into ranges of about as many interactions."""
+    """Split the rows into ranges with about equal numbers of interactions."""
     bounds = np.searchsorted(starts, np.linspace(0, int(starts[-1]), _PARTS + 1).astype(np.int64))
     bounds[0], bounds[-1] = 0, len(starts) - 1
     return (slice(int(start), int(stop)) for start, stop in itertools.pairwise(bounds) if start < stop)

@@ -1,10 +1,10 @@
-// Kernels for K-means on the rows of A F, which are never stored: gpu_init/kmeans.py calls them, and
-// kernels/reference.py says in a few lines of array code what each of them computes. All sums are in float64.
+// Kernels for K-means on the rows of A F, which are never stored. kernels/reference.py defines each of them in a few
+// lines of array code. All sums are in float64.
 
 #include "gather.cuh"
 
-/// Computes rows of A F for n users: a warp takes ROWS users, and users with more than RUN interactions are left to
-/// add_parts. Scales are null where all are 1.
+/// Computes rows of A F for n users: a warp computes ROWS users, and users with more than RUN interactions are left to
+/// add_parts. A null pointer stands for scales that are all 1.
 ///
 /// For each user, `add(user, column, value)` is called once for every column, by some lane of the warp, and then
 /// `finish(user)` by every lane.
@@ -105,11 +105,11 @@ __global__ void __launch_bounds__(WARPS * WARP, 4) assign(
 
 constexpr int TILE = 256;  // interactions that a warp of `label_sums` takes, of however many users (cuda.py: TILE)
 
-/// fixed[item][label] += A[user][item], in units that make whole numbers of it: whole numbers add up to the same
-/// whatever the order, so that atomics may bring them in any.
+/// fixed[item][label] += A[user][item], rounded to integers of a small unit: a sum of integers does not depend on the
+/// order of its terms, so atomics may add them in any order.
 ///
-/// Tile t, the warp's, is TILE interactions from indptr[0] + t * TILE on, the first of them of user tiles[t]. So no
-/// warp waits for a busy user. Users with a negative label are left out.
+/// Each warp processes one tile: TILE interactions from indptr[0] + tile * TILE on, whose first user is tiles[tile]. So
+/// no warp has more work for a busy user. Users with a negative label are left out.
 __global__ void __launch_bounds__(WARPS * WARP) label_sums(
     Index n_tiles, const Index* tiles, Index n, const int* labels, const Index* indptr, const int* indices,
     const float* weights, const double* row_scale, const double* item_scale, int clusters, double per_unit,

@@ -1,4 +1,4 @@
-"""How the CPU's kernels are compiled, and where their machine code is kept."""
+"""Compiles the CPU kernels with numba, and keeps their machine code on disk."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from typing import Any
 import numba
 from numba import types
 
+from gpu_init.kernels import cache_folder
+
 int32, int64, uint8, uint64 = types.int32, types.int64, types.uint8, types.uint64
 float32, float64 = types.float32, types.float64
 
@@ -23,7 +25,7 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
 def reads(dtype: Any, dimensions: int = 1) -> Any:
-    """Type of an array that a kernel reads: in C order, and it may be mapped from a file."""
+    """Type of an array that a kernel reads: in C order, possibly mapped from a file."""
     return types.Array(dtype, dimensions, "C", readonly=True)
 
 
@@ -38,11 +40,11 @@ class Kernel:
     Parameters
     ----------
     function : callable
-        In the part of Python that numba compiles.
+        Plain Python of the kind that numba compiles.
     signature : sequence of numba types
-        Of its arguments. Others are refused and never compiled for.
+        The types of its arguments; a call with other types is an error.
     fused : bool
-        Whether a product and the sum that it goes into may be rounded once.
+        Whether a product and the sum that it is added to may be rounded once.
     """
 
     def __init__(self, function: Callable[..., Any], signature: tuple[Any, ...], fused: bool) -> None:
@@ -52,18 +54,18 @@ class Kernel:
         self._compiled: Any = None
 
     def prepare(self) -> Any:
-        """Compile it, or load the machine code where that is kept, unless that is done."""
+        """Compile the function, or load its machine code from disk; does nothing the second time."""
         with self._lock:
             if self._compiled is None:
                 made = _wrapped(self._function, {"contract"} if self._fused else False)
-                with suppress(OSError):  # such as a full disk: the machine code is there, but is not kept
+                with suppress(OSError):  # such as a full disk: the machine code is in memory, but not kept
                     made.compile(self._signature)
                 made.disable_compile()
                 self._compiled = made
         return self._compiled
 
     def __call__(self, *arguments: Any) -> Any:
-        """Run it on arrays of the signature's types; arrays that it only reads must be marked so, see `read_only`."""
+        """Run the kernel on arrays of its types; arrays that it only reads come from `read_only`."""
         return (self._compiled or self.prepare())(*arguments)
 
 
@@ -71,7 +73,7 @@ _wrapping = threading.Lock()
 
 
 def _wrapped(function: Callable[..., Any], fastmath: Any) -> Any:
-    """A function that numba compiles and keeps in our folder: it reads the setting, which is everybody's, just now."""
+    """A function that numba compiles and keeps in our folder, which numba reads from a global setting here only."""
     where = folder()
     config: Any = numba.config
     with _wrapping:
@@ -89,7 +91,7 @@ def kernel(*signature: Any, fused: bool = False) -> Callable[[Callable[..., Any]
 
 
 def read_only(array: Any, dtype: Any) -> Any:
-    """An array as kernels read it: in C order, of a type, and not to be written; a copy only where it is not so yet."""
+    """A read-only view of an array in C order and of a type; a copy only if it has another type or order."""
     import numpy as np
 
     view = np.ascontiguousarray(array, dtype).view(np.ndarray)
@@ -98,7 +100,7 @@ def read_only(array: Any, dtype: Any) -> Any:
 
 
 def prepare(kernels: Iterable[Kernel]) -> None:
-    """Compile kernels, one after another, in a thread of its own: what is used first should come first."""
+    """Compile kernels one after another in a new thread; the kernels that are used first should come first."""
 
     def work() -> None:
         for one in kernels:
@@ -109,15 +111,15 @@ def prepare(kernels: Iterable[Kernel]) -> None:
 
 @cache
 def folder() -> str | None:
-    """Folder that machine code is kept in, or None: then every process compiles anew.
+    """Folder that keeps the machine code, or None if there is none: then every process compiles again.
 
-    That is one of the user's own, since numba's list of contents is unpickled, and whoever writes to it may run code;
-    where none can be written, a folder of this process alone. The folder ``numba`` in ``GPU_INIT_MACHINE_CODE`` is
-    copied there if it cannot be written, since numba reads only where it can write.
+    Only the user may be able to write to the folder: numba unpickles its index, and whoever writes to it can run code.
+    If the user's cache cannot be written, this is a temporary folder of this process. numba reads only from a folder
+    that it can write to, so the folder ``numba`` in ``GPU_INIT_MACHINE_CODE`` is copied if it cannot be written.
     """
     if "NUMBA_CACHE_DIR" in os.environ:
         return os.environ["NUMBA_CACHE_DIR"]
-    ahead = os.environ.get("GPU_INIT_MACHINE_CODE")  # what `gpu-init doctor --compile` made, or an image brings
+    ahead = os.environ.get("GPU_INIT_MACHINE_CODE")  # made by `gpu-init doctor --compile`, or part of an image
     brought = ahead and os.path.join(ahead, "numba")
     if brought and _is_ours(brought):
         return brought
@@ -130,12 +132,12 @@ def folder() -> str | None:
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     partial = f"{copy}.{os.getpid()}"
                     shutil.copyfile(path, partial)
-                    os.replace(partial, copy)  # whole or not at all, as other processes may look
+                    os.replace(partial, copy)  # atomic, because other processes may read it now
     return own
 
 
 def _is_ours(folder: str) -> bool:
-    """Whether a folder is the user's own, and can be written; it is made where it is not there yet."""
+    """Whether the user owns the folder and can write to it; creates it if it does not exist."""
     try:
         os.makedirs(folder, exist_ok=True, mode=0o755)
         return os.access(folder, os.W_OK | os.X_OK) and os.stat(folder).st_uid == os.getuid()
@@ -144,11 +146,10 @@ def _is_ours(folder: str) -> bool:
 
 
 def _own_folder() -> str | None:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = os.path.join(base, "gpu-init", "numba")
+    folder = str(cache_folder() / "numba")
     if _is_ours(folder):
         return folder
-    for place in ("/dev/shm", None):  # None: where Python looks for such a folder
+    for place in ("/dev/shm", None):  # None: the default of tempfile
         with suppress(OSError):
             folder = tempfile.mkdtemp(prefix="gpu-init-", dir=place)
             atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""The kernels for the CPU: plain loops that numba compiles, over ranges of users, which threads take side by side.
+"""The kernels for the CPU: numba compiles plain loops, and threads run them on ranges of users in parallel.
 
-A user's row is always summed by one thread, in the order of its items, so the bytes do not depend on the number of
-threads. What is summed over users goes by fixed ranges, whose sums are added up in order.
+One thread sums a user's row, in the order of its items, so the bytes do not depend on the number of threads. Sums over
+users are made for fixed ranges, and then added in the order of the ranges.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
-from gpu_init.kernels import PARTS, PARTS_BYTES
+from gpu_init.kernels import PARTS, PARTS_BYTES, BlendTerms
 from gpu_init.kernels.build import Rows
 from gpu_init.kernels.compiled import float32, float64, int32, int64, kernel, read_only, reads, writes
 from gpu_init.kernels.csr import Csr
 from gpu_init.kernels.reference import ReferenceKernels
 from gpu_init.kernels.threads import in_order, one_blas_thread, run
 
-_RANGES = 64  # of users at most, to spread uneven ones over the threads;
-_RANGE_VALUES = 1 << 21  # fewer where that would leave less than so many values to be summed for each
-_TILE_VALUES = 1 << 17  # values of rows that a thread makes or goes through at a time: they stay in its cache
-_AT_ONCE = 8  # rows that `_weighted_sums` adds in one go: a processor waits for as many places in memory at once
-_BUSY = 256  # interactions from which on a row of float32 is summed in float64
+_RANGES = 64  # The users are split into at most so many ranges, to spread busy users over the threads.
+_RANGE_VALUES = 1 << 21  # There are fewer ranges if a range would have fewer values than this to sum.
+_TILE_VALUES = 1 << 17  # A thread makes so many values of rows at a time: 1 MiB in float64 stays in a core's cache.
+_AT_ONCE = 8  # `_weighted_sums` adds so many rows in one pass: a core can wait for as many memory reads at once.
+_BUSY = 256  # A float32 row with more interactions than this is summed in float64.
 _NO_WEIGHTS, _NO_SCALE = np.empty(0, np.float32), np.empty(0, np.float64)
 
 _INTERACTIONS = (reads(int64), reads(int32), reads(float32))
-"""Types of a range of users: row pointers, and all items and weights; an empty array of weights where all are 1."""
+"""Types of the row pointers of a range of users, all items, and all weights (an empty array if all are 1)."""
 
 
 def _weighted_sums(  # type: ignore[no-untyped-def]
@@ -37,7 +37,7 @@ def _weighted_sums(  # type: ignore[no-untyped-def]
     """``out[u] = shares[u] * origins[labels[u]] + (A T)_u``, summed in the type of ``out``.
 
     Users with more than ``most`` interactions are left out. An empty ``item_scale`` means that all scales are 1.
-    Indices are numbers without a sign, since numba would ask of others whether they count from the end.
+    Indices are unsigned, because numba checks whether a signed index is negative and counts from the end.
     """
     one, two, three, four = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)
     five, six, seven, step = np.uint64(5), np.uint64(6), np.uint64(7), np.uint64(_AT_ONCE)
@@ -77,7 +77,7 @@ def _weighted_sums(  # type: ignore[no-untyped-def]
                     first = f0 * table[i0, k] + f1 * table[i1, k] + f2 * table[i2, k] + f3 * table[i3, k]
                     second = f4 * table[i4, k] + f5 * table[i5, k] + f6 * table[i6, k] + f7 * table[i7, k]
                     out[row, k] += first + second
-            else:  # with the origin at once, as each pass over the row takes time
+            else:  # the origin is added here, which saves a pass over the row
                 for k in range(width):
                     first = f0 * table[i0, k] + f1 * table[i1, k] + f2 * table[i2, k] + f3 * table[i3, k]
                     second = f4 * table[i4, k] + f5 * table[i5, k] + f6 * table[i6, k] + f7 * table[i7, k]
@@ -115,7 +115,7 @@ def _assign(  # type: ignore[no-untyped-def]
                     products[k] += factor * table[item, k]
         factor = 2.0 * row_scale[row]
         best, label = np.inf, 0
-        for k in range(clusters):  # by selections, since a processor guesses such branches wrong
+        for k in range(clusters):  # selections, because a processor predicts such branches badly
             score = lengths[k] - factor * products[k]
             label = k if score < best else label
             best = score if score < best else best
@@ -153,32 +153,32 @@ def _gram(indptr, indices, weights, table, row_factors, sums):  # type: ignore[n
 
 
 FITTING = (_sums64, _assign, _label_sums, _sums32)
-"""What most jobs use after reading, in this order."""
+"""The kernels that most jobs use after reading, in this order."""
 
 INTERACTIONS_ONLY = (_gram,)
-"""What `cluster_on = "interactions"` uses besides."""
+"""The kernels that only `cluster_on = "interactions"` uses."""
 
 
 class NumbaKernels(ReferenceKernels):
-    """The kernels on numpy arrays, compiled for this machine at first use; the rest is the reference's, in threads."""
+    """The kernels on numpy arrays, compiled for this machine at first use.
 
-    block_values = 1 << 19
+    Methods that are not compiled are those of the reference, whose blocks run in threads.
+    """
+
+    block_values = _TILE_VALUES
 
     def __init__(self) -> None:
         super().__init__(np, scipy.sparse)
         self.name = "numba"
 
     def rows_in_place(self) -> type[Rows]:  # type: ignore[override]
-        """See `Kernels.rows_in_place`."""
         return Rows
 
     def _map(self, work: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
-        """See `ReferenceKernels._map`: side by side."""
         with one_blas_thread():
             yield from in_order(work, parts)
 
     def lengths(self, rows: Any) -> Any:
-        """See `Kernels.lengths`: in tiles that stay in a processor's cache."""
         out = np.empty(len(rows), np.float64)
 
         def work(part: slice) -> None:
@@ -189,14 +189,12 @@ class NumbaKernels(ReferenceKernels):
         return out
 
     def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Any:
-        """See `Kernels.aggregate`."""
         out = np.empty((len(csr.indptr) - 1, features.shape[1]), np.float64)
         make = _aggregating(csr, features, row_scale, item_scale, offset)
         run(lambda part: make(part, out[part]), _ranges(csr, features.shape[1]))
         return out
 
     def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Any:
-        """See `Kernels.squared_norms`: rows are made, and forgotten, some at a time."""
         out = np.empty(len(csr.indptr) - 1, np.float64)
         make = _aggregating(csr, features, row_scale, item_scale, offset)
 
@@ -210,45 +208,29 @@ class NumbaKernels(ReferenceKernels):
         return out
 
     def aggregate_blend(
-        self,
-        csr: Csr,
-        features: Any,
-        row_scale: Any,
-        item_scale: Any,
-        lam: Any,
-        centroids: Any,
-        user_labels: Any,
-        item_labels: Any,
-        mean_scale: Any,
-        cold: Any,
-        scale: float,
-        out: Any,
+        self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, blend: BlendTerms, out: Any
     ) -> None:
-        """See `Kernels.aggregate_blend`: a cold user's row is an origin of its own, of which it has ``scale`` times."""
+        lam, centroids, user_labels, item_labels, mean_scale, cold, scale = blend
         summed, clusters = _summing(csr, features, item_scale), len(centroids)
         means: Any = None
         if item_labels is not None:
             means = _mean_centroids(csr, item_labels, mean_scale, centroids)
-        all_origins = np.vstack([centroids, cold])
+        all_origins = np.vstack([centroids, cold])  # a cold user's origin is the last row
 
-        def blended(part: slice) -> None:
-            if means is None:
-                origins, labels, last = all_origins, user_labels[part], clusters
-            else:
-                last = part.stop - part.start
-                origins, labels = np.vstack([means(part), cold]), np.arange(last)
-            is_cold, local = row_scale[part] == 0, scale * lam[part]
-            shares = np.where(is_cold, scale, scale - local)
-            summed(part, local * row_scale[part], origins, np.where(is_cold, last, labels), shares, out[part])
-
-        def work(part: slice) -> None:
-            for tile in [part] if means is None else _tiles(part, out.shape[1]):
-                blended(tile)
+        def work(whole: slice) -> None:
+            for part in [whole] if means is None else _tiles(whole, out.shape[1]):
+                if means is None:
+                    origins, labels, last = all_origins, user_labels[part], clusters
+                else:
+                    last = part.stop - part.start
+                    origins, labels = np.vstack([means(part), cold]), np.arange(last)
+                is_cold, local = row_scale[part] == 0, scale * lam[part]
+                shares = np.where(is_cold, scale, scale - local)
+                summed(part, local * row_scale[part], origins, np.where(is_cold, last, labels), shares, out[part])
 
         run(work, _ranges(csr, out.shape[1]))
 
     def assign(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any, lengths: Any) -> tuple[Any, Any]:
-        """See `Kernels.assign`."""
         labels, least = np.empty(len(row_scale), np.int32), np.empty(len(row_scale), np.float64)
         table, lengths, scales = read_only(table, np.float64), read_only(lengths, np.float64), _scales(item_scale)
         rows, own = read_only(row_scale, np.float64), _of_ranges(csr)
@@ -260,7 +242,6 @@ class NumbaKernels(ReferenceKernels):
         return labels, least
 
     def label_sums(self, csr: Csr, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
-        """See `Kernels.label_sums`."""
         labels, rows, scales = read_only(labels, np.int32), read_only(row_scale, np.float64), _scales(item_scale)
         own = _of_ranges(csr)
 
@@ -270,13 +251,12 @@ class NumbaKernels(ReferenceKernels):
         _add_parts(len(labels), add, sums)
 
     def gram(self, csr: Csr, table: Any, row_factors: Any, sums: Any) -> None:
-        """See `Kernels.gram`."""
         table, factors, own = read_only(table, np.float64), read_only(row_factors, np.float64), _of_ranges(csr)
         _add_parts(len(factors), lambda part, partial: _gram(*own(part), table, factors[part], partial), sums)
 
 
 def _summing(csr: Csr, table: Any, item_scale: Any) -> Callable[..., None]:
-    """Give `_weighted_sums` of a table for ranges of users; a busy user's row of float32 is summed in float64."""
+    """A function that runs `_weighted_sums` of a table on a range of users; busy users are summed in float64."""
     table, scales, every = read_only(table, np.float32), _scales(item_scale), len(csr.indices)
     of_range = _of_ranges(csr)
 
@@ -303,7 +283,7 @@ def _summing(csr: Csr, table: Any, item_scale: Any) -> Callable[..., None]:
 
 
 def _aggregating(csr: Csr, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Callable[[slice, Any], None]:
-    """Give a function that writes ``A F - offset`` of a range of users."""
+    """A function that writes ``A F - offset`` for a range of users."""
     summed, origin = _summing(csr, features, item_scale), read_only(offset, np.float64)[None]
 
     def make(part: slice, out: Any) -> None:
@@ -314,12 +294,12 @@ def _aggregating(csr: Csr, features: Any, row_scale: Any, item_scale: Any, offse
 
 
 def _mean_centroids(csr: Csr, item_labels: Any, mean_scale: Any, centroids: Any) -> Callable[[slice], Any]:
-    """Give a function that makes the mean of the centroids of the users' items, for a range of users."""
+    """A function that returns the mean of the centroids of each user's items, for a range of users."""
     clusters, width = centroids.shape
     entries = slice(int(csr.indptr[0]), int(csr.indptr[-1]))
     labels = np.where(item_labels < 0, clusters, item_labels).astype(np.int32)[csr.indices[entries]]
     by_label = Csr(csr.indptr - entries.start, labels, None if csr.weights is None else csr.weights[entries])
-    table = np.vstack([centroids, np.zeros((1, width), centroids.dtype)])  # the last is of items without a label
+    table = np.vstack([centroids, np.zeros((1, width), centroids.dtype)])  # the last row is for items without a label
     make = _aggregating(by_label, table, mean_scale, np.ones(clusters + 1), np.zeros(width))
 
     def means(part: slice) -> Any:
@@ -331,19 +311,19 @@ def _mean_centroids(csr: Csr, item_labels: Any, mean_scale: Any, centroids: Any)
 
 
 def _of_ranges(csr: Csr) -> Callable[[slice], tuple[Any, Any, Any]]:
-    """Give a function that gives the interactions of a range of users, as the kernels take them."""
+    """A function that returns the interactions of a range of users as the kernels take them."""
     indptr, indices = read_only(csr.indptr, np.int64), read_only(csr.indices, np.int32)
     weights = read_only(_NO_WEIGHTS if csr.weights is None else csr.weights, np.float32)
     return lambda part: (indptr[part.start : part.stop + 1], indices, weights)
 
 
 def _scales(item_scale: Any) -> Any:
-    """Scales of the items, or none where all are 1: that saves an access at random for each interaction."""
+    """The items' scales, or an empty array if all are 1, which saves a random memory access per interaction."""
     return read_only(_NO_SCALE if (item_scale == 1.0).all() else item_scale, np.float64)
 
 
 def _add_parts(count: int, add: Callable[[slice, Any], None], sums: Any) -> None:
-    """Add to ``sums`` what fixed ranges of ``count`` users add to tables of their own, in order."""
+    """Let ``add`` fill a table for each fixed range of ``count`` users, and add the tables to ``sums`` in order."""
     parts = max(1, min(PARTS, PARTS_BYTES // max(1, sums.nbytes)))
 
     def work(part: slice) -> Any:
@@ -356,7 +336,7 @@ def _add_parts(count: int, add: Callable[[slice, Any], None], sums: Any) -> None
 
 
 def _ranges(csr: Csr, width: int) -> Iterator[slice]:
-    """Split the users into ranges of about equal work, whether that goes by users or by their interactions."""
+    """Split the users into ranges that have about equal numbers of users and of interactions."""
     indptr, users = csr.indptr, len(csr.indptr) - 1
     values = (int(indptr[-1] - indptr[0]) + users) * width
     half = max(1, min(_RANGES, values // _RANGE_VALUES) // 2)

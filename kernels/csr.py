@@ -9,8 +9,8 @@ class Csr(NamedTuple):
     """Rows of interactions: ``indices[indptr[u]:indptr[u + 1]]`` are the items of user u.
 
     ``indptr`` (n + 1,) int64, starting at any offset into the other two; ``indices`` (nnz,) int32;
-    ``weights`` (nnz,) float32, or None where every interaction weighs 1. Our own triple because scipy casts
-    ``indptr`` to the type of ``indices``, which wraps from 2^31 non-zeros on.
+    ``weights`` (nnz,) float32, or None where every interaction weighs 1. It is a class of our own because scipy casts
+    ``indptr`` to the type of ``indices``, which overflows from 2^31 non-zeros on.
     """
 
     indptr: Any

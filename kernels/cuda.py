@@ -1,10 +1,10 @@
-"""The kernels for CUDA: `aggregate_blend.cu` and `clustering.cu`, and what launches them.
+"""Launches the CUDA kernels of `aggregate_blend.cu` and `clustering.cu`.
 
-A warp takes some rows; rows with more than `LONGEST` interactions are split into parts, a warp each, which a second
-kernel adds up in their order. The split depends on the degrees alone and nothing is added by float atomics, so the
-bytes are the same in every run on a device. Machine code comes from `gpu_init.kernels.ahead`, or is compiled for the
-device at first use. Nothing here imports CuPy: it is handed in, so that the tests run all of this on numpy arrays and
-kernels built for the host.
+Each warp computes a few rows. Rows with more than `LONGEST` interactions are split into parts, one warp each, and a
+second kernel adds the parts in order. The split depends on the degrees alone and no kernel adds floats atomically, so
+the bytes are the same in every run on a device. Machine code comes from `gpu_init.kernels.ahead`, or is compiled at
+first use. This module does not import CuPy but gets it as an argument, so that the tests can run it on numpy arrays
+with kernels that are compiled for the host.
 """
 
 from __future__ import annotations
@@ -23,51 +23,52 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_init.errors import InputError, ResourceError
+from gpu_init.kernels import BlendTerms, cache_folder
 from gpu_init.kernels.csr import Csr
 from gpu_init.kernels.reference import ReferenceKernels
 
-# Sizes that the sources share (the tests compare them).
+# These sizes are in the CUDA sources too; the tests compare them.
 WARP = 32  # threads of a warp
-THREADS = 128  # threads of a block: it waits for its slowest warp, so a block is small
-ROWS = 8  # rows that a warp takes, half as many where it blends by item (gather.cuh: ROWS)
+THREADS = 128  # threads of a block, which is small because it waits for its slowest warp
+ROWS = 8  # rows of a warp; half as many with item labels (gather.cuh: ROWS)
 LONGEST = 64  # interactions of the longest row that is not split (gather.cuh: RUN)
 PART = 256  # interactions of a part of a split row (aggregate_blend.cu: PART)
 TILE = 256  # interactions that a warp takes in label_sums (clustering.cu: TILE)
 _COMBINED = (32, 8)  # columns and rows of a block of combine_parts
 
-WORKSPACE_BYTES = 128 << 20  # memory for the sums of parts at a time; the parts of one row may take more
-OLDEST = 70  # the oldest compute capability, times ten, that has the loads of device.cuh
+WORKSPACE_BYTES = 128 << 20  # memory for the sums of parts of a batch; a single row may take more
+OLDEST = 70  # the oldest compute capability, times ten, that supports the loads of device.cuh
 OPTIONS = ("--std=c++17",)  # NVRTC's options; CuPy adds CUPY_OPTIONS and the architecture of the device
 CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
 
 _TYPES = {"float16": "Half", "float32": "float", "float64": "double"}
-_LOADS = {"Half": (8, 2, 1), "float": (4, 1), "double": (2, 1)}  # values a lane may load at once
+_LOADS = {"Half": (8, 2, 1), "float": (4, 1), "double": (2, 1)}  # numbers of values that a lane may load at once
 _WIDEST = 16  # bytes that a lane loads at once, at most
 _MOST_VECTORS = 4  # loads per lane and row in aggregate_blend, at most
 _MOST_VALUES = 16  # values per lane and row in aggregate_blend, at most, so that they fit in registers
-_NULL = np.uint64(0)  # stands for None, which CuPy would hand on as no argument at all
-_NO_BLEND = (_NULL, _NULL, _NULL, np.float64(1.0), _NULL, _NULL)  # stands for the `blend` of aggregate_blend
-_BITS = 62  # bits of sums in whole numbers: a 64-bit number without its sign and a bit for rounding
+_NULL = np.uint64(0)  # a null pointer; CuPy drops an argument that is None
+_NO_BLEND = (_NULL, _NULL, _NULL, np.float64(1.0), _NULL, _NULL)  # the terms of a plain aggregate
+_BITS = 62  # bits of the integer sums: 64 without the sign, and without one bit for rounding
 
 Launch = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], None]
 _Numbers = NDArray[np.int64]
 
 
 def split(at: _Numbers, degrees: _Numbers, most: int) -> Iterator[tuple[_Numbers, _Numbers, _Numbers]]:
-    """Cut busy rows into parts of `PART` interactions, in batches.
+    """Split busy rows into parts of `PART` interactions, and the rows into batches.
 
     Parameters
     ----------
     at, degrees : arrays, shape (m,)
-        The rows, and their interactions, each at least 1.
+        The row numbers, and the number of interactions of each, at least 1.
     most : int
-        Parts per batch; a row that has more is a batch of its own.
+        Most parts of a batch; a row that has more is a batch of its own.
 
     Yields
     ------
     tuple of arrays, int64
-        The rows; the first part of each, and one more number for the end; and, for each part, which of these rows it
-        belongs to.
+        The rows of the batch; the number of the first part of each row, and at the end the number of parts; and for
+        each part the position of its row in the batch.
     """
     counts = -(-degrees // PART)
     ends = np.cumsum(counts)
@@ -81,16 +82,16 @@ def split(at: _Numbers, degrees: _Numbers, most: int) -> Iterator[tuple[_Numbers
 
 
 def load_width(kind: str, width: int, *tables: tuple[int, int, int]) -> int:
-    """Values that a lane may load or store at once: rows of all tables must lie on multiples of them.
+    """The number of values that a lane may load or store at once, given the alignment of the rows of all tables.
 
     Parameters
     ----------
     kind : str
-        Type of the values, as the kernels name it.
+        C++ type of the values.
     width : int
         Values per row.
     tables : tuples of int
-        Address, bytes between rows, and bytes per value of each; more than 16 bytes are taken 16 at a time.
+        Address, bytes between rows, and bytes per value of each table. More than 16 bytes are loaded 16 at a time.
     """
     for values in _LOADS[kind]:
         multiples = [(min(_WIDEST, values * size), address, step) for address, step, size in tables]
@@ -100,7 +101,7 @@ def load_width(kind: str, width: int, *tables: tuple[int, int, int]) -> int:
 
 
 def vectors_per_lane(width: int, values: int, itemsize: int) -> int:
-    """Loads of a lane per row in aggregate_blend: as few as leave the fewest lanes idle in the last pass."""
+    """Loads per lane and row in aggregate_blend: the smallest number of passes, with few idle lanes in the last."""
     loads, most = -(-width // values), min(_MOST_VECTORS, _MOST_VALUES // values)
     if values * itemsize < _WIDEST:
         return 1 if loads <= WARP else most
@@ -109,18 +110,18 @@ def vectors_per_lane(width: int, values: int, itemsize: int) -> int:
 
 
 def groups_log2(width: int, values: int) -> np.int32:
-    """Logarithm of the number of groups of lanes in a warp, each wide enough for a row: 0 for one of all 32."""
+    """Base-2 logarithm of the number of groups into which a warp is split, each wide enough for a row."""
     lanes = -(-width // values)
     return np.int32(max(0, WARP.bit_length() - 1 - (lanes - 1).bit_length()))
 
 
 def blocks(warps: int) -> int:
-    """Blocks of `THREADS` threads that so many warps take."""
+    """The number of blocks of `THREADS` threads for a number of warps."""
     return -(-warps * WARP // THREADS)
 
 
 def instances() -> dict[str, list[str]]:
-    """Every kernel that `CudaKernels` may ask for, by source file."""
+    """The names of all kernels that `CudaKernels` may launch, by source file."""
     loads = [(kind, values) for kind, choices in _LOADS.items() for values in choices]
     floats = [load for load in loads if load[0] != "double"]
     blends = {
@@ -145,17 +146,17 @@ def instances() -> dict[str, list[str]]:
 
 
 class _Gather(NamedTuple):
-    """``A F`` of some users, as the kernels take it."""
+    """The arguments of the kernels for ``A F`` of a range of users."""
 
     users: int
-    features: Any  # rows with any distance between them, values side by side
-    arguments: tuple[Any, ...]  # that all kernels on A F have in common
+    features: Any  # rows with contiguous values, at any distance from each other
+    arguments: tuple[Any, ...]  # the arguments that all kernels on A F share
     busy: _Numbers  # users with long rows, ascending
     degrees: _Numbers  # interactions of each busy user
 
     @property
     def kind(self) -> str:
-        """Type of the features, as the kernels name it."""
+        """C++ type of the features."""
         return _TYPES[self.features.dtype.name]
 
     @property
@@ -164,23 +165,23 @@ class _Gather(NamedTuple):
         return int(self.features.shape[1])
 
     def values(self, *others: tuple[int, int, int]) -> int:
-        """Values that a lane loads at once, of the features and of other tables."""
+        """The number of values that a lane loads at once from the features and from other tables."""
         array = self.features
         return load_width(self.kind, self.width, (_address(array), array.strides[0], array.itemsize), *others)
 
 
 class CudaKernels(ReferenceKernels):
-    """The kernels on CuPy's arrays; what has no kernel here is the reference's, as array expressions.
+    """The kernels on CuPy arrays; methods without a CUDA kernel are the array expressions of the reference.
 
     Parameters
     ----------
     xp, sparse : modules
         cupy and cupyx.scipy.sparse.
     programs : callable, optional
-        Gives a kernel by its name, to be called with grid, block and arguments; by default `Programs`.
+        Returns the kernel with a name, which is called with grid, block and arguments; by default `Programs`.
     """
 
-    block_values = 1 << 25  # 256 MiB in float64, so that a device is busy with a block for longer than it waits for it
+    block_values = 1 << 25  # 256 MiB in float64: a block takes longer than its launch
     block_entries = 1 << 23
 
     def __init__(self, xp: Any, sparse: Any, programs: Callable[[str], Launch] | None = None) -> None:
@@ -189,11 +190,10 @@ class CudaKernels(ReferenceKernels):
         self._programs = programs if programs is not None else Programs(xp)
 
     def row_sums(self, csr: Csr, item_values: Any) -> Any:
-        """See `Kernels.row_sums`: a matrix of one column; None stands for scales of 1 and no offset."""
+        # The column is a matrix of width 1; None stands for scales of 1 and no offset.
         return self.aggregate(csr, self._as(item_values, np.float64).reshape(-1, 1), None, None, None)[:, 0]
 
     def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Any:
-        """See `Kernels.aggregate`."""
         of, offset = self._gather(csr, features, row_scale, item_scale), self._as(offset, np.float64)
         out = self._xp.empty((of.users, of.width), np.float64)
         self._each_row("aggregate", of, offset, out)
@@ -202,43 +202,27 @@ class CudaKernels(ReferenceKernels):
         return out
 
     def aggregate_blend(
-        self,
-        csr: Csr,
-        features: Any,
-        row_scale: Any,
-        item_scale: Any,
-        lam: Any,
-        centroids: Any,
-        user_labels: Any,
-        item_labels: Any,
-        mean_scale: Any,
-        cold: Any,
-        scale: float,
-        out: Any,
+        self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, blend: BlendTerms, out: Any
     ) -> None:
-        """See `Kernels.aggregate_blend`; ``out`` may be float16 as well, with infinity for what does not fit.
-
-        Features are float16 or float32; others are converted first.
-        """
+        """Also takes a float16 ``out``, where values that do not fit become infinite; converts float64 features."""
+        lam, centroids, user_labels, item_labels, mean_scale, cold, scale = blend
         if features.dtype.name == "float64":
             features = features.astype(np.float32)
         of = self._gather(csr, features, row_scale, item_scale)
-        labels, lam, centroids = self._as(user_labels, np.int32), self._as(lam, np.float64), self._aligned(centroids)
-        by_item = (self._as(item_labels, np.int32), self._as(mean_scale, np.float64))
-        blend = (labels, lam, centroids, np.float64(scale), *by_item)
+        by_user = (self._as(user_labels, np.int32), self._as(lam, np.float64), self._aligned(centroids))
+        terms = (*by_user, np.float64(scale), self._as(item_labels, np.int32), self._as(mean_scale, np.float64))
         values = of.values((_address(out), of.width * out.itemsize, out.itemsize))
         vectors = vectors_per_lane(of.width, values, of.features.itemsize)
         others = (self._aligned(scale * cold), groups_log2(of.width, values), out, np.int32(out.itemsize == 2))
         self._launch(
             f"aggregate_blend<{of.kind}, {values}, {vectors}>",
             blocks(-(-of.users // (ROWS // 2 if item_labels is not None else ROWS))),
-            (np.int64(of.users), *of.arguments, *blend, *others),
+            (np.int64(of.users), *of.arguments, *terms, *others),
         )
-        for at, rows in self._busy_rows(of, out.dtype, blend=blend):
+        for at, rows in self._busy_rows(of, out.dtype, terms=terms):
             out[at] = rows
 
     def assign(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any, lengths: Any) -> tuple[Any, Any]:
-        """See `Kernels.assign`."""
         of, lengths = self._gather(csr, table, row_scale, item_scale), self._as(lengths, np.float64)
         labels, least = self._xp.empty(of.users, np.int32), self._xp.empty(of.users, np.float64)
         self._each_row("assign", of, lengths, labels, least)
@@ -247,10 +231,10 @@ class CudaKernels(ReferenceKernels):
         return labels, least
 
     def label_sums(self, csr: Csr, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
-        """See `Kernels.label_sums`: sums in whole numbers, whose order does not matter.
+        """Sums in whole numbers, because their order does not change the result.
 
-        The unit is so small that the sum of all that is added takes 62 bits: each interaction is rounded to 2^-62 of
-        that sum, which for 100 million users is some 3e-11 of a user.
+        The unit is chosen so that the sum of all values takes 62 bits: each interaction is rounded to 2^-62 of that
+        sum, which is about 3e-11 of a user for 100 million users.
         """
         xp = self._xp
         bound = float((row_scale * self.row_sums(csr, item_scale)).sum())
@@ -266,10 +250,8 @@ class CudaKernels(ReferenceKernels):
         self._launch("label_sums", blocks(len(tiles)), (np.int64(len(tiles)), tiles, *users, *scales, *unit, fixed))
         sums += xp.multiply(fixed, math.ldexp(1.0, -exponent), out=fixed.view(np.float64))
 
-    # Steps that several kernels share.
-
     def _gather(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any) -> _Gather:
-        """``A F`` as the kernels take it, and its busy rows, which are looked for before anything waits for results."""
+        """The arguments for ``A F``, and its busy rows."""
         xp, users = self._xp, len(csr.indptr) - 1
         scales = (self._as(row_scale, np.float64), self._as(item_scale, np.float64))
         indptr, indices, weights = self._csr(csr)
@@ -285,18 +267,18 @@ class CudaKernels(ReferenceKernels):
         return _Gather(users, features, (indptr, indices, weights, *table, *scales), at, degrees)
 
     def _each_row(self, name: str, of: _Gather, point: Any, *out: Any) -> None:
-        """Launch a kernel that takes ``A F`` row by row, but for busy rows."""
+        """Launch a kernel on all rows of ``A F`` that are not busy."""
         values = of.values()
         arguments = (np.int64(of.users), *of.arguments, point, groups_log2(of.width, values), *out)
         self._launch(f"{name}<{of.kind}, {values}>", blocks(-(-of.users // ROWS)), arguments)
 
     def _busy_rows(
-        self, of: _Gather, dtype: Any, offset: Any = _NULL, blend: tuple[Any, ...] = _NO_BLEND
+        self, of: _Gather, dtype: Any, offset: Any = _NULL, terms: tuple[Any, ...] = _NO_BLEND
     ) -> Iterator[tuple[Any, Any]]:
-        """Busy users (m,), and their rows (m, D) of ``A F - offset`` or of the blend in a type, a batch at a time.
+        """Batches of busy users (m,), and their rows (m, D) of ``A F - offset`` or of the blend, in a type.
 
-        Sums of `LONGEST` interactions are in float64 where the rows are, else in float32, as those of short rows; a
-        row adds them up in float64.
+        `LONGEST` interactions at a time are summed in float64 if the rows are float64, else in float32 as in short
+        rows; the sums of a row are added in float64.
         """
         xp, width, values = self._xp, of.width, of.values()
         kind, groups, tiles = _TYPES[dtype.name], groups_log2(width, values), -(-width // _COMBINED[0])
@@ -304,9 +286,9 @@ class CudaKernels(ReferenceKernels):
         for batch in split(of.busy, of.degrees, WORKSPACE_BYTES // (8 * width)):
             at, starts, owner = map(xp.asarray, batch)
             partial, rows = xp.empty((len(owner), width), np.float64), xp.empty((len(at), width), dtype)
-            parts = (np.int64(len(owner)), at, starts, owner, *of.arguments, *blend[1:], groups, partial)
+            parts = (np.int64(len(owner)), at, starts, owner, *of.arguments, *terms[1:], groups, partial)
             self._launch(f"add_parts<{of.kind}, {values}, {total}>", blocks(len(owner)), parts)
-            whole = (np.int64(tiles), at, starts, partial, np.int32(width), *blend[:4], offset, rows)
+            whole = (np.int64(tiles), at, starts, partial, np.int32(width), *terms[:4], offset, rows)
             self._launch(f"combine_parts<{kind}>", tiles * len(at), whole, _COMBINED)
             yield at, rows
 
@@ -315,11 +297,11 @@ class CudaKernels(ReferenceKernels):
             self._programs(name)((grid,), block, arguments)
 
     def _as(self, array: Any, dtype: Any) -> Any:
-        """The array in C order and of a type, no copy where it is so already; None is no array."""
+        """The array in C order and with a type, copied only if necessary; a null pointer for None."""
         return _NULL if array is None else self._xp.ascontiguousarray(array, dtype)
 
     def _aligned(self, array: Any) -> Any:
-        """The array in C order and of float32, on a multiple of 16 bytes."""
+        """The array in C order and in float32, at an address that is a multiple of 16."""
         array = self._as(array, np.float32)
         return array if _address(array) % _WIDEST == 0 else array.copy()
 
@@ -335,10 +317,10 @@ def _address(array: Any) -> int:
 
 
 class Programs:
-    """Kernels by their names, kept once they were asked for.
+    """Loads or compiles kernels by name, and keeps them.
 
-    Machine code from `ahead_folder` is taken where it was made from these sources and for this device; anything else
-    is compiled by NVRTC, and CuPy keeps that on disk.
+    Machine code in `ahead_folder` is used if it was compiled from these sources for this kind of device. Otherwise
+    NVRTC compiles the kernel, and CuPy keeps the machine code on disk.
 
     Parameters
     ----------
@@ -351,14 +333,14 @@ class Programs:
         self._kernels: dict[str, Launch] = {}
 
     def __call__(self, name: str) -> Launch:
-        """Give the kernel of a name such as ``aggregate_blend<float, 4, 1>``.
+        """Return the kernel with a name such as ``aggregate_blend<float, 4, 1>``.
 
         Raises
         ------
         InputError
-            The device is too old, or the library that compiles is missing.
+            The device is too old, or NVRTC is not installed.
         ResourceError
-            It does not compile; the message names file and line.
+            The kernel does not compile; the message names file and line.
         """
         if name not in self._kernels:
             capability = int(self._xp.cuda.Device().compute_capability)
@@ -373,7 +355,7 @@ class Programs:
         return self._kernels[name]
 
     def _load(self, file: str, name: str, capability: int) -> Launch | None:
-        """The kernel compiled ahead of time; None where there is none, or what is there cannot be used."""
+        """The kernel compiled ahead of time; None if there is none that can be used."""
         code, facts = machine_code(ahead_folder(), file, capability)
         try:
             known = json.loads(facts.read_bytes())
@@ -399,9 +381,9 @@ class Programs:
 
 
 def source(file: str) -> str:
-    """Text of a source file, with what it includes in place, and marks that say where each line comes from.
+    """Text of a source file with its includes inserted, and ``#line`` marks that name each line's own file.
 
-    NVRTC is given one text: CuPy keeps machine code by it, and would not see that an included file has changed.
+    NVRTC gets a single text because CuPy uses it as the key of its cache, and would not notice a changed include.
     """
     lines = [f'#line 1 "{file}"']
     text = resources.files(__package__).joinpath(file).read_text(encoding="utf-8")
@@ -417,25 +399,25 @@ def fingerprint(file: str) -> str:
 
 
 def ahead_folder() -> Path:
-    """Folder ``cuda`` of the machine code that ``GPU_INIT_MACHINE_CODE`` names, or of the user's cache."""
-    return Path(os.environ.get("GPU_INIT_MACHINE_CODE") or _cache()) / "cuda"
+    """Folder ``cuda`` in the folder that ``GPU_INIT_MACHINE_CODE`` names, or else in the user's cache."""
+    return Path(os.environ.get("GPU_INIT_MACHINE_CODE") or cache_folder()) / "cuda"
 
 
 def machine_code(folder: Path, file: str, capability: int) -> tuple[Path, Path]:
-    """Where machine code of a source file lies in a folder, and the JSON file that describes it."""
+    """Paths of the machine code of a source file, and of the JSON file that describes it."""
     place = folder / f"sm_{capability}" / file
     return place.with_suffix(".cubin"), place.with_suffix(".json")
 
 
 def compile_error(log: str) -> str:
-    """The first error of NVRTC's log, which begins with file and line; else the log's first line."""
+    """The first error in NVRTC's log, with file and line, or the first line if no line is an error."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if " error" in line]
     return next(iter([*errors, *lines]), "NVRTC failed and did not say why")
 
 
 def no_compiler(error: Exception) -> InputError:
-    """The error to raise where CuPy finds no NVRTC."""
+    """The error to raise if CuPy does not find NVRTC."""
     return InputError(
         f"CuPy finds no compiler: {compile_error(str(error))}.\n"
         "Install CUDA's with: pip install 'cupy-cuda12x[ctk]', or 'cupy-cuda13x[ctk]', whichever is there."
@@ -443,13 +425,13 @@ def no_compiler(error: Exception) -> InputError:
 
 
 def choose_cache_folder() -> None:
-    """See to it that CuPy can keep machine code on disk, or that it does not try.
+    """Choose a folder that CuPy can write machine code to, or let CuPy keep it in memory.
 
-    To be called before CuPy is imported: it makes its folder then, and cannot be imported where it cannot. What
-    ``CUPY_CACHE_DIR`` says is taken, then CuPy's own default, then gpu-init's folder; else CuPy keeps it in memory.
+    Call this before the import of CuPy, which creates the folder and fails if it cannot. The first folder that can be
+    written is used: ``CUPY_CACHE_DIR``, CuPy's own default, gpu-init's folder.
     """
     default = os.path.join(os.path.expanduser("~"), ".cupy", "kernel_cache")
-    for folder in filter(None, (os.environ.get("CUPY_CACHE_DIR"), default, str(_cache() / "cupy"))):
+    for folder in filter(None, (os.environ.get("CUPY_CACHE_DIR"), default, str(cache_folder() / "cupy"))):
         try:
             Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError:
@@ -458,8 +440,3 @@ def choose_cache_folder() -> None:
             os.environ["CUPY_CACHE_DIR"] = folder
             return
     os.environ.update(CUPY_CACHE_DIR=os.sep, CUPY_CACHE_IN_MEMORY="1")  # a folder that exists; nothing is written there
-
-
-def _cache() -> Path:
-    """gpu-init's folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")) / "gpu-init"

@@ -1,12 +1,12 @@
-// Loads and conversions in PTX: CUDA C++ has built-ins for them only where NVRTC finds CUDA's headers.
+// Loads and conversions in PTX, because NVRTC has built-in functions for them only if it finds CUDA's headers.
 #ifndef GPU_INIT_DEVICE_CUH
 #define GPU_INIT_DEVICE_CUH
 
 #ifdef __CUDACC__  // a build for the host brings its own (tests/support/shim/cuda.h)
 
-// load<ONCE>(wanted, from, words...): read-only words at `from`, left as they are where they are not wanted.
-// The load is predicated, not branched around, so that several of them are in flight at once. What is read ONCE
-// stays out of the first-level cache.
+// load<ONCE>(wanted, from, words...) loads read-only words from `from`, or leaves the words unchanged if not wanted.
+// The load is predicated instead of in a branch, so that several loads are in flight at once. With ONCE the words do
+// not go to the first-level cache.
 
 template <bool ONCE>
 __device__ __forceinline__ void load(

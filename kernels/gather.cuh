@@ -1,10 +1,10 @@
-// Rows of a table, gathered and summed by a warp: the code that all kernels over the interactions share.
+// Gathers and sums rows of a table by a warp. All kernels over the interactions share this code.
 #ifndef GPU_INIT_GATHER_CUH
 #define GPU_INIT_GATHER_CUH
 
 #include "device.cuh"
 
-typedef long long Index;  // numbers rows, interactions and values: each of them may pass 2^31
+typedef long long Index;  // counts rows, interactions and values, of which there may be more than 2^31
 
 constexpr int WARP = 32;               // threads of a warp, called lanes
 constexpr unsigned ALL = 0xffffffffu;  // mask of all lanes of a warp
@@ -28,7 +28,7 @@ struct Pack {
     unsigned words[WORDS];
 };
 
-/// Values of a pack, or zeros where it is not wanted: then nothing is read.
+/// The values of a pack; zeros, and no read, if it is not wanted.
 template <bool ONCE, typename T, int E>
 __device__ __forceinline__ Pack<T, E> load_pack(bool wanted, const T* from)
 {
@@ -71,9 +71,9 @@ __device__ __forceinline__ float value(const Pack<Half, E>& pack, int at)
     return float_of_half((unsigned short)(pack.words[at / 2] >> (16 * (at % 2))));
 }
 
-/// How a warp shares a row: `width` lanes take E columns each, V times over. Where one load per lane is enough (V 1),
-/// narrow rows leave room for several groups of so many lanes, which take different interactions of the same user and
-/// are summed at the end.
+/// How a warp shares a row: each of `width` lanes loads E columns, V times. If one load per lane is enough (V = 1), a
+/// warp can have several groups of `width` lanes, which process different interactions of the same user and are summed
+/// at the end.
 struct Lanes {
     int lane, groups, width, group, within;
 
@@ -90,7 +90,7 @@ __device__ __forceinline__ Index warp_number()
     return ((Index)blockIdx.x * blockDim.x + threadIdx.x) / WARP;
 }
 
-/// Columns that a lane takes in one pass over rows of some width: `first + v * step + e` for v < V, e < E.
+/// The columns of a lane in one pass over rows of `width` values: `first + v * step + e` for v < V, e < E.
 struct Columns {
     int width, first, step;
 
@@ -110,7 +110,7 @@ struct Interactions {
     __device__ double weight(Index entry) const { return weights ? (double)__ldg(weights + entry) : 1.0; }
 };
 
-/// A row to be added, and what it is multiplied with.
+/// A row to be added, and its factor.
 template <typename Sum>
 struct Entry {
     int row;
@@ -209,7 +209,7 @@ __device__ __forceinline__ void add_rows(
     }
 }
 
-/// Every group's total becomes that of all groups.
+/// Replaces the total of every group with the sum of all groups.
 template <int N, typename Sum>
 __device__ __forceinline__ void sum_groups(Sum (&total)[N], Lanes lanes)
 {

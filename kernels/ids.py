@@ -1,7 +1,7 @@
-"""Distinct ids as codes by order of appearance: hash tables of numbers and of texts, on the CPU.
+"""Hash tables on the CPU that give codes to distinct ids, numbers or texts, in order of appearance.
 
-Tables of our own, since nothing public in pandas or pyarrow adds to a table batch by batch: with pyarrow's codes by
-batch, brought together at the end, `benchmarks/reader.py` took 2.0 to 2.3 times as long and 1.3 times the memory.
+The tables are our own because no public function of pandas or pyarrow adds to a table batch by batch. When pyarrow
+coded each batch and the codes were merged at the end, `benchmarks/reader.py` took 2.0 to 2.3 times as long.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from gpu_init.errors import ResourceError
 from gpu_init.kernels.compiled import int32, int64, kernel, read_only, reads, uint8, uint64, writes
 from gpu_init.kernels.threads import cores, run
 
-_STEP = 1 << 16  # ids coded at a time: a table has room for so many new ones
+_STEP = 1 << 16  # Ids are coded so many at a time; a table of numbers has room for so many new ones.
 _MOST_CODES = 2**31 - 1
-_TOGETHER = 32  # texts whose places in memory are looked at side by side
-_EMPTY = 0  # slot of texts; others hold the code plus 1 in the lower half, the upper half of the hash in the upper one
+_TOGETHER = 32  # The memory of so many texts is read at once.
+_EMPTY = 0  # An empty slot of texts. Others hold the upper half of the hash, and in their lower half the code plus 1.
 
 
 @kernel(reads(int64), writes(int64))
@@ -31,8 +31,8 @@ def count(places: Any, counts: Any) -> None:
     _count(read_only(places, np.int64), counts)
 
 
-# The two kernels that follow give codes to ids whose code is negative. With `adding`, ids that are not known get a new
-# code, from `used` on; without it they stay as they are, and the table is only read. They return how many are used.
+# The next two kernels give codes to ids. With `adding`, unknown ids get new codes, from `used` on; without it their
+# code is negative, and the table is only read. Both return the number of codes in use.
 
 
 @kernel(reads(int64), writes(int64), writes(int32), int64, int64, writes(int32))
@@ -55,9 +55,10 @@ def _encode_numbers(numbers, known, slots, used, adding, codes):  # type: ignore
 
 @kernel(reads(int64), reads(uint8), writes(uint64), writes(int64), writes(uint8), int64, int64, writes(int32))
 def _encode_texts(starts, data, slots, ends, known, used, adding, codes):  # type: ignore[no-untyped-def]
-    """As `_encode_numbers`; text k is bytes ``starts[k]`` to ``starts[k + 1]``, and known ones by ``ends`` likewise.
+    """Encode texts whose code is negative. Text k is the bytes ``starts[k]`` to ``starts[k + 1]`` of ``data``.
 
-    The hash takes eight bytes at a time, as FNV-1a takes one; its upper half tells texts of one slot apart.
+    ``ends`` gives the bytes of the known texts in the same way. The hash takes eight bytes at a time, as FNV-1a takes
+    one; its upper half tells apart most texts that share a slot.
     """
     mask, multiplier, half = np.uint64(slots.size - 1), np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
     hashes, places = np.empty(_TOGETHER, np.uint64), np.empty(_TOGETHER, np.int64)
@@ -69,7 +70,7 @@ def _encode_texts(starts, data, slots, ends, known, used, adding, codes):  # typ
             value, at = np.uint64(0xCBF29CE484222325) ^ np.uint64(last - first), first
             while at + 8 <= last:
                 word = np.uint64(0)
-                for byte in range(8):  # one load, as it is compiled
+                for byte in range(8):  # compiled to one load
                     word |= np.uint64(data[at + byte]) << np.uint64(8 * byte)
                 value = (value ^ word) * multiplier
                 value ^= value >> half
@@ -79,7 +80,7 @@ def _encode_texts(starts, data, slots, ends, known, used, adding, codes):  # typ
                 at += 1
             value = (value ^ (value >> half)) * multiplier
             hashes[k - begin] = value ^ (value >> np.uint64(29))
-        # What is looked at below is read here for several texts at once, so that they need not wait one for another.
+        # These loops read what the search below needs, so that the memory reads of several texts overlap.
         for k in range(end - begin):
             places[k] = np.int64(slots[hashes[k] & mask] & np.uint64(0xFFFFFFFF))
         for k in range(end - begin):
@@ -111,12 +112,12 @@ def _encode_texts(starts, data, slots, ends, known, used, adding, codes):  # typ
                 ends[code + 1] = ends[code] + last - first
                 used += 1
             codes[k] = code
-    hashes[0] = touched  # else nobody would need what was read
+    hashes[0] = touched  # without this use the compiler would remove the reads
     return used
 
 
 class Numbers:
-    """Distinct whole numbers, coded 0, 1, ... in order of appearance, and how often each came."""
+    """Codes 0, 1, ... for distinct whole numbers in order of appearance, and the number of times each appeared."""
 
     def __init__(self) -> None:
         self._used = 0
@@ -125,7 +126,7 @@ class Numbers:
         self._slots = np.full(2 * _STEP, -1, np.int32)
 
     def encode(self, numbers: Any) -> Any:
-        """Codes (n,) int32 of ``numbers`` (n,) int64, new ones for those not seen before; counts them."""
+        """Codes (n,) int32 of ``numbers`` (n,) int64, which are counted; new numbers get new codes."""
         codes = np.empty(len(numbers), np.int32)
         for first in range(0, len(numbers), _STEP):
             part = slice(first, first + _STEP)
@@ -136,7 +137,7 @@ class Numbers:
         return codes
 
     def find(self, numbers: Any) -> Any:
-        """Codes (n,) int32 of ``numbers`` (n,) int64, -1 for those not seen before."""
+        """Codes (n,) int32 of ``numbers`` (n,) int64; -1 for unknown numbers."""
         numbers, codes = read_only(numbers, np.int64), np.empty(len(numbers), np.int32)
 
         def work(part: slice) -> None:
@@ -146,7 +147,7 @@ class Numbers:
         return codes
 
     def known(self) -> tuple[Any, Any]:
-        """Give the numbers (m,) int64 in order of their codes, and how often each came (m,) int64."""
+        """The numbers (m,) int64 in order of their codes, and their counts (m,) int64."""
         return self._known[: self._used], self._counts[: self._used]
 
     def _make_room(self) -> None:
@@ -155,17 +156,19 @@ class Numbers:
         self._counts = _grown(self._counts, self._used, wanted)
         if 2 * wanted > len(self._slots):
             size = 2 * len(self._slots)
-            self._slots = np.empty(0, np.int32)  # before the larger one is made
+            self._slots = np.empty(0, np.int32)  # frees the memory before the larger table is made
             self._slots = np.full(size, -1, np.int32)
-            known = read_only(self._known[: self._used].copy(), np.int64)  # they are written where they are
+            known = read_only(
+                self._known[: self._used].copy(), np.int64
+            )  # a copy, because the kernel writes to the original
             _encode_numbers(known, self._known, self._slots, 0, 1, np.empty(self._used, np.int32))
 
 
 class Texts:
-    """Distinct texts, coded 0, 1, ... in order of appearance, and how often each came.
+    """Codes 0, 1, ... for distinct texts in order of appearance, and the number of times each appeared.
 
-    Texts (n,) are the bytes of all, uint8, and ``starts`` (n + 1,) int64, where each starts among them and the last
-    ends.
+    n texts are given as the uint8 array of all their bytes, and ``starts`` (n + 1,) int64: text k is the bytes
+    ``starts[k]`` to ``starts[k + 1]``.
     """
 
     def __init__(self) -> None:
@@ -176,7 +179,7 @@ class Texts:
         self._slots = np.zeros(2 * _STEP, np.uint64)
 
     def encode(self, starts: Any, data: Any) -> Any:
-        """Codes (n,) int32 of texts, new ones for those not seen before; counts them."""
+        """Codes (n,) int32 of texts, which are counted; new texts get new codes."""
         codes = self.find(starts, data)
         unknown = codes < 0
         if unknown.any():
@@ -187,7 +190,7 @@ class Texts:
         return codes
 
     def find(self, starts: Any, data: Any) -> Any:
-        """Codes (n,) int32 of texts, -1 for those not seen before; threads look them up side by side."""
+        """Codes (n,) int32 of texts, -1 for unknown texts; threads look them up in parallel."""
         starts, data = read_only(starts, np.int64), read_only(data, np.uint8)
         codes = np.full(len(starts) - 1, -1, np.int32)
 
@@ -199,7 +202,7 @@ class Texts:
         return codes
 
     def known(self) -> tuple[Any, Any, Any]:
-        """``starts`` and bytes of the texts (m,) in order of their codes, and how often each came (m,) int64."""
+        """``starts`` and bytes of the m texts in order of their codes, and their counts (m,) int64."""
         ends = self._ends[: self._used + 1]
         return ends, self._known[: ends[-1]], self._counts[: self._used]
 
@@ -209,7 +212,7 @@ class Texts:
         self._counts = _grown(self._counts, self._used, wanted)
         self._known = _grown(self._known, int(self._ends[self._used]), int(self._ends[self._used]) + size)
         if 2 * wanted > len(self._slots):
-            self._slots = np.empty(0, np.uint64)  # before the larger one is made
+            self._slots = np.empty(0, np.uint64)  # frees the memory before the larger table is made
             self._slots = np.zeros(2 << (2 * wanted - 1).bit_length(), np.uint64)
             ends, known = self._ends[: self._used + 1].copy(), self._known[: self._ends[self._used]].copy()
             given = (read_only(ends, np.int64), read_only(known, np.uint8))
@@ -218,24 +221,24 @@ class Texts:
 
 
 CODING = (_count, _encode_numbers, _encode_texts)
-"""What is used for ids that are no row numbers; the first also for those that are."""
+"""The kernels for ids; row numbers need the first one only."""
 
 
 def _require(used: int, more: int) -> int:
-    """How many codes there may be after some more."""
+    """The number of codes after ``more`` new ones; an error where int32 cannot hold them."""
     if used + more > _MOST_CODES:
         raise ResourceError(f"more than {_MOST_CODES - more} distinct ids; only row numbers may be more.")
     return used + more
 
 
 def _shares(size: int) -> Any:
-    """Split some ids into a few ranges for each thread."""
+    """Split a number of ids into about four ranges per thread."""
     step = max(1 << 12, -(-size // (4 * cores())))
     return (slice(first, min(first + step, size)) for first in range(0, size, step))
 
 
 def _grown(array: Any, used: int, wanted: int) -> Any:
-    """An array with room for ``wanted``, half as many more than are used at least, so that few copies are made."""
+    """The array, or a copy with room for ``wanted`` and at least 1.5 times ``used``, so that copies are few."""
     if wanted <= len(array):
         return array
     grown = np.zeros(max(wanted, used + used // 2), array.dtype)

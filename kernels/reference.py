@@ -1,4 +1,4 @@
-"""What the kernels compute, in the plainest way, in float64: a sparse product, then the blend.
+"""The definition of the kernels, in plain array expressions in float64: a sparse product, then the blend.
 
 Written against the interface that numpy and cupy share, in blocks of rows, so that memory stays bounded. The tests hold
 every other implementation to this one, and small jobs on a CPU run it, as nothing has to be compiled for it.
@@ -10,7 +10,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from gpu_init.kernels import BlendTerms
 from gpu_init.kernels.csr import Csr
+
+_FEWEST_ROWS = 128  # A block of a matrix has at least so many rows: its product with few rows is slow.
 
 
 class ReferenceKernels:
@@ -23,7 +26,7 @@ class ReferenceKernels:
     """
 
     block_values = 1 << 20  # A block of rows has at most so many values: 8 MiB in float64.
-    block_entries = 1 << 20  # It has at most so many interactions, too; a longer row is a block of its own.
+    block_entries = 1 << 20  # A block has at most so many interactions; a longer row is a block of its own.
 
     def __init__(self, xp: Any, sparse: Any) -> None:
         self.name: str = xp.__name__
@@ -31,10 +34,9 @@ class ReferenceKernels:
         self._sparse = sparse
 
     def rows_in_place(self) -> None:
-        """See `Kernels.rows_in_place`: `gpu_init.interactions.build` is the plain way."""
+        return None
 
     def lengths(self, rows: Any) -> Any:
-        """See `Kernels.lengths`."""
         out = self._xp.empty(len(rows), self._xp.float64)
 
         def work(part: slice) -> None:
@@ -45,7 +47,6 @@ class ReferenceKernels:
         return out
 
     def row_sums(self, csr: Csr, item_values: Any) -> Any:
-        """See `Kernels.row_sums`."""
         out = self._xp.empty(len(csr.indptr) - 1, self._xp.float64)
         for part in self._parts(csr, 1):
             rows, items, weights = self._triplets(csr.rows(part.start, part.stop))
@@ -54,30 +55,16 @@ class ReferenceKernels:
         return out
 
     def aggregate(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Any:
-        """See `Kernels.aggregate`."""
         out = self._xp.empty((len(csr.indptr) - 1, features.shape[1]), self._xp.float64)
         for part, rows in self._products(csr, features, row_scale, item_scale):
             out[part] = rows - offset
         return out
 
     def aggregate_blend(
-        self,
-        csr: Csr,
-        features: Any,
-        row_scale: Any,
-        item_scale: Any,
-        lam: Any,
-        centroids: Any,
-        user_labels: Any,
-        item_labels: Any,
-        mean_scale: Any,
-        cold: Any,
-        scale: float,
-        out: Any,
+        self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, blend: BlendTerms, out: Any
     ) -> None:
-        """See `Kernels.aggregate_blend`."""
-        xp = self._xp
-        clusters = len(centroids)
+        lam, centroids, user_labels, item_labels, mean_scale, cold, scale = blend
+        xp, clusters = self._xp, len(centroids)
         known = xp.concatenate([centroids, xp.zeros((1, centroids.shape[1]), centroids.dtype)])  # the last: no label
         for part, rows in self._products(csr, features, row_scale, item_scale):
             if item_labels is None:
@@ -95,7 +82,6 @@ class ReferenceKernels:
             out[part] = scale * blended
 
     def squared_norms(self, csr: Csr, features: Any, row_scale: Any, item_scale: Any, offset: Any) -> Any:
-        """See `Kernels.squared_norms`."""
         out = self._xp.empty(len(csr.indptr) - 1, self._xp.float64)
         for part in self._parts(csr, features.shape[1]):
             own = csr.rows(part.start, part.stop)
@@ -103,7 +89,6 @@ class ReferenceKernels:
         return out
 
     def products(self, features: Any, offset: Any, points: Any) -> Any:
-        """See `Kernels.products`."""
         out = self._xp.empty((len(features), len(points)), self._xp.float64)
 
         def work(part: slice) -> None:
@@ -113,7 +98,6 @@ class ReferenceKernels:
         return out
 
     def assign(self, csr: Csr, table: Any, row_scale: Any, item_scale: Any, lengths: Any) -> tuple[Any, Any]:
-        """See `Kernels.assign`."""
         xp = self._xp
         labels, least = xp.empty(len(row_scale), xp.int32), xp.empty(len(row_scale), xp.float64)
         for part, rows in self._products(csr, table, row_scale, item_scale):
@@ -123,14 +107,12 @@ class ReferenceKernels:
         return labels, least
 
     def nearest(self, products: Any, lengths: Any) -> tuple[Any, Any]:
-        """See `Kernels.nearest`."""
         xp = self._xp
         scores = lengths - 2.0 * products
         labels = scores.argmin(axis=1)
         return labels.astype(xp.int32), xp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
 
     def label_sums(self, csr: Csr, labels: Any, row_scale: Any, item_scale: Any, sums: Any) -> None:
-        """See `Kernels.label_sums`."""
         items, clusters = sums.shape
         for part in self._parts(csr, 1):
             rows, columns, weights = self._triplets(csr.rows(part.start, part.stop))
@@ -144,12 +126,14 @@ class ReferenceKernels:
             sums += added.reshape(items, clusters)
 
     def table_sums(self, table: Any, features: Any) -> Any:
-        """See `Kernels.table_sums`."""
         xp = self._xp
 
         def work(part: slice) -> Any:
-            used = (table[part] != 0).any(axis=1)[:, None]
-            return table[part].T @ xp.where(used, features[part], 0.0).astype(xp.float64)
+            factors, rows = table[part], features[part]
+            used = (factors != 0).any(axis=1)
+            if not used.all():
+                rows = xp.where(used[:, None], rows, 0.0)  # 0 times the NaN of a missing item would be NaN
+            return factors.T @ rows.astype(xp.float64)
 
         sums = xp.zeros((table.shape[1], features.shape[1]))
         for partial in self._each_block(work, features):
@@ -157,7 +141,6 @@ class ReferenceKernels:
         return sums
 
     def gram(self, csr: Csr, table: Any, row_factors: Any, sums: Any) -> None:
-        """See `Kernels.gram`."""
         ones = self._xp.ones(len(table))
         for part in self._parts(csr, table.shape[1]):
             own = csr.rows(part.start, part.stop)
@@ -175,7 +158,7 @@ class ReferenceKernels:
         return self._xp.ascontiguousarray(operator @ table[chosen].astype(self._xp.float64))
 
     def _operator(self, csr: Csr, row_scale: Any, item_scale: Any) -> tuple[Any, Any]:
-        """Items that come up, or all of them where they are few, and A for these, as a sparse matrix.
+        """The items of the interactions (or all items, where these are fewer), and A for them as a sparse matrix.
 
         Entries of 0 are left out, since 0 times a missing item's NaN would be NaN.
         """
@@ -201,7 +184,7 @@ class ReferenceKernels:
         return rows, csr.indices[first:last], weights
 
     def _parts(self, csr: Csr, width: int) -> Iterator[slice]:
-        """Blocks of users, or of one: as many as have `block_values` values of rows, and so do their items' rows."""
+        """Blocks of users whose rows, and whose items' rows, have at most `block_values` values; or of one user."""
         count, start = len(csr.indptr) - 1, 0
         while start < count:
             most = csr.indptr[start] + min(self._block_rows(width), self.block_entries)
@@ -214,10 +197,10 @@ class ReferenceKernels:
         return max(1, self.block_values // max(1, width))
 
     def _each_block(self, work: Callable[[slice], Any], rows: Any) -> Iterator[Any]:
-        """What ``work`` gives of each block of a matrix's rows, in order."""
-        step = self._block_rows(rows.shape[1])
+        """The results of ``work`` for the blocks of a matrix's rows, in order."""
+        step = max(_FEWEST_ROWS, self._block_rows(rows.shape[1]))
         return self._map(work, (slice(start, start + step) for start in range(0, len(rows), step)))
 
     def _map(self, work: Callable[[slice], Any], parts: Iterable[slice]) -> Iterator[Any]:
-        """What ``work`` gives of each part, in order; here one after another."""
+        """The results of ``work`` for the parts, in order; here computed one after another."""
         return map(work, parts)

@@ -1,4 +1,4 @@
-"""Threads that take ranges of rows side by side, and BLAS kept to one thread in each."""
+"""Threads that work on ranges of rows in parallel, each with one BLAS thread."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def cores() -> int:
 
 
 def one_blas_thread() -> contextlib.AbstractContextManager[Any]:
-    """Inside, BLAS, LAPACK and OpenMP use one thread: they split sums by thread, so bytes would hang on how many."""
+    """Limit BLAS, LAPACK and OpenMP to one thread: they split sums by threads, which would change the bytes."""
     return _libraries().limit(limits=1)  # type: ignore[no-any-return]
 
 
 def in_order(function: Callable[[slice], _T], parts: Iterable[slice]) -> Iterator[_T]:
-    """``function`` of each part, in order; a thread per core runs them, a few results ahead of their use."""
+    """The results of ``function`` for the parts, in order; a thread per core computes a few of them ahead."""
     ahead: deque[Future[_T]] = deque()
     for part in parts:
         ahead.append(_pool().submit(function, part))
@@ -35,12 +35,12 @@ def in_order(function: Callable[[slice], _T], parts: Iterable[slice]) -> Iterato
         yield ahead.popleft().result()
 
 
-_left_out: list[None] = []  # one for each core that is left to somebody else
+_left_out: list[None] = []  # has one element for each core that `run` leaves free
 
 
 @contextlib.contextmanager
 def leaving_a_core() -> Iterator[None]:
-    """Inside, `run` leaves a core to another thread, such as one that writes what is made meanwhile."""
+    """While the context is open, `run` leaves a core to another thread, such as one that writes results."""
     _left_out.append(None)
     try:
         yield
@@ -49,8 +49,8 @@ def leaving_a_core() -> Iterator[None]:
 
 
 def run(function: Callable[[slice], object], parts: Iterable[slice]) -> None:
-    """``function`` of each part, in any order, in the caller's thread and one for each other core that is free."""
-    left = iter(list(parts))  # of a list: threads may take from it at the same time
+    """Call ``function`` for each part, in any order, in the caller's thread and one thread per other free core."""
+    left = iter(list(parts))  # an iterator of a list, from which several threads may take at once
 
     def work() -> None:
         for part in left:
@@ -71,8 +71,8 @@ def _pool() -> ThreadPoolExecutor:
 
 @functools.cache
 def _libraries() -> Any:
-    """The libraries that are loaded by now, numpy's BLAS and scipy's among them."""
-    import scipy.linalg  # noqa: F401  # which brings a BLAS of its own
+    """The thread pools of the loaded libraries, numpy's BLAS and scipy's among them."""
+    import scipy.linalg  # noqa: F401  # scipy has a BLAS of its own
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController()

@@ -109,9 +109,9 @@ def connected(config: JobConfig, progress: Progress) -> Iterator[tuple[Dask, Any
                 " give them more, or more of them, and run again with --resume."
             ) from None
         except (CancelledError, dask.CommClosedError, OSError) as error:  # a TimeoutError is an OSError
-            if isinstance(error, OSError) and not isinstance(error, TimeoutError | dask.CommClosedError):
-                if there not in str(error):  # It is not about the scheduler.
-                    raise
+            of_connection = (CancelledError, TimeoutError, dask.CommClosedError)
+            if not isinstance(error, of_connection) and there not in str(error):  # It is not about the scheduler.
+                raise
             raise ResourceError(
                 f"the scheduler at {there} is lost ({one_line(error)}); run again with --resume."
             ) from None

@@ -8,7 +8,7 @@ from typing import Any
 
 from gpu_init.backend.interface import Backend, in_blocks
 from gpu_init.errors import InputError
-from gpu_init.kernels import Csr
+from gpu_init.kernels import BlendTerms, Csr
 from gpu_init.method.matrix import Interactions
 from gpu_init.method.modality import Modality
 from gpu_init.method.norms import NORM_ROWS
@@ -54,13 +54,15 @@ def blend(backend: Backend, interactions: Interactions, fit: Blend, rows: slice,
         fit.modality.values,
         fit.weighting.local_rows[rows],
         fit.weighting.local_items,
-        backend.xp.full(rows.stop - rows.start, fit.lam) if isinstance(fit.lam, float) else fit.lam[rows],
-        fit.centroids,
-        None if by_item else fit.user_labels[rows],
-        fit.item_labels,
-        fit.weighting.mean_rows[rows] if by_item else None,
-        fit.cold,
-        fit.scale,
+        BlendTerms(
+            lam=backend.xp.full(rows.stop - rows.start, fit.lam) if isinstance(fit.lam, float) else fit.lam[rows],
+            centroids=fit.centroids,
+            user_labels=None if by_item else fit.user_labels[rows],
+            item_labels=fit.item_labels,
+            mean_scale=fit.weighting.mean_rows[rows] if by_item else None,
+            cold=fit.cold,
+            scale=fit.scale,
+        ),
         out,
     )
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpu_init.kernels import Csr, ahead, cuda
+from gpu_init.kernels import BlendTerms, Csr, ahead, cuda
 from tests.support import cuda_checks as checks
 
 
@@ -169,7 +169,7 @@ def test_interactions_past_2_31(where):
     on = where.put_all({name: value for name, value in p.items() if name != "plain"})
     far = Csr(cupy.asarray(p["csr"].indptr + start), indices, None)
     out = cupy.full((4, 128), cupy.nan, cupy.float32)
-    where.kernels.aggregate_blend(**{**on, "csr": far, "item_labels": None, "mean_scale": None, "out": out})
+    checks.call_blend(where.kernels, {**on, "csr": far, "item_labels": None, "mean_scale": None}, out)
     np.testing.assert_array_equal(out.get(), checks.blend(where, p, False))
 
 
@@ -187,5 +187,5 @@ def test_values_past_2_31(where):
     one = cupy.ones(n)
     out = cupy.empty((n, width), cupy.float16)
     nothing = (cupy.zeros((1, width), cupy.float32), cupy.zeros(n, cupy.int32), None, None, cupy.zeros(width))
-    where.kernels.aggregate_blend(csr, features, one, one, one, *nothing, 1.0, out)
+    where.kernels.aggregate_blend(csr, features, one, one, BlendTerms(one, *nothing, 1.0), out)
     assert bool((out == numbers[::-1, None].astype(cupy.float16)).all())

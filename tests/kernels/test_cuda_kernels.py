@@ -105,8 +105,7 @@ def test_features_in_other_types_are_converted(where):
 def test_the_result_may_lie_anywhere(where, dtype):
     p = checks.problem(4, [3, 0, 5, 200], 8, 12)
     held = np.full(4 * 12 + 1, np.nan, dtype)[1:].reshape(4, 12)
-    one = {**{name: value for name, value in p.items() if name != "plain"}, "item_labels": None, "mean_scale": None}
-    where.kernels.aggregate_blend(**one, out=held)
+    checks.call_blend(where.kernels, {**p, "item_labels": None, "mean_scale": None}, held)
     np.testing.assert_allclose(held, checks.blend(where, p, False, dtype), rtol=1e-3 if dtype == np.float16 else 1e-6)
 
 
@@ -228,9 +227,8 @@ def test_pointers_past_32_bits(where):
     shifted = p["csr"].indptr.astype(np.int64) + start
     base = {name: _before(array, start) for name, array in p["csr"]._asdict().items() if name != "indptr"}
     far = Csr(shifted, base["indices"], base["weights"])
-    on = {name: value for name, value in p.items() if name not in ("plain", "item_labels", "mean_scale")}
     out = np.full((4, 8), np.nan, np.float32)
-    where.kernels.aggregate_blend(**{**on, "csr": far}, item_labels=None, mean_scale=None, out=out)
+    checks.call_blend(where.kernels, {**p, "csr": far, "item_labels": None, "mean_scale": None}, out)
     np.testing.assert_array_equal(out, checks.blend(where, p, False))
 
 

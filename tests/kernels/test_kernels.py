@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numba import types
 
 from gpu_init.errors import InputError
-from gpu_init.kernels import NUMPY_SECONDS, Csr, compiled, costs, cpu, cpu_kernels, kernels_for, threads
+from gpu_init.kernels import NUMPY_SECONDS, BlendTerms, Csr, compiled, costs, cpu, cpu_kernels, kernels_for, threads
 from gpu_init.kernels.cpu import NumbaKernels
 from gpu_init.kernels.reference import ReferenceKernels
 from tests.conftest import random_csr, with_threads
@@ -115,7 +115,9 @@ def by_loops(p, by_item):
 def blend_with(kernels, p, by_item):
     one_form = {"user_labels": None} if by_item else {"item_labels": None, "mean_scale": None}
     out = np.full((len(p["csr"].indptr) - 1, p["features"].shape[1]), np.nan, np.float32)
-    kernels.aggregate_blend(**{**p, **one_form, "out": out})
+    given = {**p, **one_form}
+    terms = BlendTerms(**{name: given[name] for name in BlendTerms._fields})
+    kernels.aggregate_blend(p["csr"], p["features"], p["row_scale"], p["item_scale"], terms, out)
     return out
 
 
@@ -214,7 +216,8 @@ def test_a_very_busy_user_loses_no_digits(kernels):
     expected = features.mean(axis=0, dtype=np.float64)
     np.testing.assert_allclose(kernels.aggregate(*given, np.zeros(4))[0], expected, rtol=1e-12)
     out, labels = np.empty((1, 4), np.float32), np.zeros(1, np.int32)
-    kernels.aggregate_blend(*given, np.ones(1), np.zeros((1, 4), np.float32), labels, None, None, np.zeros(4), 1.0, out)
+    terms = BlendTerms(np.ones(1), np.zeros((1, 4), np.float32), labels, None, None, np.zeros(4), 1.0)
+    kernels.aggregate_blend(*given, terms, out)
     np.testing.assert_allclose(out[0], expected, rtol=1e-7)
 
 
@@ -480,7 +483,9 @@ def test_the_reference_keeps_to_its_blocks():
     labels, table, sums = np.zeros(users, np.int32), rng.random((items, clusters)), np.zeros((items, clusters))
     out, rows = np.empty((users, width), "f4"), np.ones((users, width), "f4")
     centroids, item_labels = rng.random((clusters, width), "f4"), np.zeros(items, np.int32)
-    blended = (csr, features, ones, of_items, ones, centroids)
+    local, nowhere = (csr, features, ones, of_items), np.zeros(width)
+    by_user = BlendTerms(ones, centroids, labels, None, None, nowhere, 1.0)
+    by_item = BlendTerms(ones, centroids, None, item_labels, ones, nowhere, 1.0)
     calls = {
         "lengths": lambda: kernels.lengths(rows),
         "row_sums": lambda: kernels.row_sums(csr, of_items),
@@ -490,8 +495,8 @@ def test_the_reference_keeps_to_its_blocks():
         "label_sums": lambda: kernels.label_sums(csr, labels, ones, of_items, sums),
         "gram": lambda: kernels.gram(csr, table, ones, sums),
         "table_sums": lambda: kernels.table_sums(np.ones((users, 2)), rows),
-        "by user": lambda: kernels.aggregate_blend(*blended, labels, None, None, np.zeros(width), 1.0, out),
-        "by item": lambda: kernels.aggregate_blend(*blended, None, item_labels, ones, np.zeros(width), 1.0, out),
+        "by user": lambda: kernels.aggregate_blend(*local, by_user, out),
+        "by item": lambda: kernels.aggregate_blend(*local, by_item, out),
     }
     for name, call in calls.items():
         peak = peak_beside_the_result(call)
@@ -519,13 +524,15 @@ def test_blocks_of_the_reference_take_no_table_of_all_items(name):
     features, table, sums = rng.random((items, width), "f4"), rng.random((items, width)), np.zeros((items, width))
     ones, of_items, nowhere, out = np.ones(users), np.ones(items), np.zeros(width), np.empty((users, width), "f4")
     labels, item_labels = np.zeros(users, np.int32), np.zeros(items, np.int32)
-    blended = (csr, features, ones, of_items, ones, features[:3])
+    local = (csr, features, ones, of_items)
+    by_user = BlendTerms(ones, features[:3], labels, None, None, nowhere, 1.0)
+    by_item = BlendTerms(ones, features[:3], None, item_labels, ones, nowhere, 1.0)
     calls = {
         "squared_norms": lambda: kernels.squared_norms(csr, features, ones, of_items, nowhere),
         "assign": lambda: kernels.assign(csr, table, ones, of_items, nowhere),
         "gram": lambda: kernels.gram(csr, table, ones, sums),
-        "by user": lambda: kernels.aggregate_blend(*blended, labels, None, None, nowhere, 1.0, out),
-        "by item": lambda: kernels.aggregate_blend(*blended, None, item_labels, ones, nowhere, 1.0, out),
+        "by user": lambda: kernels.aggregate_blend(*local, by_user, out),
+        "by item": lambda: kernels.aggregate_blend(*local, by_item, out),
     }
     assert peak_beside_the_result(calls[name]) < 6 << 20
 

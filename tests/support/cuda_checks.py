@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu_init.kernels import Csr
+from gpu_init.kernels import BlendTerms, Csr
 
 FEATURE_TYPES = ("float32", "float16")
 
@@ -128,8 +128,14 @@ def blend(where, p, by_item, dtype=np.float32):
     on = where.put_all({name: value for name, value in p.items() if name != "plain"})
     on |= {"user_labels": None} if by_item else {"item_labels": None, "mean_scale": None}
     out = where.put(np.full((len(p["lam"]), p["plain"].shape[1]), np.nan, dtype))
-    where.kernels.aggregate_blend(**{**on, "scale": p["scale"], "out": out})
+    call_blend(where.kernels, {**on, "scale": p["scale"]}, out)
     return where.get(out)
+
+
+def call_blend(kernels, given, out):
+    """Hand a kernel the arguments that it takes, out of those of a problem."""
+    terms = BlendTerms(**{name: given[name] for name in BlendTerms._fields})
+    kernels.aggregate_blend(given["csr"], given["features"], given["row_scale"], given["item_scale"], terms, out)
 
 
 ERROR = 1.5e-6  # of some 25 additions in float32, where an item comes again and again and all round the same way
@@ -296,7 +302,9 @@ def check_no_users(where):
     assert not where.get(kernels.table_sums(table[:0], features[:0])).any()
     out = where.put(np.empty((0, 2), np.float32))
     centroids = where.put(np.zeros((1, 2), np.float32))
-    kernels.aggregate_blend(csr, features, none, ones, none, centroids, labels, None, None, offset, 1.0, out)
+    kernels.aggregate_blend(
+        csr, features, none, ones, BlendTerms(none, centroids, labels, None, None, offset, 1.0), out
+    )
 
 
 def check_busy_user(where, count, width):
@@ -312,5 +320,5 @@ def check_busy_user(where, count, width):
     out = where.put(np.full((3, width), np.nan, np.float32))
     labels, one = where.put(np.zeros(3, np.int32)), where.put(np.zeros((1, width), np.float32))
     lam = where.put(np.ones(3))
-    where.kernels.aggregate_blend(*on[:4], lam, one, labels, None, None, on[4], 1.0, out)
+    where.kernels.aggregate_blend(*on[:4], BlendTerms(lam, one, labels, None, None, on[4], 1.0), out)
     np.testing.assert_allclose(where.get(out)[1], expected, rtol=2e-7)
