@@ -21,15 +21,18 @@ from gpu_init.method.norms import NORM_ROWS
 from gpu_init.method.weighting import Weighting, weighting
 from gpu_init.settings import Settings
 
-PART_ROWS = 1 << 23  # A part has about this many interactions.
-LEAST_PARTS, MOST_PARTS = 4, 1 << 10  # There are this many parts, where there are users enough.
+PART_ROWS = 1 << 23  # A part has at most about this many interactions,
+MOST_PARTS = 1 << 10  # but there are no more parts than this.
 
 _T = TypeVar("_T")
 
 
 def part_bounds(users: int, interactions: int) -> tuple[int, ...]:
-    """First user of each part, and U at the end; all but the last are multiples of `NORM_ROWS`."""
-    parts = min(max(LEAST_PARTS, -(-interactions // PART_ROWS)), MOST_PARTS)
+    """First user of each part, and U at the end; all but the last are multiples of `NORM_ROWS`.
+
+    There is an even number of parts, so that two workers have the same share, where there are users enough.
+    """
+    parts = min(2 * max(1, -(-interactions // (2 * PART_ROWS))), MOST_PARTS)
     step = max(1, -(-users // (parts * NORM_ROWS))) * NORM_ROWS
     return (*range(0, max(users, 1), step), users)
 

@@ -248,11 +248,11 @@ class NumbaKernels(ReferenceKernels):
         def add(part: slice, partial: Any) -> None:
             _label_sums(*own(part), labels[part], rows[part], scales, partial)
 
-        _add_parts(len(labels), add, sums)
+        _add_parts(csr, add, sums)
 
     def gram(self, csr: Csr, table: Any, row_factors: Any, sums: Any) -> None:
         table, factors, own = read_only(table, np.float64), read_only(row_factors, np.float64), _of_ranges(csr)
-        _add_parts(len(factors), lambda part, partial: _gram(*own(part), table, factors[part], partial), sums)
+        _add_parts(csr, lambda part, partial: _gram(*own(part), table, factors[part], partial), sums)
 
 
 def _summing(csr: Csr, table: Any, item_scale: Any) -> Callable[..., None]:
@@ -322,9 +322,13 @@ def _scales(item_scale: Any) -> Any:
     return read_only(_NO_SCALE if (item_scale == 1.0).all() else item_scale, np.float64)
 
 
-def _add_parts(count: int, add: Callable[[slice, Any], None], sums: Any) -> None:
-    """Let ``add`` fill a table for each fixed range of ``count`` users, and add the tables to ``sums`` in order."""
-    parts = max(1, min(PARTS, PARTS_BYTES // max(1, sums.nbytes)))
+def _add_parts(csr: Csr, add: Callable[[slice, Any], None], sums: Any) -> None:
+    """Let ``add`` fill a table for each fixed range of users, and add the tables to ``sums`` in order.
+
+    There are fewer ranges where a table would have more values than interactions: clearing it would take longer.
+    """
+    count, entries = len(csr.indptr) - 1, int(csr.indptr[-1] - csr.indptr[0])
+    parts = max(1, min(PARTS, PARTS_BYTES // max(1, sums.nbytes), entries // max(1, sums.size)))
 
     def work(part: slice) -> Any:
         partial = np.zeros(sums.shape)
