@@ -265,14 +265,14 @@ class Staging:
         """
         path, prefix = self._path_for(relpath), header_bytes(shape, dtype)
         header = npy.Header(shape, "C", np.dtype(dtype), len(prefix))
-        with storage.writing(self.path, header.end):
+        with storage.writing(self.path, header.end - header.offset):
             if os.path.exists(path) and read_header(path) == header:
                 return True
             storage.require_free(self.path, header.end - header.offset)
             with self._mutex:
                 if key is not None and self._journal["finished"].pop(key, None) is not None:
                     self._place.note(self._journal)
-            with storage.create(path, header.end) as sink:
+            with storage.create(path, header.end - header.offset) as sink:
                 sink.write(prefix)
                 os.ftruncate(sink.descriptor, header.end)
         return False

@@ -999,7 +999,7 @@ def check_refusal(code, err, expected, wanted=2):
     assert 1 <= len(message.strip().splitlines()) <= 2, message
     assert len(message) < 700, message
     assert "Traceback" not in err
-    assert len(err.splitlines()) <= 9, err
+    assert len(err.splitlines()) <= 11, err
     assert "\x1b" not in message
     for fragment in expected:
         assert fragment in message, (fragment, message)
