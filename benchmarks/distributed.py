@@ -32,8 +32,9 @@ from common import arguments, cores, features, plot, process_cost, row, show, wr
 from job import Size, job_command
 
 import gpu_init
+from gpu_init import tasks
 from gpu_init.artifact import read
-from gpu_init.cluster import workers as cluster_workers
+from gpu_init.cluster import site as cluster_site
 from gpu_init.config import load
 from gpu_init.show.progress import Progress
 
@@ -188,14 +189,15 @@ def traffic(folder: Path, size: Size, workers: int) -> dict[str, float]:
     """Give the median bytes of a K-means pass: by the job's count, by the loopback device, and by the formula."""
     counted: list[int] = []
     wire: list[int] = []
-    plain = cluster_workers.Partitioned.step
+    plain = tasks.PartedPoints.step
 
     def step(self: Any, centroids: Any) -> Any:
-        before, sent = self.workers.traffic(), loopback()
+        workers = self._parts._workers
+        before, sent = workers.traffic(), loopback()
         found = plain(self, centroids)
         sums = found.sums()
         wire.append(loopback() - sent)
-        counted.append(self.workers.traffic() - before)
+        counted.append(workers.traffic() - before)
         return found._replace(sums=lambda: sums)
 
     config = {
@@ -207,12 +209,12 @@ def traffic(folder: Path, size: Size, workers: int) -> dict[str, float]:
         "out": str(folder / "traffic"),
         "overwrite": True,
     }
-    cluster_workers.Partitioned.step = step  # type: ignore[method-assign]
+    tasks.PartedPoints.step = step  # type: ignore[method-assign]
     try:
         with cluster(workers) as (address, _), Progress(None) as progress:
-            cluster_workers.run(load(None, {}, {}, {**config, "scheduler": address}), progress)
+            cluster_site.run(load(None, {}, {}, {**config, "scheduler": address}), progress)
     finally:
-        cluster_workers.Partitioned.step = plain  # type: ignore[method-assign]
+        tasks.PartedPoints.step = plain  # type: ignore[method-assign]
     return {
         "step_bytes": statistics.median(counted),
         "step_wire_bytes": statistics.median(wire),

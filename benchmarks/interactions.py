@@ -46,7 +46,6 @@ from gpu_init.method import clusters as method_clusters
 from gpu_init.method import kmeans, spectral, weighting
 from gpu_init.method import points as method_points
 from gpu_init.method.matrix import from_matrix
-from gpu_init.method.modality import Modality
 
 SEEDS = range(4)
 LAMBDAS = (0.1, 0.5)
@@ -167,9 +166,11 @@ def _global(kind: str, data: Data, clusters: int, seed: int) -> dict[str, NDArra
     levels = {}
     for name, one in projected.items():
         present = one.items_mask
-        modality = Modality(name, one.items, present, int(present.sum()))
         operator = weighting.weighting(device, matrix, present, "mean")
-        centroids, own = method_clusters.of_behaviour(device, matrix, modality, operator, labels, clusters)
+        means = method_points.Tiled(device, matrix.csr, one.items, operator.mean_rows, operator.present)
+        sums, counts = method_clusters.behaviour_sums(device, means, labels, clusters)
+        centroids = method_clusters.behaviour_means(sums, counts, means.offset)
+        own = np.where(operator.warm, labels, -1)
         levels[name] = np.where(operator.warm[:, None], centroids[own], centroids[own[operator.warm]].mean(axis=0))
     return levels
 
