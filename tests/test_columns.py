@@ -9,7 +9,6 @@ import pytest
 import scipy.sparse as sp
 
 from gpu_init.backend.select import select
-from gpu_init.config import Settings
 from gpu_init.kernels import Csr, columns
 from gpu_init.kernels.columns import ColumnKernels, Columns
 from gpu_init.method.blend import Blend
@@ -18,6 +17,7 @@ from gpu_init.method.matrix import from_matrix
 from gpu_init.method.modality import Modality
 from gpu_init.method.norms import NORM_ROWS
 from gpu_init.method.weighting import weighting
+from gpu_init.settings import Settings
 
 USERS, ITEMS, WIDTH = 60, 30, 40
 

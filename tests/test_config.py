@@ -12,8 +12,9 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_init.config import KEYS, MAX_FILE_BYTES, JobConfig, Settings, add_flags, load, settings_to_dict
+from gpu_init.config import KEYS, MAX_FILE_BYTES, JobConfig, add_flags, load
 from gpu_init.errors import InputError
+from gpu_init.settings import Settings, settings_to_dict
 
 LEAST = {"interactions": "r.csv", "features": {"image": "i.npy"}, "out": "o"}
 

@@ -26,10 +26,10 @@ from gpu_init.artifact.rows import Folder
 from gpu_init.backend.select import select
 from gpu_init.cluster import shuffle, worker
 from gpu_init.cluster import workers as cluster_workers
-from gpu_init.config import Settings
 from gpu_init.errors import ResourceError
 from gpu_init.kernels import Csr
 from gpu_init.parts import Plan, Process, joined
+from gpu_init.settings import Settings
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="needs Dask")
 
