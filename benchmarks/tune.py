@@ -25,6 +25,7 @@ from scipy.stats import spearmanr
 import gpu_init
 from gpu_init import config, demo, tune
 from gpu_init.backend.select import select
+from gpu_init.settings import settings_to_dict
 from gpu_init.show.progress import Progress
 
 METRIC = "recall@20"
@@ -103,7 +104,7 @@ def pick(name: str, valid: config.JobConfig, test: config.JobConfig, path: Path)
     picked = int(tune.standing(on_valid.scores[METRIC]).order[0])
     found = tune.standing(on_test.scores[METRIC])
     one = on_test.candidates[picked]
-    settings = {"modalities": " + ".join(one.modalities), **config.settings_to_dict(one.settings)}
+    settings = {"modalities": " + ".join(one.modalities), **settings_to_dict(one.settings)}
     settings = {
         key: settings[key] for key in ("modalities", "lambda", "clusters", "cluster_on", "weighting", "dim", "whiten")
     }
@@ -162,7 +163,7 @@ def trained(data: Path, folder: str, path: Path) -> None:
         made: Mapping[str, Any] = gpu_init.initialize(split.train, features, backend="cpu", **given)
         outcome = small_model.train(split, seed=0, prepare=small_model.filler(made, tables), options=OPTIONS)
         reached = outcome.test["recall_20"]
-        named = config.settings_to_dict(settings)
+        named = settings_to_dict(settings)
         kept = {key: named[key] for key in ("lambda", "clusters", "cluster_on", "weighting", "dim", "whiten")}
         row(path, **kept, tune_score=score, trained_recall_20=reached, random_recall_20=start, **OPTIONS)
         lines.append([" ".join(map(str, kept.values())), score, reached])

@@ -9,7 +9,6 @@ from typing import Any
 
 from gpu_init.backend.interface import Backend
 from gpu_init.backend.select import for_work, select
-from gpu_init.config import Settings
 from gpu_init.errors import InputError
 from gpu_init.kernels.costs import fitting_seconds
 from gpu_init.method.matrix import Interactions, from_matrix
@@ -17,6 +16,7 @@ from gpu_init.method.modality import Modality, from_array
 from gpu_init.method.projection import fit_projection, project
 from gpu_init.parts import LocalParts, Plan, Process, part_bounds
 from gpu_init.run import Job, vectors
+from gpu_init.settings import Settings
 from gpu_init.show.progress import Progress
 
 ARRAY_BLOCK_BYTES = 256 << 20  # Memory for the blocks of vectors, a quarter of which is one block.

@@ -188,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--metric", default="recall@20", metavar="METRIC", help="what to order by (default: recall@20)")
     tune.add_argument("--folder", default="tuned", metavar="DIR", help="where best.toml, scores.csv and a plot go")
     config.add_flags(tune, config.NAMES - {"scheduler", "resume", "overwrite"})
+    tune.add_argument("--scheduler", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # It is refused with a reason.
     tune.set_defaults(command=_tune)
 
     inspect = commands.add_parser("inspect", help="show what an artifact holds")
@@ -233,14 +234,17 @@ def _assign(given: argparse.Namespace) -> int:
 
     source = read.load(given.artifact)
     environ = {key: os.environ[key] for name in config.ASSIGNED if (key := config.variable(name)) in os.environ}
-    asked = config.assigned(source.manifest, environ, _flags(given))
+    job, modalities = config.assigned(source.manifest, environ, _flags(given))
 
-    def assign(progress: Progress) -> str:
-        from gpu_init.assign import assign
+    def make(progress: Progress) -> str:
+        if job.scheduler is None:
+            from gpu_init.assign import assign
+        else:
+            from gpu_init.cluster.site import assign
 
-        return assign(source, *asked, progress)
+        return assign(source, job, modalities, progress)
 
-    return _make(given, asked[0], assign)
+    return _make(given, job, make)
 
 
 def _tune(given: argparse.Namespace) -> int:
@@ -249,10 +253,13 @@ def _tune(given: argparse.Namespace) -> int:
     if given.metric not in METRICS:
         raise InputError(f"--metric: found {given.metric!r}; wanted is {', '.join(METRICS)}.")
     asked = _load(given)
+    if "scheduler" in given or os.environ.get(config.variable("scheduler"), "").strip():
+        place = "--scheduler" if "scheduler" in given else config.variable("scheduler")
+        raise InputError(f"tune runs on one machine; leave {place} out.")
     with Progress(asked.log_format) as progress:
         given.signals.progress = progress
         if asked.scheduler is not None:
-            progress.say("tune runs in this process; scheduler is for run")
+            progress.say(f"tune runs on one machine; the scheduler in {given.job} is for run")
         frame, paths = tune(asked, given.metric, given.folder, progress)
     from rich.console import Console
 

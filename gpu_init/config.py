@@ -1,6 +1,6 @@
-"""Settings of a job: one table of keys, read from flags, the environment and a TOML file.
+"""A job: its inputs, its settings and how it runs, read from flags, the environment and a TOML file.
 
-`KEYS` says what there is; the three readers and the command line's flags are made from it. Flags win over the
+`KEYS` is the table of all keys; the readers and the command line's flags are made from it. Flags win over the
 environment (``GPU_INIT_CLUSTERS=8``), the environment over the file, each key as a whole.
 """
 
@@ -11,112 +11,24 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from decimal import Decimal
-from numbers import Integral, Real
 from typing import Any
 
 from gpu_init import where
 from gpu_init.errors import InputError
 from gpu_init.files.storage import reading
+from gpu_init.settings import AUTO, FLAG, SETTING_KEYS, Key, Kind, Settings, WrongValueError, choice, number, shown
+from gpu_init.settings import half_life as read_half_life
 
-PREFIX = "GPU_INIT_"
-RESERVED_NAME = "interactions"  # not the name of a modality
+RESERVED_NAME = "interactions"  # No modality may have this name, which is a folder of the artifact.
 MAX_FILE_BYTES = 1 << 18
-_DEEP_KEY = re.compile(
-    r"(?m)^(?![ \t]*#)[^=\n.]*(?:\.[^=\n.]*){16}"
-)  # tomllib takes minutes over keys of thousands of parts
-_MAX_INT = 2**31 - 1
-_MAX_USERS = 2**40
-_MIN_MEMORY = 16 << 20
+# tomllib takes minutes over keys of thousands of parts, so keys of more than 16 are refused before it sees them.
+_DEEP_KEY = re.compile(r"(?m)^(?![ \t]*#)[^=\n.]*(?:\.[^=\n.]*){16}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
-POLICIES = ("shrink", "attention")  # of lambda, by user
-CLUSTER_ON = ("users", "items", "interactions")
-AUTO = "auto"  # clusters by what the data hold
-BELONGING = (  # settings that go with a value of another
-    ("tau", "lambda", "shrink"),
-    ("temperature", "lambda", "attention"),
-    ("cluster_rank", "cluster_on", "interactions"),
-)
-_HALF_LIFE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([smhdw])")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What, with the inputs, decides the artifact's bytes.
-
-    Parameters
-    ----------
-    lam : float, "shrink" or "attention", default=0.9
-        Weight of the local part, in [0, 1], or the policy that gives each user one; ``lambda`` outside Python.
-    clusters : int or "auto", default=8
-        K, 1 or more; ``auto``: chosen for each modality.
-    cluster_on : {"users", "items", "interactions"}, default="users"
-        What K-means groups: users by their means, items, or users by what they did, whatever the features.
-    weighting : {"mean", "sym"}, default="mean"
-        Interaction-weighted mean, or normalized by both degrees.
-    dim : int, optional
-        Width that features are projected to, 1 or more; None: not projected.
-    whiten : bool, default=False
-        Unit variance per projected component; needs `dim`.
-    scale : {"none", "items"}, default="none"
-        ``items``: mean row norm of the users as that of the items.
-    dtype : {"float32", "float16"}, default="float32"
-        Of the vectors that are written.
-    seed : int, default=0
-        In [0, 2^32).
-    restarts : int, default=1
-        Starts of K-means on its sample, 1 or more; the best goes on.
-    tolerance : float, default=1e-3
-        In [0, 1]: a pass of K-means over all rows that lowers the inertia by less than this share is the last; 0:
-        passes go on until no label changes.
-    kmeans : {"auto", "own", "cuml"}, default="auto"
-        Whose K-means finds the centroids that the passes over all rows start from; ``cuml`` needs CUDA.
-    tau : float, optional
-        Of lambda ``shrink``, 0 or more; None: from the data.
-    temperature : float, optional
-        Of lambda ``attention``, above 0; None: 0.1.
-    cluster_rank : int, optional
-        Of cluster_on ``interactions``, 1 or more: dimensions that users are placed in; None: 64.
-
-    Raises
-    ------
-    InputError
-        A value of the wrong type or out of range.
-    """
-
-    lam: float | str = 0.9
-    clusters: int | str = 8
-    cluster_on: str = "users"
-    weighting: str = "mean"
-    dim: int | None = None
-    whiten: bool = False
-    scale: str = "none"
-    dtype: str = "float32"
-    seed: int = 0
-    restarts: int = 1
-    tolerance: float = 1e-3
-    kmeans: str = "auto"
-    tau: float | None = None
-    temperature: float | None = None
-    cluster_rank: int | None = None
-
-    def __post_init__(self) -> None:
-        for key in KEYS:
-            if key.field in _SETTINGS:
-                value = getattr(self, key.field)
-                if value is not None or key.field not in _OPTIONAL:
-                    object.__setattr__(self, key.field, key.checked(value, key.name))
-        if self.whiten and self.dim is None:
-            raise InputError("whiten needs dim, the width that features are projected to; set it too, such as dim 64.")
-        for name, other, value in BELONGING:
-            of = self.lam if other == "lambda" else self.cluster_on
-            if getattr(self, name) is not None and of != value:
-                raise InputError(f"{name} is of {other} {value}; set {other} to {value} too, or leave {name} out.")
 
 
 @dataclass(frozen=True)
@@ -151,12 +63,17 @@ class JobConfig:
     memory : int, optional
         Bytes that the run may take beside the interactions, one modality's features and the libraries; a run that
         needs more is refused before its work. None: what is kept of each user, and 1 GiB more.
-    resume, overwrite : bool
-        Go on with an unfinished run, if there is one; replace an artifact that is there.
     scheduler : str, optional
         ``local``, or the address of a Dask scheduler: the run is spread over its workers. None: this process alone.
+    resume, overwrite : bool
+        Go on with an unfinished run, if there is one; replace an artifact that is there.
     log_format : {"auto", "text", "json"}
         How `progress.Progress` tells what happens.
+
+    Raises
+    ------
+    InputError
+        Two of the columns, or a column and the half-life, do not go together.
     """
 
     interactions: str
@@ -187,423 +104,161 @@ class JobConfig:
             raise InputError("rows are users or sessions: give user_column or session_column, not both.")
 
 
-_SETTINGS = frozenset(field.name for field in fields(Settings))
-_OPTIONAL = {field.name for field in fields(Settings) if field.default is None}
-_REQUIRED = ("interactions", "features", "out")
-_FEATURES_WANTED = 'one NAME=PATH or more, or in TOML a table [features] of name = "path"'
-
-
-class _WrongValueError(ValueError):
-    """A value that is wrong in a way worth a sentence of its own."""
-
-
-# Values: `check` takes what TOML and Python give, `read` what is written in a flag or a variable; ValueError if wrong.
-
-
-def _whole(low: int, high: int) -> Callable[[Any], int]:
-    def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
-            raise ValueError
-        return int(value)
-
-    return check
-
-
-def _read_whole(text: str) -> int:
-    if not re.fullmatch(r"-?[0-9]{1,30}", text):
-        raise ValueError
-    return int(text)
-
-
-def _number(value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ValueError from None
-    if not low <= number <= high:
-        raise ValueError
-    return abs(number)  # no -0.0
-
-
-def _check_lambda(value: Any) -> float | str:
-    return str(value) if isinstance(value, str) and value in POLICIES else _number(value, 0, 1)
-
-
-def _read_lambda(text: str) -> float | str:
-    return text if text in POLICIES else float(text)
-
-
-def _check_clusters(value: Any) -> int | str:
-    return AUTO if value == AUTO else _whole(1, _MAX_INT)(value)
-
-
-def _read_clusters(text: str) -> int | str:
-    return text if text == AUTO else _read_whole(text)
-
-
-def _check_half_life(value: Any) -> str | float:
-    if isinstance(value, str):
-        amount, unit = half_life(value)
-        if unit is not None:
-            return value.strip()
-        value = amount
-    return _number(value, 1e-9, 1e18)
-
-
-def half_life(value: str | float) -> tuple[float, str | None]:
-    """Give a half-life in seconds and its unit, or, where it has none, as it stands and None.
-
-    Raises
-    ------
-    ValueError
-        Not a number above 0, alone or with a unit.
-    """
-    if not isinstance(value, str):
-        return value, None
-    found = _HALF_LIFE.fullmatch(value.strip())
-    if found is None:
-        return float(value), None
-    if float(found[1]) == 0:
-        raise ValueError
-    return float(found[1]) * _SECONDS[found[2]], found[2]
-
-
-def _check_flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError
-    return value
-
-
-def _read_flag(text: str) -> bool:
-    values = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    if text.lower() not in values:
-        raise ValueError
-    return values[text.lower()]
-
-
-def _check_text(value: Any) -> str:
+def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise ValueError
     return str(value)
 
 
-def _check_where(value: Any) -> str:
+def _features(value: Any) -> dict[str, str]:
+    if isinstance(value, str):
+        value = value.split(",")
+    if isinstance(value, Sequence):
+        parts, value = value, {}
+        for part in parts:
+            name, _, path = (side.strip() for side in _text(part).partition("="))
+            if not path:
+                raise WrongValueError(f"found {shown(part)}; wanted is {_FEATURES.wanted}.")
+            if name in value:
+                raise WrongValueError(f"{shown(name)} is given twice.")
+            value[name] = path
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError
+    lowered: set[str] = set()
+    for name, path in value.items():
+        good = isinstance(name, str) and _NAME.fullmatch(name) and ".." not in name and not name.endswith(".")
+        if not good or name.lower() == RESERVED_NAME:
+            raise WrongValueError(
+                f"{shown(name)} cannot be the name of a modality: at most 64 letters, digits, '_', '-' and single '.',"
+                f" a letter or digit first, no '.' last, and not {RESERVED_NAME!r}."
+            )
+        if name.lower() in lowered:
+            raise WrongValueError(f"{name} is there twice; names must differ in more than case.")
+        lowered.add(name.lower())
+        if not isinstance(path, str) or not path.strip() or "\0" in path:
+            raise WrongValueError(f"found {shown(path)} for {name}; wanted is {_FEATURES.wanted}.")
+    return {str(name): str(path) for name, path in value.items()}
+
+
+def _half_life(value: Any) -> str | float:
+    if isinstance(value, str):
+        amount, unit = read_half_life(value)
+        if unit is not None:
+            return value.strip()
+        value = amount
+    return float(number(1e-9, 1e18).convert(value))
+
+
+def _where(value: Any) -> str:
     try:
-        return where.parse(_check_text(value)).text
-    except InputError as error:  # named after the flag; the key's own place is put before it
-        raise _WrongValueError(str(error).removeprefix("--where: ")) from None
+        return where.parse(_text(value)).text
+    except InputError as error:  # The message begins with the flag; the place of this key is put before it instead.
+        raise WrongValueError(str(error).removeprefix("--where: ")) from None
 
 
-def _check_users(value: Any) -> int | str:
+def _users(value: Any) -> int | str:
+    count = number(1, 2**40, whole=True)
     if isinstance(value, str):
         if not re.fullmatch("-?[0-9]+", value):
-            return _check_text(value)
-        value = _read_whole(value)
-    return _whole(1, _MAX_USERS)(value)
+            return _text(value)
+        value = count.read(value)
+    return int(count.convert(value))
 
 
-def _check_memory(value: Any) -> int:
+def _memory(value: Any) -> int:
     if isinstance(value, str):
         size = _SIZE.fullmatch(value.strip())
         if size is None or (size[3] and not size[2]):
             raise ValueError
         power = " kmgt".index(size[2].lower() or " ")
         value = int(Decimal(size[1]) * (1024 if size[3] else 1000) ** power)
-    return _whole(_MIN_MEMORY, 2**63 - 1)(value)
+    return int(number(16 << 20, 2**63 - 1, whole=True).convert(value))
 
 
-def _check_features(value: Any) -> dict[str, str]:
-    if isinstance(value, str):
-        value = value.split(",")
-    if isinstance(value, Sequence):
-        value = _named_paths(value)
-    if not isinstance(value, Mapping) or not value:
-        raise ValueError
-    lowered: set[str] = set()
-    for name in value:
-        _check_name(name)
-        if name.lower() in lowered:
-            raise _WrongValueError(f"{name} is there twice; names must differ in more than case.")
-        lowered.add(name.lower())
-        if not isinstance(value[name], str) or not value[name].strip() or "\0" in value[name]:
-            raise _WrongValueError(f"found {_shown(value[name])} for {name}; wanted is {_FEATURES_WANTED}.")
-    return {str(name): str(path) for name, path in value.items()}
-
-
-def _named_paths(parts: Sequence[Any]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for part in parts:
-        name, equals, path = (side.strip() for side in _check_text(part).partition("="))
-        if not equals or not path:
-            raise _WrongValueError(f"found {_shown(part)}; wanted is {_FEATURES_WANTED}.")
-        if name in found:
-            raise _WrongValueError(f"{_shown(name)} is given twice.")
-        found[name] = path
-    return found
-
-
-def _check_name(name: Any) -> None:
-    good = isinstance(name, str) and _NAME.fullmatch(name) and ".." not in name and not name.endswith(".")
-    if not good or name.lower() == RESERVED_NAME:
-        raise _WrongValueError(
-            f"{_shown(name)} cannot be the name of a modality: at most 64 letters, digits, '_', '-' and single '.',"
-            f" a letter or digit first, no '.' last, and not {RESERVED_NAME!r}."
-        )
-
-
-# Keys.
-
-
-@dataclass(frozen=True)
-class Key:
-    """One key of the TOML file, which is a flag and an environment variable too.
-
-    Attributes
-    ----------
-    name : str
-        As in TOML, such as ``user_column``.
-    check : callable
-        A value as TOML and Python give it to the value as it is kept; ValueError where it is wrong.
-    wanted : str
-        What a right value is, for the error.
-    help, metavar : str
-        For the flag.
-    read : callable, optional
-        Text of a flag or a variable to what `check` takes; None: it takes the text.
-    is_path, is_flag, many : bool
-        Relative to the folder of the TOML file; a flag without a value; a flag that can be repeated.
-    """
-
-    name: str
-    check: Callable[[Any], Any]
-    wanted: str
-    help: str
-    metavar: str = ""
-    read: Callable[[str], Any] | None = None
-    is_path: bool = False
-    is_flag: bool = False
-    many: bool = False
-
-    @property
-    def field(self) -> str:
-        """Name of the attribute of `Settings` or `JobConfig`."""
-        return "lam" if self.name == "lambda" else self.name
-
-    @property
-    def flag(self) -> str:
-        """Name of the flag."""
-        return "--" + self.name.replace("_", "-")
-
-    @property
-    def variable(self) -> str:
-        """Name of the environment variable."""
-        return PREFIX + self.name.upper()
-
-    def checked(self, value: Any, place: str, *, written: bool = False) -> Any:
-        """Give a right value, or raise an InputError that says what was found at the place.
-
-        ``written``: the value, if it is text, is that of a flag or a variable.
-        """
-        try:
-            return self.check(self.read(value) if written and self.read and isinstance(value, str) else value)
-        except InputError:
-            raise
-        except _WrongValueError as wrong:
-            raise InputError(f"{place}: {wrong}") from None
-        except ValueError:
-            raise InputError(f"{place}: found {_shown(value)}; wanted is {self.wanted}.") from None
-
-
-def _shown(value: Any) -> str:
-    """Value for an error, short whatever it is."""
-    if isinstance(value, str):
-        return repr(value if len(value) <= 60 else value[:60] + "...")
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Integral) and abs(int(value)) >= 2**64:
-        return "a number beyond 64 bits"
-    if isinstance(value, Mapping):
-        return "a table"
-    if isinstance(value, Sequence):
-        return "a list"
-    return str(value) if isinstance(value, Real) else f"a value of type {type(value).__name__}"
-
-
-def _text_key(name: str, wanted: str, explanation: str, metavar: str, *, is_path: bool = False) -> Key:
-    return Key(name, _check_text, wanted, explanation, metavar, is_path=is_path)
-
-
-def _flag_key(name: str, explanation: str) -> Key:
-    return Key(name, _check_flag, "true or false", explanation, read=_read_flag, is_flag=True)
-
-
-def _number_key(name: str, limits: tuple[int, int], explanation: str, metavar: str) -> Key:
-    low, high = limits
-    wanted = (
-        f"a whole number, {low} or more, below 2^31" if high == _MAX_INT else f"a whole number from {low} to {high}"
-    )
-    return Key(name, _whole(low, high), wanted, explanation, metavar, read=_read_whole)
-
-
-def _choice_key(name: str, choices: tuple[str, ...], explanation: str) -> Key:
-    def check(value: Any) -> str:
-        if not isinstance(value, str) or value not in choices:
-            raise ValueError
-        return str(value)
-
-    wanted = ", ".join(choices[:-1]) + " or " + choices[-1]
-    return Key(name, check, wanted, f"{explanation} (default: {choices[0]})", "{" + ",".join(choices) + "}")
-
-
-_COLUMN = "the name of a column"
+_PATH = Kind("a path", _text, metavar="PATH")
+_COLUMN = Kind("the name of a column", _text, metavar="NAME")
+_FEATURES = Kind('one NAME=PATH or more, or in TOML a table [features] of name = "path"', _features)
+_SCHEDULER = Kind("local or the address of a Dask scheduler, such as tcp://HOST:8786", _text)
+_TIME = Kind("a time such as 12h, 30d or 8w, or a number above 0 in the unit of the time column", _half_life)
+_ROWS = Kind("a number of users, 1 or more, or the path of a file of user ids", _users)
+_BYTES = Kind("a size of 16MiB or more, such as 4GB, 500MB, 1.5GiB or a number of bytes", _memory)
 
 KEYS: tuple[Key, ...] = (
-    _text_key(
-        "interactions",
-        "a path",
-        "who did what: Parquet, CSV, TSV, .inter or .npz; a file, folder or glob",
-        "PATH",
-        is_path=True,
-    ),
+    Key("interactions", _PATH, "who did what: Parquet, CSV, TSV, .inter or .npz; a file, folder or glob"),
     Key(
         "features",
-        _check_features,
-        _FEATURES_WANTED,
+        _FEATURES,
         "item features of one modality: .npy, .npz, .parquet, .safetensors or .pt; repeat it for more modalities",
         "NAME=PATH",
-        is_path=True,
-        many=True,
     ),
-    _text_key("out", "a path", "folder of the result, the artifact", "DIR", is_path=True),
-    _text_key("user_column", _COLUMN, "column of user ids (default: a known name)", "NAME"),
-    _text_key("item_column", _COLUMN, "column of item ids (default: a known name)", "NAME"),
-    _text_key("weight_column", _COLUMN, "column of weights, 0 or more (default: 1 per interaction)", "NAME"),
-    _text_key("time_column", _COLUMN, "column of times, for --half-life (default: a known name)", "NAME"),
+    Key("out", _PATH, "folder of the result, the artifact", "DIR"),
+    Key("user_column", _COLUMN, "column of user ids (default: a known name)"),
+    Key("item_column", _COLUMN, "column of item ids (default: a known name)"),
+    Key("weight_column", _COLUMN, "column of weights, 0 or more (default: 1 per interaction)"),
+    Key("time_column", _COLUMN, "column of times, for --half-life (default: a known name)"),
     Key(
         "half_life",
-        _check_half_life,
-        "a time such as 12h, 30d or 8w, or a number above 0 in the unit of the time column",
+        _TIME,
         "an interaction so much older than the user's newest has half the weight: 30d, also s, m, h, w; columns of"
         " numbers are seconds then. A number alone is in the unit of the column",
         "TIME",
     ),
-    _text_key("session_column", _COLUMN, "column of session ids: rows are sessions, not users", "NAME"),
-    Key("where", _check_where, 'a comparison such as "x_label == 0"', 'rows to take, such as "x_label == 0"', "EXPR"),
+    Key("session_column", _COLUMN, "column of session ids: rows are sessions, not users"),
+    Key("where", Kind('a comparison such as "x_label == 0"', _where), 'rows to take, such as "x_label == 0"', "EXPR"),
     Key(
         "users",
-        _check_users,
-        "a number of users, 1 or more, or the path of a file of user ids",
+        _ROWS,
         "number of users, whose ids are then row numbers; or a file with the users' ids in the order of the rows",
         "N|PATH",
-        is_path=True,
     ),
+    *SETTING_KEYS,
+    Key("backend", choice("auto", "cpu", "cuda"), "where it runs; auto takes a GPU where there is one (default: auto)"),
+    Key("memory", _BYTES, "memory beside the interactions and one modality's features", "SIZE"),
     Key(
-        "lambda",
-        _check_lambda,
-        "a number from 0 to 1, shrink or attention",
-        "weight of the user's own items against those of the cluster (default: 0.9); shrink: by how many items a user"
-        " has; attention: by how alike they are",
-        "0..1|shrink|attention",
-        read=_read_lambda,
-    ),
-    Key(
-        "tau",
-        lambda value: _number(value, 0, 1e9),
-        "a number from 0 to 1e9",
-        "of shrink: items at which lambda is a half (default: from the data)",
-        "N",
-        read=float,
-    ),
-    Key(
-        "temperature",
-        lambda value: _number(value, 1e-6, 1e6),
-        "a number from 1e-6 to 1e6",
-        "of attention: how much more alike counts, in cosines (default: 0.1)",
-        "T",
-        read=float,
-    ),
-    Key(
-        "clusters",
-        _check_clusters,
-        "a whole number, 1 or more, or auto",
-        "clusters per modality (default: 8); auto: by what the data hold",
-        "K|auto",
-        read=_read_clusters,
-    ),
-    _choice_key("cluster_on", CLUSTER_ON, "what is clustered; interactions: users, by what they did"),
-    _number_key("cluster_rank", (1, 1024), "of interactions: dimensions that users are placed in (default: 64)", "R"),
-    _choice_key("weighting", ("mean", "sym"), "mean of the user's items, or normalized by both degrees"),
-    _number_key("dim", (1, _MAX_INT), "project features to this width (default: no)", "D"),
-    _flag_key("whiten", "unit variance per projected component; needs --dim"),
-    _choice_key("scale", ("none", "items"), "items: users get the mean row norm of the items"),
-    _choice_key("dtype", ("float32", "float16"), "type of the user vectors; centroids and projected items are float32"),
-    _number_key("seed", (0, 2**32 - 1), "seed of the clustering (default: 0)", "N"),
-    _number_key("restarts", (1, 1000), "starts of the clustering, of which the best is taken (default: 1)", "N"),
-    Key(
-        "tolerance",
-        lambda value: _number(value, 0, 1),
-        "a number from 0 to 1",
-        "clustering ends with a pass over all rows that lowers the inertia by less than this share (default: 1e-3);"
-        " 0: when no label changes",
-        "0..1",
-        read=float,
-    ),
-    _choice_key("kmeans", ("auto", "own", "cuml"), "K-means of gpu-init, or of cuML on CUDA; auto: the cheaper"),
-    _choice_key("backend", ("auto", "cpu", "cuda"), "where it runs; auto takes a GPU where there is one"),
-    Key(
-        "memory",
-        _check_memory,
-        "a size of 16MiB or more, such as 4GB, 500MB, 1.5GiB or a number of bytes",
-        "memory beside the interactions and one modality's features",
-        "SIZE",
-    ),
-    _text_key(
         "scheduler",
-        "local or the address of a Dask scheduler, such as tcp://HOST:8786",
+        _SCHEDULER,
         "spread the run over a Dask cluster; local: one started here, with a worker per core or GPU",
         "ADDRESS|local",
     ),
-    _text_key("valid", "a path", "held-out interactions, for tune to rank settings by", "PATH", is_path=True),
+    Key("valid", _PATH, "held-out interactions, for tune to rank settings by"),
     Key(
         "valid_where",
-        _check_where,
-        'a comparison such as "x_label == 1"',
+        Kind('a comparison such as "x_label == 1"', _where),
         'held-out rows to take, of --valid or of the interactions, such as "x_label == 1"',
         "EXPR",
     ),
-    _flag_key("resume", "go on with an unfinished run, if there is one"),
-    _flag_key("overwrite", "replace an artifact that is there"),
-    _choice_key("log_format", ("auto", "text", "json"), "auto: a bar on a terminal, else one line per step"),
+    Key("resume", FLAG, "go on with an unfinished run, if there is one"),
+    Key("overwrite", FLAG, "replace an artifact that is there"),
+    Key(
+        "log_format",
+        choice("auto", "text", "json"),
+        "auto: a bar on a terminal, else one line per step (default: auto)",
+    ),
 )
 _BY_NAME = {key.name: key for key in KEYS}
-
-
 NAMES = frozenset(_BY_NAME)
-
-# Keys that `gpu-init run` has no flag for; a job file may have them.
+# Paths in a job file are relative to its folder.
+_PATHS = ("interactions", "features", "out", "users", "valid")
+# `gpu-init run` has no flags for these keys; a job file may have them.
 TUNED = frozenset({"valid", "valid_where"})
-
-# Keys of `gpu-init assign`; the others are the artifact's.
+# `gpu-init assign` takes these keys; the artifact has the others.
 COLUMNS = ("user_column", "item_column", "weight_column", "time_column", "session_column")
 ASSIGNED = (
     *("interactions", "features", "out", *COLUMNS, "where", "users"),
-    *("backend", "memory", "resume", "overwrite", "log_format"),
+    *("backend", "memory", "scheduler", "resume", "overwrite", "log_format"),
 )
 
 
-def add_flags(parser: argparse.ArgumentParser, names: Collection[str] = tuple(_BY_NAME)) -> None:
+def add_flags(parser: argparse.ArgumentParser, names: Collection[str] = NAMES) -> None:
     """Add a flag for every key, or those named; one that is not given leaves no attribute behind."""
-    for key in (_BY_NAME[name] for name in _BY_NAME if name in names):
-        common: dict[str, Any] = {"dest": key.name, "default": argparse.SUPPRESS, "help": key.help.replace("%", "%%")}
-        if key.is_flag:
-            parser.add_argument(key.flag, action=argparse.BooleanOptionalAction, **common)
-        else:
-            parser.add_argument(key.flag, action="append" if key.many else "store", metavar=key.metavar, **common)
-
-
-# Loading.
+    for key in KEYS:
+        if key.name in names:
+            form: dict[str, Any] = {"metavar": key.metavar or key.kind.metavar}
+            if key.kind is FLAG:
+                form = {"action": argparse.BooleanOptionalAction}
+            elif key.kind is _FEATURES:
+                form["action"] = "append"
+            parser.add_argument(key.flag, dest=key.name, default=argparse.SUPPRESS, help=key.help, **form)
 
 
 def load(
@@ -631,16 +286,21 @@ def load(
     InputError
         An unknown key, a wrong value, something missing; the file, flag or variable is named.
     """
-    values = {
-        **{key.name: key.checked(value, key.name) for key, value in _keyed(base or {}, "base").items()},
-        **(_from_file(path) if path is not None else {}),
-        **_from_environment(environ),
-        **{key.name: key.checked(value, key.flag, written=True) for key, value in _keyed(flags, "flags").items()},
-    }
-    _check_complete(values)
-    by_field = {_BY_NAME[name].field: value for name, value in values.items()}
-    settings = Settings(**{name: value for name, value in by_field.items() if name in _SETTINGS})
-    return JobConfig(settings=settings, **{name: value for name, value in by_field.items() if name not in _SETTINGS})
+    values = {key.name: key.checked(value, key.name) for key, value in _keyed(base or {}, "base").items()}
+    if path is not None:
+        for key, value in _keyed(_toml(path), path).items():
+            checked = key.checked(value, f"{path}, key {key.name}")
+            values[key.name] = _relative_to(os.path.dirname(path), checked) if key.name in _PATHS else checked
+    values |= _asked(environ, flags)
+    missing = [key for name in ("interactions", "features", "out") if (key := _BY_NAME[name]).name not in values]
+    if missing:
+        raise InputError(
+            f"missing: {', '.join(key.name for key in missing)}.\nGive them in JOB.toml, as"
+            f" {' '.join(f'{key.flag} {key.metavar or key.kind.metavar}' for key in missing)},"
+            f" or as environment variables: {', '.join(key.variable for key in missing)}."
+        )
+    settings = {key.field: values.pop(key.name) for key in SETTING_KEYS if key.name in values}
+    return JobConfig(settings=Settings(**settings), **values)
 
 
 def assigned(
@@ -675,10 +335,7 @@ def assigned(
         raise InputError(
             "the artifact does not say what it was made from, as older ones do; run its job again."
         ) from None
-    asked = {
-        **_from_environment(environ),
-        **{key.name: key.checked(value, key.flag, written=True) for key, value in _keyed(flags, "flags").items()},
-    }
+    asked = _asked(environ, flags)
     for one, other in (("user_column", "session_column"), ("session_column", "user_column")):
         if one in asked:
             columns[other] = None
@@ -695,7 +352,7 @@ def log_format(path: str | None, environ: Mapping[str, str], flags: Mapping[str,
             return str(key.checked(flags[key.name], key.flag))
         if environ.get(key.variable, "").strip():
             return str(key.checked(environ[key.variable].strip(), key.variable))
-        if path is not None and os.path.isfile(path):  # a pipe is read once
+        if path is not None and os.path.isfile(path):  # A pipe can be read only once, so it is left to `load`.
             in_file = {name.replace("-", "_"): value for name, value in _toml(path).items()}
             return str(key.checked(in_file.get(key.name, AUTO), path))
     return AUTO
@@ -706,42 +363,32 @@ def variable(name: str) -> str:
     return _BY_NAME[name].variable
 
 
-def settings_to_dict(settings: Settings) -> dict[str, Any]:
-    """Give the settings under their names in TOML, as plain JSON values."""
-    return {key.name: getattr(settings, key.field) for key in KEYS if key.field in _SETTINGS}
+def _asked(environ: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that variables and flags give, by the names of the keys."""
+    texts = {key: environ.get(key.variable, "").strip() for key in KEYS}
+    return {
+        **{key.name: key.checked(text, key.variable, written=True) for key, text in texts.items() if text},
+        **{key.name: key.checked(value, key.flag, written=True) for key, value in _keyed(flags, "flags").items()},
+    }
 
 
 def _keyed(given: Mapping[str, Any], place: str) -> dict[Key, Any]:
-    """Keys of a mapping's names, written with - or _."""
+    """Return the values by the keys that a mapping names, with - or with _."""
     found: dict[Key, Any] = {}
     for name, value in given.items():
         key = _BY_NAME.get(name.replace("-", "_"))
         if key is None:
             near = difflib.get_close_matches(name.replace("-", "_")[:100], _BY_NAME, n=1)
             remedy = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(_BY_NAME)}."
-            raise InputError(f"{place}: unknown key {_shown(name)}; {remedy}")
+            raise InputError(f"{place}: unknown key {shown(name)}; {remedy}")
         if key in found:
             raise InputError(f"{place}: {key.name} is given twice, with - and with _.")
         found[key] = value
     return found
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    given = {key: environ.get(key.variable, "").strip() for key in KEYS}
-    return {key.name: key.checked(value, key.variable, written=True) for key, value in given.items() if value}
-
-
-def _from_file(path: str) -> dict[str, Any]:
-    folder = os.path.dirname(path)
-    values = {}
-    for key, value in _keyed(_toml(path), path).items():
-        checked = key.checked(value, f"{path}, key {key.name}")
-        values[key.name] = _relative_to(folder, checked) if key.is_path else checked
-    return values
-
-
 def _relative_to(folder: str, value: Any) -> Any:
-    """Paths relative to a folder, unless they are absolute or URLs; a number of users is none."""
+    """Put a folder before a path or the paths of a table, but not before URLs, absolute paths and numbers of users."""
     if isinstance(value, dict):
         return {name: _relative_to(folder, path) for name, path in value.items()}
     if not isinstance(value, str) or "://" in value:
@@ -757,26 +404,14 @@ def _toml(path: str) -> dict[str, Any]:
     try:
         text = content.decode("utf-8-sig")
         deep = _DEEP_KEY.search(text)
-        if deep:
-            line = text.count("\n", 0, deep.start()) + 1
-            raise InputError(f"{path}: line {line} has a key of more than 16 parts; keys of a job have two at most.")
-        return tomllib.loads(text)
+        if deep is None:
+            return tomllib.loads(text)
+        line = text.count("\n", 0, deep.start()) + 1
+        wrong = f"line {line} has a key of more than 16 parts; keys of a job have two at most."
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8 text, as TOML must be.") from None
-    except InputError:
-        raise
+        wrong = f"byte {error.start} is not UTF-8 text, as TOML must be."
     except RecursionError:
-        raise InputError(f"{path}: lists or tables nested too deep.") from None
-    except ValueError as error:  # of tomllib, with line and column; or of int, for a number of thousands of digits
-        raise InputError(f"{path}: not TOML: {' '.join(str(error).split())}.") from None
-
-
-def _check_complete(values: Mapping[str, Any]) -> None:
-    missing = [_BY_NAME[name] for name in _REQUIRED if name not in values]
-    if missing:
-        names = ", ".join(key.name for key in missing)
-        flags = " ".join(f"{key.flag} {key.metavar}" for key in missing)
-        variables = ", ".join(key.variable for key in missing)
-        raise InputError(
-            f"missing: {names}.\nGive them in JOB.toml, as {flags}, or as environment variables: {variables}."
-        )
+        wrong = "lists or tables nested too deep."
+    except ValueError as error:  # Either tomllib's, with line and column, or int's, for a number of too many digits.
+        wrong = f"not TOML: {' '.join(str(error).split())}."
+    raise InputError(f"{path}: {wrong}")

@@ -15,7 +15,7 @@ import pandas as pd
 from gpu_init.artifact.format import INTERACTIONS
 from gpu_init.artifact.staging import Staging
 from gpu_init.backend.interface import Backend
-from gpu_init.config import JobConfig, settings_to_dict
+from gpu_init.config import JobConfig
 from gpu_init.inputs.read import Counts
 from gpu_init.kernels import forced_kernels
 from gpu_init.method.choose import Choice
@@ -23,6 +23,7 @@ from gpu_init.method.kmeans import Clusters
 from gpu_init.method.modality import Modality
 from gpu_init.method.norms import item_norms, norms
 from gpu_init.method.points import sample_sizes
+from gpu_init.settings import settings_to_dict
 from gpu_init.show.progress import Progress
 from gpu_init.tasks import Fitted
 from gpu_init.version import __version__

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from gpu_init import config as job_config
 from gpu_init.errors import InputError
+from gpu_init.settings import SETTING_KEYS
 from gpu_init.torch import Table, init_model_, parse_modalities
 
 
@@ -126,8 +126,7 @@ def adjusted(preset: Preset, changes: Mapping[str, Any]) -> Preset:
     InputError
         A key is none of those, or a value is wrong.
     """
-    setting_fields = {one.name for one in fields(job_config.Settings)}
-    settings = {key.name for key in job_config.KEYS if key.field in setting_fields}
+    settings = {key.name for key in SETTING_KEYS}
     known = _TABLE_FIELDS | {"tables", "width"} | (settings - {"dim"})
     unknown = set(changes) - known
     if unknown:

@@ -24,7 +24,7 @@ from gpu_init import run, tasks
 from gpu_init.api import Memory, job_on_arrays
 from gpu_init.backend.interface import Backend, ranges
 from gpu_init.backend.select import select
-from gpu_init.config import CLUSTER_ON, COLUMNS, POLICIES, JobConfig, Settings, settings_to_dict
+from gpu_init.config import COLUMNS, JobConfig
 from gpu_init.errors import InputError
 from gpu_init.files import storage
 from gpu_init.inputs.axes import ItemAxis
@@ -38,6 +38,7 @@ from gpu_init.method.matrix import Interactions
 from gpu_init.method.modality import Modality
 from gpu_init.method.projection import fit_projection, project
 from gpu_init.method.weighting import weighting
+from gpu_init.settings import CLUSTER_ON, POLICIES, Settings, settings_to_dict
 from gpu_init.show import charts
 from gpu_init.show.progress import Progress
 from gpu_init.site import Data, LocalSite

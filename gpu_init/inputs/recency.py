@@ -11,8 +11,8 @@ from typing import Any
 
 from gpu_init import ids
 from gpu_init.backend.interface import Backend
-from gpu_init.config import half_life
 from gpu_init.errors import InputError
+from gpu_init.settings import half_life
 from gpu_init.where import kind_of, time_counts
 
 _LATEST_SECOND = 1e11  # It is in the year 5138. A larger number counts milliseconds or a smaller unit.

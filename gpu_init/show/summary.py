@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gpu_init.config import BELONGING
+from gpu_init.settings import BELONGING
 
 BARS = 16  # up to this many clusters each has its own bar
 _BAR_WIDTH = 24

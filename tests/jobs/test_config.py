@@ -12,8 +12,10 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_init.config import KEYS, MAX_FILE_BYTES, JobConfig, Settings, add_flags, load, settings_to_dict
+from gpu_init import cli, tune
+from gpu_init.config import KEYS, MAX_FILE_BYTES, JobConfig, add_flags, load
 from gpu_init.errors import InputError
+from gpu_init.settings import Settings, settings_to_dict
 
 LEAST = {"interactions": "r.csv", "features": {"image": "i.npy"}, "out": "o"}
 
@@ -375,6 +377,35 @@ def test_a_byte_order_mark_is_no_error(tmp_path):
     path = tmp_path / "job.toml"
     path.write_bytes(b"\xef\xbb\xbfseed = 5")
     assert load(str(path), {}, LEAST).settings.seed == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "place"),
+    [
+        (["--scheduler=local"], {}, "--scheduler"),
+        ([], {"GPU_INIT_SCHEDULER": "tcp://host:8786"}, "GPU_INIT_SCHEDULER"),
+    ],
+)
+def test_tune_refuses_a_scheduler(tmp_path, monkeypatch, capsys, flags, environ, place):
+    monkeypatch.chdir(tmp_path)
+    path = in_file(tmp_path, tomli_w.dumps(LEAST))
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["tune", path, *flags]) == 2
+    assert capsys.readouterr().err == f"gpu-init: tune runs on one machine; leave {place} out.\n"
+
+
+def test_tune_ignores_the_scheduler_of_a_job_file(tmp_path, monkeypatch, capsys):
+    def tuned(job, *_):
+        raise InputError(f"tuned {job.out}")
+
+    monkeypatch.setattr(tune, "tune", tuned)
+    path = in_file(tmp_path, tomli_w.dumps({**LEAST, "scheduler": "local"}))
+    assert cli.main(["tune", path]) == 2
+    said = capsys.readouterr().err
+    assert said.count("scheduler") == 1
+    assert f"tune runs on one machine; the scheduler in {path} is for run" in said
+    assert f"tuned {tmp_path}/o" in said
 
 
 # Values.

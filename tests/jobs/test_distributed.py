@@ -26,10 +26,10 @@ from gpu_init.artifact.rows import Folder
 from gpu_init.backend.select import select
 from gpu_init.cluster import shuffle, worker
 from gpu_init.cluster import workers as cluster_workers
-from gpu_init.config import Settings
 from gpu_init.errors import ResourceError
 from gpu_init.kernels import Csr
 from gpu_init.parts import Plan, Process, joined
+from gpu_init.settings import Settings
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="needs Dask")
 
@@ -152,6 +152,18 @@ def test_a_job_over_workers_makes_what_one_process_makes(job, cluster, data, tmp
         assert np.allclose(
             [one["norms"]["users"]["mean"], one["scale"]], [other["norms"]["users"]["mean"], other["scale"]]
         )
+
+
+def test_assign_over_workers_makes_the_bytes_of_one_process(cluster, data, tmp_path):
+    flags = ("--weighting=sym", "--lambda=shrink", "--scale=items", "--clusters=5", f"--users={USERS}")
+    assert cli.main(arguments(data, tmp_path / "job", *flags)) == 0
+    job = ["assign", str(tmp_path / "job"), f"--interactions={data}/log", "--where=x_label == 1", f"--users={USERS}"]
+    assert cli.main([*job, f"--out={tmp_path / 'one'}"]) == 0
+    here = ("--memory=500MB", f"--scheduler={cluster.scheduler_address}")
+    assert cli.main([*job, f"--out={tmp_path / 'many'}", *here]) == 0
+    ours, theirs = assert_same(tmp_path / "one", tmp_path / "many")
+    assert ours["files"] == theirs["files"]
+    assert theirs["cluster"]["workers"] == 2
 
 
 def test_parts_join_to_the_same_in_runs_of_any_length():

@@ -15,11 +15,11 @@ import gpu_init
 from gpu_init import config, demo, kernels, tune
 from gpu_init.backend.select import select
 from gpu_init.cli import main
-from gpu_init.config import Settings
 from gpu_init.errors import InputError
 from gpu_init.inputs import interactions as inputs_interactions
 from gpu_init.inputs.read import item_axis_of, read_features
 from gpu_init.kernels import costs
+from gpu_init.settings import CLUSTER_ON, Settings
 from gpu_init.show.progress import Progress
 from gpu_init.site import Data, LocalSite
 
@@ -151,7 +151,7 @@ def test_grid():
     assert len(found) == len(set(found))
     assert {one.dim for one in found} == {None, 40}
     assert {one.clusters for one in found} == {6, 8, 32}
-    assert {one.cluster_on for one in found} == set(config.CLUSTER_ON)
+    assert {one.cluster_on for one in found} == set(CLUSTER_ON)
     assert {one.lam for one in found} == {0.42, *tune.LAMBDAS}
     assert all((one.seed, one.restarts) == (3, 2) for one in found)
     assert sum(one.lam == 1.0 for one in found) == 6

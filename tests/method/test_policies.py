@@ -16,13 +16,13 @@ from gpu_init import tasks
 from gpu_init.api import Memory, job_on_arrays
 from gpu_init.backend.select import select
 from gpu_init.cli import main
-from gpu_init.config import Settings
 from gpu_init.errors import InputError
 from gpu_init.method.lambdas import lambda_statistics
 from gpu_init.method.matrix import from_matrix
 from gpu_init.method.modality import from_array
 from gpu_init.parts import LocalParts
 from gpu_init.run import weigh_local_part
+from gpu_init.settings import Settings
 from tests.method.test_method import catalogue
 from tests.support import oracle
 

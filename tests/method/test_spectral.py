@@ -13,13 +13,13 @@ from gpu_init import tasks
 from gpu_init.artifact import read
 from gpu_init.backend.cpu import CpuBackend
 from gpu_init.cli import main
-from gpu_init.config import Settings
 from gpu_init.errors import InputError, ResourceError
 from gpu_init.method import clusters as method_clusters
 from gpu_init.method import kmeans, spectral, weighting
 from gpu_init.method import points as method_points
 from gpu_init.method.matrix import from_matrix
 from gpu_init.method.modality import from_array
+from gpu_init.settings import Settings
 from tests.conftest import with_threads
 
 DEVICE = CpuBackend("test")

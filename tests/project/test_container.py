@@ -10,6 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from gpu_init import config
+from gpu_init.settings import PREFIX
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -61,7 +62,7 @@ def test_variables_are_keys_of_a_job_or_stand_before_their_use():
     known = {key.variable for key in config.KEYS}
     said = []
     for one in pod(documents()[0])["containers"][0]["env"]:
-        assert one["name"] in known or not one["name"].startswith(config.PREFIX)
+        assert one["name"] in known or not one["name"].startswith(PREFIX)
         assert set(re.findall(r"\$\((\w+)\)", one.get("value", ""))) <= set(said)
         said.append(one["name"])
     for services in map(composed, ("compose.yaml", "cluster.yaml")):

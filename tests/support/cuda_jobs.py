@@ -21,12 +21,12 @@ from gpu_init.api import Memory, job_on_arrays
 from gpu_init.artifact import read as artifact_read
 from gpu_init.backend.select import select
 from gpu_init.cli import main
-from gpu_init.config import Settings
 from gpu_init.errors import InputError
 from gpu_init.inputs import interactions, tables
 from gpu_init.method import kmeans
 from gpu_init.method import matrix as method_matrix
 from gpu_init.method import modality as feature_arrays
+from gpu_init.settings import Settings
 
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3}
 
