@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gpu_init.errors import InputError
 from gpu_init.kernels.csr import Csr
+from gpu_init.kernels.threads import PARTS, PARTS_BYTES
 
 if TYPE_CHECKING:
     from gpu_init.kernels.build import Rows
@@ -23,10 +24,6 @@ __all__ = [
     "kernels_for",
     "prepare",
 ]
-
-
-PARTS = 8  # of the users, whose sums by item are taken side by side on a CPU, into tables of their own
-PARTS_BYTES = 128 << 20  # that these tables may take together: there are fewer parts where tables are large
 
 
 class Kernels(Protocol):

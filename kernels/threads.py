@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
+PARTS = 8  # Sums over users are taken for at most so many ranges of users side by side, each into a table of its own.
+PARTS_BYTES = 128 << 20  # These tables take no more memory together: there are fewer ranges where a table is large.
+
 
 def cores() -> int:
     """Number of threads to use: ``NUMBA_NUM_THREADS``, or the number of cores that this process may run on."""
