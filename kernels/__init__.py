@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gpu_init.errors import InputError
-from gpu_init.kernels.csr import Csr
+from gpu_init.kernels.csr import BlendTerms, Csr
+from gpu_init.kernels.threads import PARTS, PARTS_BYTES
 
 if TYPE_CHECKING:
     from gpu_init.kernels.build import Rows
@@ -19,34 +19,12 @@ __all__ = [
     "BlendTerms",
     "Csr",
     "Kernels",
-    "cache_folder",
     "compile_all",
     "cpu_kernels",
     "forced_kernels",
     "kernels_for",
     "prepare",
 ]
-
-
-PARTS = 8  # A CPU sums by item over so many parts of the users in parallel, each into its own table.
-PARTS_BYTES = 128 << 20  # These tables take at most so many bytes together: large tables mean fewer parts.
-
-
-class BlendTerms(NamedTuple):
-    """What `Kernels.aggregate_blend` mixes with the local part ``A F`` of n users.
-
-    With ``user_labels``, ``G_u`` is the centroid of the user's label. With ``item_labels`` instead, it is the mean of
-    the centroids of the user's items, weighted by the interactions: ``mean_scale_u * sum_i w_ui C[label_i]`` over the
-    items whose label is not negative.
-    """
-
-    lam: Any  # (n,) float64, the share of the local part
-    centroids: Any  # (K, D) float32
-    user_labels: Any  # (n,) int32, or None
-    item_labels: Any  # (I,) int32, or None
-    mean_scale: Any  # (n,) float64, or None where there are no item labels
-    cold: Any  # (D,) the row of a cold user
-    scale: float  # multiplies every row
 
 
 class Kernels(Protocol):
@@ -120,11 +98,6 @@ class Kernels(Protocol):
 
 NUMPY_SECONDS = 5.0
 """The numpy kernels do work that takes them about so long or less, since compiling others may take longer."""
-
-
-def cache_folder() -> Path:
-    """gpu-init's folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")) / "gpu-init"
 
 
 def cpu_kernels(name: str) -> Kernels:

@@ -16,7 +16,7 @@ from typing import Any
 import numba
 from numba import types
 
-from gpu_init.kernels import cache_folder
+from gpu_init.kernels.threads import cache_folder
 
 int32, int64, uint8, uint64 = types.int32, types.int64, types.uint8, types.uint64
 float32, float64 = types.float32, types.float64

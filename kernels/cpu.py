@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
-from gpu_init.kernels import PARTS, PARTS_BYTES, BlendTerms
 from gpu_init.kernels.build import Rows
 from gpu_init.kernels.compiled import float32, float64, int32, int64, kernel, read_only, reads, writes
-from gpu_init.kernels.csr import Csr
+from gpu_init.kernels.csr import BlendTerms, Csr
 from gpu_init.kernels.reference import ReferenceKernels
-from gpu_init.kernels.threads import in_order, one_blas_thread, run
+from gpu_init.kernels.threads import PARTS, PARTS_BYTES, in_order, one_blas_thread, run
 
 _RANGES = 64  # The users are split into at most so many ranges, to spread busy users over the threads.
 _RANGE_VALUES = 1 << 21  # There are fewer ranges if a range would have fewer values than this to sum.

@@ -1,4 +1,4 @@
-"""The three arrays of a sparse matrix by rows."""
+"""What kernels are given: the three arrays of a sparse matrix by rows, and the terms of a blend."""
 
 from __future__ import annotations
 
@@ -20,3 +20,20 @@ class Csr(NamedTuple):
     def rows(self, start: int, stop: int) -> Csr:
         """Users ``start`` to ``stop``, sharing memory."""
         return Csr(self.indptr[start : stop + 1], self.indices, self.weights)
+
+
+class BlendTerms(NamedTuple):
+    """What `Kernels.aggregate_blend` mixes with the local part ``A F`` of n users.
+
+    With ``user_labels``, ``G_u`` is the centroid of the user's label. With ``item_labels`` instead, it is the mean of
+    the centroids of the user's items, weighted by the interactions: ``mean_scale_u * sum_i w_ui C[label_i]`` over the
+    items whose label is not negative.
+    """
+
+    lam: Any  # (n,) float64, the share of the local part
+    centroids: Any  # (K, D) float32
+    user_labels: Any  # (n,) int32, or None
+    item_labels: Any  # (I,) int32, or None
+    mean_scale: Any  # (n,) float64, or None where there are no item labels
+    cold: Any  # (D,) the row of a cold user
+    scale: float  # multiplies every row

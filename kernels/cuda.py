@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_init.errors import InputError, ResourceError
-from gpu_init.kernels import BlendTerms, cache_folder
-from gpu_init.kernels.csr import Csr
+from gpu_init.kernels.csr import BlendTerms, Csr
 from gpu_init.kernels.reference import ReferenceKernels
+from gpu_init.kernels.threads import cache_folder
 
 # These sizes are in the CUDA sources too; the tests compare them.
 WARP = 32  # threads of a warp

@@ -10,8 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from gpu_init.kernels import BlendTerms
-from gpu_init.kernels.csr import Csr
+from gpu_init.kernels.csr import BlendTerms, Csr
 
 _FEWEST_ROWS = 128  # A block of a matrix has at least so many rows: its product with few rows is slow.
 

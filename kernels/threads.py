@@ -8,15 +8,24 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
+
+PARTS = 8  # Sums over users are taken for at most so many ranges of users side by side, each into a table of its own.
+PARTS_BYTES = 128 << 20  # These tables take no more memory together: there are fewer ranges where a table is large.
 
 
 def cores() -> int:
     """Number of threads to use: ``NUMBA_NUM_THREADS``, or the number of cores that this process may run on."""
     given = os.environ.get("NUMBA_NUM_THREADS", "")
     return int(given) if given.isdigit() and int(given) > 0 else len(os.sched_getaffinity(0))
+
+
+def cache_folder() -> Path:
+    """gpu-init's folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")) / "gpu-init"
 
 
 def one_blas_thread() -> contextlib.AbstractContextManager[Any]:
