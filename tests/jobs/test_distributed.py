@@ -82,22 +82,14 @@ def arguments(data, out, *flags, log="log", features=("image.npy", "text.npy")):
 
 
 def assert_same(one, other):
-    """Labels but for a few between two centroids, vectors to rounding."""
-    ours, theirs = gpu_init.load(one), gpu_init.load(other)
+    """The same bytes in all files."""
+    ours, theirs = gpu_init.load(one).manifest, gpu_init.load(other).manifest
     assert read.verify(other) == []
-    for name in ours:
-        assert (ours[name].labels != theirs[name].labels).mean() < 1e-4
-        np.testing.assert_allclose(ours[name].centroids, theirs[name].centroids, atol=1e-5)
-        np.testing.assert_allclose(
-            np.asarray(ours[name].users, np.float32),
-            np.asarray(theirs[name].users, np.float32),
-            atol=1e-5 if ours[name].users.dtype == np.float32 else 1e-2,
-        )
-    for ids in ("user_ids", "item_ids"):
-        mine, other_ids = getattr(ours, ids), getattr(theirs, ids)
-        assert (mine is None) == (other_ids is None)
-        assert mine is None or mine.equals(other_ids)
-    return ours.manifest, theirs.manifest
+    assert {name: file["sha256"] for name, file in ours["files"].items()} == {
+        name: file["sha256"] for name, file in theirs["files"].items()
+    }
+    assert ours["modalities"] == theirs["modalities"]
+    return ours, theirs
 
 
 JOBS = {
@@ -138,20 +130,10 @@ def test_a_job_over_workers_makes_what_one_process_makes(job, cluster, data, tmp
     assert (carried["read interactions"] > 0) == (job != "matrix")  # which this process reads
     for name in theirs["modalities"]:
         assert 0 < carried[f"write {name}"] < 100_000  # workers write: the rows themselves are not carried
-    sums = [
-        [one["interactions"].pop("weight"), *one["interactions"].pop("embedding", {}).get("singular_values", [])]
-        for one in (ours, theirs)
-    ]
-    assert sums[0] == pytest.approx(sums[1], rel=1e-9)
+    weights = [one["interactions"].pop("weight") for one in (ours, theirs)]  # summed part by part, or at once
+    assert weights[0] == pytest.approx(weights[1], rel=1e-9)
     for key in ("users", "items", "interactions"):
         assert ours[key] == theirs[key]
-    for name, one in ours["modalities"].items():
-        other = theirs["modalities"][name]
-        assert one.keys() == other.keys()
-        assert one["kmeans"]["form"] == other["kmeans"]["form"]
-        assert np.allclose(
-            [one["norms"]["users"]["mean"], one["scale"]], [other["norms"]["users"]["mean"], other["scale"]]
-        )
 
 
 def test_assign_over_workers_makes_the_bytes_of_one_process(cluster, data, tmp_path):
