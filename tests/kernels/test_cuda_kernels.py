@@ -301,7 +301,7 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.shim.bounds", str(library)],
         check=False,
-        cwd=shim.HERE.parents[1],
+        cwd=shim.HERE.parents[2],
         env={**os.environ, "LD_PRELOAD": preloaded, "ASAN_OPTIONS": "detect_leaks=0"},
         capture_output=True,
         text=True,
@@ -719,7 +719,7 @@ def test_the_benchmark_says_why_it_measures_nothing(tmp_path):
         pytest.skip("there is a device")
     command = [
         sys.executable,
-        str(shim.HERE.parents[1] / "benchmarks" / "gpu.py"),
+        str(shim.HERE.parents[2] / "benchmarks" / "gpu.py"),
         "--quick",
         "--results",
         str(tmp_path),

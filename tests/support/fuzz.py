@@ -44,6 +44,7 @@ from gpu_init.backend.cpu import CpuBackend
 from gpu_init.errors import InputError, ResourceError
 from gpu_init.inputs import features, interactions, tables
 from gpu_init.method import modality
+from gpu_init.settings import FLAG
 
 USERS, ITEMS, WIDTH = 12, 9, 4
 PROCESS_BYTES = 3 << 30  # that a case may allocate beyond what there was before the first
@@ -492,7 +493,7 @@ def prepare(folder, rng, files, names):
         given |= settings(rng)
     elif kind == "environment":
         environ = {f"GPU_INIT_{key.upper()}": value for key, value in settings(rng).items()}
-    boolean = {key.name for key in config.KEYS if key.is_flag}
+    boolean = {key.name for key in config.KEYS if key.kind is FLAG}
     arguments = [
         f"--{key.replace('_', '-')}" if key in boolean else f"--{key.replace('_', '-')}={value}"
         for key, value in given.items()

@@ -14,7 +14,7 @@ import numpy as np
 from gpu_init.kernels import cuda
 
 HERE = Path(__file__).parent
-KERNELS = HERE.parents[1] / "kernels"
+KERNELS = HERE.parents[2] / "kernels"
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-ffp-contract=off")
 
 _DRIVER = """
