@@ -81,8 +81,8 @@ def global_part(backend: Backend, interactions: Interactions, fit: Blend, part: 
     labels = xp.where(labels < 0, len(fit.centroids), labels).astype(xp.int32)
     weights = None if csr.weights is None else csr.weights[entries]
     by_label = Csr(csr.indptr - entries.start, labels, weights)
-    nowhere = xp.zeros(fit.centroids.shape[1])
-    return backend.kernels.aggregate(by_label, table, fit.weighting.mean_rows[part], known, nowhere)
+    offset = xp.zeros(fit.centroids.shape[1])
+    return backend.kernels.aggregate(by_label, table, fit.weighting.mean_rows[part], known, offset)
 
 
 def rows(backend: Backend, interactions: Interactions, plan: Blend, part: slice, dtype: str, out: Any = None) -> Any:

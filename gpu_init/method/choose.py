@@ -1,4 +1,4 @@
-"""How many clusters: candidates scored on a sample of the rows (design, section 2.4, ``clusters = "auto"``).
+"""How many clusters: candidates are scored on a sample of the rows, where ``clusters = "auto"``.
 
 The rule. K-means runs on a sample for each candidate K. The K of the highest mean silhouette is taken, or, of those
 within its standard error, the one of the highest Calinski-Harabasz index; but the smallest candidate, where the best
@@ -19,7 +19,7 @@ from gpu_init.method import points as method_points
 
 CANDIDATES = (*range(2, 17), 18, 20, 24, 28, 32, 40, 48, 64)
 SAMPLE_ROWS = 2048
-GAIN = 0.1  # of silhouette above a blob's
+GAIN = 0.1  # The best silhouette must be this much above that of the blob.
 _RESTARTS = 4
 _BLOCK_ROWS = 512
 
@@ -69,9 +69,9 @@ def choose(backend: Backend, points: kmeans.Clusterable, seed: int) -> Choice:
     with backend.deterministic():
         rows = points.rows(drawn).astype(xp.float64)
         rows = rows - rows.mean(axis=0)
-        spread = float((rows * rows).sum())
+        total_variance = float((rows * rows).sum())
         candidates = [k for k in CANDIDATES if k < size]
-        if not candidates or spread <= 1e-20 * float((points.offset * points.offset).sum()):
+        if not candidates or total_variance <= 1e-20 * float((points.offset * points.offset).sum()):
             return Choice(1, size, [])
         scored = _scored(backend, rows, candidates, seed)
         best = max(scored, key=lambda one: one["silhouette"])

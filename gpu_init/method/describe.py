@@ -13,11 +13,11 @@ from gpu_init.method.blend import Blend, blend
 from gpu_init.method.matrix import Interactions
 from gpu_init.method.modality import Modality
 
-SAMPLE = 2000  # warm users, and items
-TYPICAL = 8  # items per cluster
-_RANDOM = 16  # items that a user's vector is compared with besides its own
-_TURNS = 20  # of the iteration that finds two directions
-_TABLE_VALUES = 1 << 22
+SAMPLE = 2000  # So many warm users, and as many items, are drawn.
+TYPICAL = 8  # So many items stand for a cluster.
+_RANDOM = 16  # A user's vector is compared with so many random items besides the user's own.
+_ITERATIONS = 20  # The subspace iteration for two directions takes so many steps.
+_TABLE_VALUES = 1 << 22  # Distances of items to centroids are computed so many at a time.
 SAMPLE_COLUMNS = (
     *("lambda", "count", "random_x", "random_y", "local_x", "local_y", "blended_x", "blended_y"),
     *("cosine_own", "cosine_others", "norm"),
@@ -25,7 +25,7 @@ SAMPLE_COLUMNS = (
 
 
 Some = Callable[[Any], tuple[Interactions, Blend]]
-"""From some of the warm users, by their numbers among these (n,) ascending, to their interactions and plan alone."""
+"""Takes the numbers of some warm users (n,) among all warm users, ascending; gives their interactions and blend."""
 
 
 def describe(backend: Backend, modality: Modality, centroids: Any, warm: int, some: Some, seed: int) -> dict[str, Any]:
@@ -43,18 +43,18 @@ def describe(backend: Backend, modality: Modality, centroids: Any, warm: int, so
     items = _drawn(backend, rng, xp.flatnonzero(modality.present))
     with backend.deterministic():
         values = modality.values[items].astype(xp.float64)
-        middle = values.mean(axis=0)
-        plane = _plane(backend, values - middle, rng)
-        item_places = xp.concatenate([(values - middle) @ plane, _lengths(xp, values)[:, None]], axis=1)
+        mean = values.mean(axis=0)
+        plane = _plane(backend, values - mean, rng)
+        item_places = xp.concatenate([(values - mean) @ plane, _lengths(xp, values)[:, None]], axis=1)
         found = {"sample_items": item_places, "typical": typical(backend, modality, centroids)}
         if len(users):
-            found["sample"] = _of_users(backend, *some(users), rng, values, middle, plane)
+            found["sample"] = _of_users(backend, *some(users), rng, values, mean, plane)
     kinds = {"sample": "float32", "sample_items": "float32", "typical": "int32"}
     return {name: backend.to_host(array).astype(kinds[name]) for name, array in found.items()}
 
 
 def _of_users(
-    backend: Backend, own: Interactions, plan: Blend, rng: np.random.Generator, others: Any, middle: Any, plane: Any
+    backend: Backend, own: Interactions, plan: Blend, rng: np.random.Generator, others: Any, mean: Any, plane: Any
 ) -> Any:
     """Rows of ``sample``, (n, 11), for the interactions and the plan of some users, beside some items' rows (m, D)."""
     xp = backend.xp
@@ -63,11 +63,11 @@ def _of_users(
     local = blend(backend, own, replace(plan, lam=1.0), slice(0, n)).astype(xp.float64)
     noise = backend.asarray(rng.standard_normal((n, width)))
     noise *= float(_lengths(xp, blended).mean()) / np.sqrt(width)
-    nowhere = xp.zeros(width)
+    offset = xp.zeros(width)
     values, present = plan.modality.values, plan.modality.present
     lengths = xp.where(present, xp.sqrt(backend.kernels.lengths(values)), 0.0)
     to_unit = xp.where(lengths > 0, 1.0 / xp.where(lengths > 0, lengths, 1.0), 0.0)
-    mine = backend.kernels.aggregate(own.csr, values, plan.weighting.mean_rows, to_unit, nowhere)
+    mine = backend.kernels.aggregate(own.csr, values, plan.weighting.mean_rows, to_unit, offset)
     far = _lengths(xp, others)
     directions = others / xp.where(far > 0, far, 1.0)[:, None]
     theirs = directions[backend.asarray(rng.integers(0, len(others), (n, _RANDOM)))].mean(axis=1)
@@ -75,7 +75,7 @@ def _of_users(
     lam = xp.full(n, plan.lam) if isinstance(plan.lam, float) else plan.lam
     columns = {"lambda": lam, "count": counts}
     for name, rows in (("random", noise), ("local", local), ("blended", blended)):
-        flat = (rows - middle) @ plane
+        flat = (rows - mean) @ plane
         columns |= {f"{name}_x": flat[:, 0], f"{name}_y": flat[:, 1]}
     length = _lengths(xp, blended)
     length = xp.where(length > 0, length, 1.0)
@@ -89,12 +89,12 @@ def typical(backend: Backend, modality: Modality, centroids: Any) -> Any:
     """Items nearest to each centroid, (K, `TYPICAL`) int64, the nearest first; -1 where there are not so many."""
     xp = backend.xp
     clusters, width = centroids.shape
-    nowhere, points = xp.zeros(width), centroids.astype(xp.float64)
+    offset, points = xp.zeros(width), centroids.astype(xp.float64)
     distances = xp.full((clusters, TYPICAL), xp.inf)
     found = xp.full((clusters, TYPICAL), -1, xp.int64)
     for part in ranges(len(modality.values), max(1024, _TABLE_VALUES // clusters)):
         rows = modality.values[part]
-        away = backend.kernels.lengths(rows) - 2.0 * backend.kernels.products(rows, nowhere, points).T
+        away = backend.kernels.lengths(rows) - 2.0 * backend.kernels.products(rows, offset, points).T
         away = xp.concatenate([distances, xp.where(modality.present[part], away, xp.inf)], axis=1)
         numbers = xp.broadcast_to(xp.arange(part.start, part.stop), (clusters, len(rows)))
         numbers = xp.concatenate([found, numbers], axis=1)
@@ -120,7 +120,7 @@ def _plane(backend: Backend, centred: Any, rng: np.random.Generator) -> Any:
     xp = backend.xp
     width = centred.shape[1]
     basis = backend.asarray(rng.standard_normal((width, min(4, width))))
-    for _ in range(_TURNS):
+    for _ in range(_ITERATIONS):
         basis, _ = xp.linalg.qr(centred.T @ (centred @ basis))
     variances, turned = xp.linalg.eigh(basis.T @ (centred.T @ (centred @ basis)))
     basis = (basis @ turned)[:, xp.argsort(-variances)[:2]]

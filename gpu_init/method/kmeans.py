@@ -1,6 +1,6 @@
 """K-means on rows that are there, that are made tile by tile, or that never are.
 
-K-means++ seeding and Lloyd's passes, section 2.4 of the design. The three forms of `Points` differ in how they assign
+K-means++ seeding and Lloyd's passes. The three forms of `Points` differ in how they assign
 rows to centroids and sum clusters; what drives them is one: K-means on a sample, then passes over all rows until one of
 them lowers the inertia by little. An initial vector needs no more than that.
 """
@@ -15,9 +15,9 @@ import numpy as np
 from gpu_init.backend.interface import Backend, ranges
 from gpu_init.method.points import TILE_ROWS, Dense, Sample, Step, sample_sizes
 
-MOST_PASSES = 300  # over a sample, or over all rows, as scikit-learn's default
+MOST_PASSES = 300  # There are no more passes over a sample, or over all rows; scikit-learn's default.
 
-TOLERANCE = 1e-3  # share of the inertia: a pass over all rows that lowers it by less is the last
+TOLERANCE = 1e-3  # A pass over all rows that lowers the inertia by less than this share of it is the last.
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,9 @@ def lloyd(
 
 
 class Clusterable(Protocol):
-    """What K-means asks of some rows, wherever they are; `Points` are those of this process, and say what is meant.
+    """Rows that K-means clusters, wherever they are; `Points` is its form in one process, and says more.
 
-    Centroids are numpy's: they are small.
+    Centroids are numpy arrays, since they are small.
     """
 
     form: str
@@ -181,16 +181,16 @@ class Clusterable(Protocol):
 
     @property
     def offset(self) -> Any:
-        """See `Points.offset`."""
+        """A point amid the rows, (D,) float64."""
 
     def rows(self, index: Any) -> Any:
-        """See `Points.rows`."""
+        """Return some of the rows less the offset, (len(index), D)."""
 
     def step(self, centroids: Any) -> Step:
-        """See `Points.step`."""
+        """Assign every row to its nearest centroid, the first of equals."""
 
     def far(self, centroids: Any, count: int) -> tuple[Any, Any]:
-        """See `Points.far`."""
+        """Return the rows farthest from their centroids, the farthest first, and their squared distances."""
 
 
 def _means(offset: Any, centroids: Any, sums: Any, counts: Any) -> Any:

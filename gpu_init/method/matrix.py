@@ -12,9 +12,9 @@ from gpu_init.backend.interface import Backend, ranges
 from gpu_init.errors import InputError
 from gpu_init.kernels import Csr
 
-_SUM_USERS = 1 << 16
-_ENTRIES = 1 << 20  # of a matrix, put into R at a time
-ROW_BYTES = 48  # of memory for each row of R: where it starts, degrees, scales, label
+_SUM_USERS = 1 << 16  # Sums over users are taken in ranges of so many, in order.
+_ENTRIES = 1 << 20  # So many entries of a matrix are put into R at a time.
+ROW_BYTES = 48  # Each row of R takes so many bytes: its start, degrees, scales and label.
 
 
 @dataclass(frozen=True)

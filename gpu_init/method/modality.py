@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     pass
 
 
-LARGEST = 1e15  # squared distances of larger values, summed over many columns, would overflow float32
-SMALLEST = 1e-30  # below, squares are lost in float32
-_CHECK_VALUES = 1 << 20  # looked at together, about a cache full
-_BLOCK_ROWS = 2048  # of float64 at a time; fixed, so that sums do not depend on memory
+LARGEST = 1e15  # Squared distances of larger values, summed over many columns, would overflow float32.
+SMALLEST = 1e-30  # The squares of smaller values are 0 in float32.
+_CHECK_VALUES = 1 << 20  # So many values are checked at a time; they fit in a processor's cache.
+_BLOCK_ROWS = 2048  # So many rows are float64 at a time; a fixed number, so that sums do not depend on memory.
 _BFLOAT16 = np.dtype("V2")  # numpy has no such type and stores its two bytes
 _WANTED = "float16, bfloat16, float32 or float64 are wanted"
 

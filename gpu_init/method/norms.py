@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from gpu_init.backend.interface import Backend, ranges
 from gpu_init.method.modality import Modality
 
-NORM_ROWS = 4096  # norms are summed over ranges of so many rows, in order, whatever the size of a block
+NORM_ROWS = 4096  # Norms are summed over ranges of so many rows, in order, whatever the size of a block.
 
 
 def item_norms(backend: Backend, modality: Modality) -> dict[str, float]:

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 from gpu_init.backend.interface import Backend, ranges
 from gpu_init.kernels import PARTS, PARTS_BYTES, Csr
 
-BLOCK_ROWS = 4096  # fixed, so that sums run in one order whatever the memory or the number of threads
-TILE_ROWS = 4 * BLOCK_ROWS  # rows that the tiled form makes at a time, fewer where they are long
-TILE_BYTES = 64 << 20  # of these rows in float64
-LOOK_ROWS = 64 * TILE_ROWS  # rows that the factored form assigns at a time: their scores are not kept
-SAMPLE_ROWS = 8192  # of the first sample, or 256 for each cluster where that is more
-SAMPLE_BYTES = 16 << 20  # of the rows of the second sample, float32
-ROW_BYTES = 32  # that are kept of each row: its number, squared norm, label
-LOOK_BYTES = 64  # that are kept of each row while it is assigned
-KMEANS_BYTES = 1 << 30  # that K-means may take beside the interactions, the features and what it keeps of each user
-MATRIX_ROWS = 16 * TILE_ROWS  # of the users' means made at a time, where they are made
+BLOCK_ROWS = 4096  # A fixed number, so that sums run in one order for any memory and any number of threads.
+TILE_ROWS = 4 * BLOCK_ROWS  # The tiled form makes at most so many rows at a time,
+TILE_BYTES = 64 << 20  # and no more than so many bytes of them in float64.
+LOOK_ROWS = 64 * TILE_ROWS  # The factored form assigns so many rows at a time.
+SAMPLE_ROWS = 8192  # The first sample has so many rows, or 256 for each cluster where that is more.
+SAMPLE_BYTES = 16 << 20  # The rows of the second sample take so many bytes in float32.
+ROW_BYTES = 32  # K-means keeps so many bytes for each row: its number, squared norm and label,
+LOOK_BYTES = 64  # and so many more while the row is assigned.
+KMEANS_BYTES = 1 << 30  # K-means may take so much memory beside the data and what it keeps of each user.
+MATRIX_ROWS = 16 * TILE_ROWS  # Where the matrix of the users' means is made, it is made so many rows at a time.
 
 
 def sample_size(clusters: int) -> int:
@@ -210,7 +210,7 @@ class Dense(Points):
         return xp.maximum(lengths - 2.0 * products, 0.0)
 
     def assigned(self, centroids: Any) -> Iterator[tuple[slice, Any, Any, Any]]:
-        """See `Points.assigned`: block by block, each in a thread of its own."""
+        """Block by block, each in a thread of its own."""
         table, lengths = self.centred(centroids)
         kernels = self.backend.kernels
 
@@ -281,7 +281,7 @@ class Tiled(Points):
 
     @cached_property
     def squared_norms(self) -> Any:
-        """See `Points.squared_norms`: one pass over the interactions."""
+        """One pass over the interactions."""
         if self._given_norms is not None:
             return self._given_norms
         scales = (self._row_scale, self._item_scale)
@@ -301,12 +301,12 @@ class Tiled(Points):
         return self.backend.kernels.aggregate(chosen, self._features, *scales, self.offset)
 
     def assigned(self, centroids: Any) -> Iterator[tuple[slice, Any, Any, Any]]:
-        """See `Points.assigned`: rows are made, used, and forgotten."""
+        """Rows are made, used, and forgotten."""
         xp, kernels = self.backend.xp, self.backend.kernels
         table, lengths = self.centred(centroids)
-        nowhere = xp.zeros(len(self.offset))
+        origin = xp.zeros(len(self.offset))
         for part, rows in self._tiles():
-            labels, least = kernels.nearest(kernels.products(rows, nowhere, table), lengths)
+            labels, least = kernels.nearest(kernels.products(rows, origin, table), lengths)
             yield part, xp.where(self._row_scale[part] == 0, -1, labels), least, rows
 
     def sums(self, labels: Any, clusters: int) -> Any:
@@ -341,7 +341,7 @@ class Factored(Tiled):
     form = "factored"
 
     def assigned(self, centroids: Any) -> Iterator[tuple[slice, Any, Any, Any]]:
-        """See `Points.assigned`: the products of all items with the centroids are taken once."""
+        """The products of all items with the centroids are taken once."""
         table, lengths = self.centred(centroids)
         products, kernels = self.item_products(table), self.backend.kernels
         for part in ranges(self._labelled, LOOK_ROWS):

@@ -37,7 +37,7 @@ class Projection:
 
 
 def fit_projection(backend: Backend, modality: Modality, dim: int, whiten: bool) -> Projection:
-    """Principal components of every item that has the modality (section 2.2).
+    """Find the principal components of all items that have the modality.
 
     Eigenvectors of the covariance (float64, ddof 1), by falling eigenvalue, each with its largest loading
     positive (the first such on ties). Eigenvalues below 1e-10 of the largest are dropped, which bounds ``dim``.

@@ -1,4 +1,4 @@
-"""Users by what they did: the spectral embedding of the interactions (section 2.4, ``cluster_on = "interactions"``).
+"""Users by what they did: the spectral embedding of the interactions, for ``cluster_on = "interactions"``.
 
 A user's row is that of ``E = S V``, divided by its length: ``S = D_U^-1/2 R D_I^-1/2`` and V its leading right singular
 vectors (Dhillon, KDD 2001: bipartite spectral graph partitioning; rows of length 1: Ng, Jordan and Weiss, NIPS 2001).
@@ -23,16 +23,16 @@ from gpu_init.method import points as method_points
 from gpu_init.method.matrix import Interactions, power
 
 RANK = 64  # The default number of dimensions that users are placed in by what they did.
-TOLERANCE = 1e-6  # of the residual of each direction, where singular values are at most 1
-MOST_PRODUCTS = 200  # by S^T S, of a block each
-WORK = 1 << 31  # multiplications that may go into them, but for the first `LEAST_PRODUCTS`
+TOLERANCE = 1e-6  # A direction is found when its residual is below this; singular values are at most 1.
+MOST_PRODUCTS = 200  # There are at most so many products of S^T S with a block of vectors,
+WORK = 1 << 31  # and of at most so many multiplications, except for the first `LEAST_PRODUCTS`.
 LEAST_PRODUCTS = 12
-_BLOCK = 16  # vectors
+_BLOCK = 16  # Lanczos multiplies so many vectors at a time.
 _RANGE_USERS = 1 << 20
 _GRAPH_USERS = 1 << 16
-_ROWS = 1 << 11  # of dense products at a time
-_LITTLE = 1e-5  # length of what is left of a vector of length 1, of which rounding is a part that matters
-_NOTHING = 1e-10  # that is nothing but rounding
+_ROWS = 1 << 11  # Dense products take so many rows at a time.
+_LITTLE = 1e-5  # A unit vector of which only this length is left after orthogonalization is partly rounding error,
+_NOTHING = 1e-10  # and one of which only this is left, nothing else.
 
 Product = Callable[[Any], Any]
 """From a table (I, b) float64 to ``S^T S`` times it."""
@@ -40,7 +40,7 @@ Product = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Embedding:
-    """What places users by their interactions.
+    """The directions that place users by their interactions.
 
     Attributes
     ----------
@@ -92,22 +92,18 @@ class Whole:
         self._user_factors: Any = None
 
     def item_sums(self) -> Any:
-        """See `Graph.item_sums`."""
         return self._interactions.item_sums(self._backend)
 
     def large(self, most: int) -> NDArray[np.bool_]:
-        """See `Graph.large`."""
         return large_components(self._backend, self._interactions, most)
 
     def keep(self, kept: Any) -> int:
-        """See `Graph.keep`."""
         xp = self._backend.xp
         degrees = self._interactions.user_degrees(self._backend, kept.astype(xp.float64))
         self._user_factors = power(xp, degrees, -1.0)
         return int((degrees > 0).sum())
 
     def product(self, table: Any) -> Any:
-        """See `Graph.product`."""
         csr, sums = self._interactions.csr, self._backend.xp.zeros(table.shape)
         for part in ranges(self._interactions.users, _RANGE_USERS):
             self._backend.kernels.gram(csr.rows(part.start, part.stop), table, self._user_factors[part], sums)
@@ -176,10 +172,10 @@ def points(
     A user's degree is no part of it: it would only lengthen the row.
     """
     xp = backend.xp
-    nowhere = xp.zeros(items.shape[1])
+    offset = xp.zeros(items.shape[1])
     ones = xp.ones(interactions.users)
-    squares = backend.kernels.squared_norms(interactions.csr, items, ones, item_factors, nowhere)
-    return kind(backend, interactions.csr, items, power(xp, squares, -0.5), item_factors, nowhere, ones)
+    squares = backend.kernels.squared_norms(interactions.csr, items, ones, item_factors, offset)
+    return kind(backend, interactions.csr, items, power(xp, squares, -0.5), item_factors, offset, ones)
 
 
 def large_components(backend: Backend, interactions: Interactions, most: int) -> NDArray[np.bool_]:
@@ -289,8 +285,8 @@ def _lanczos(
         rest = product(fresh)
         products += 1
         first = size - 2 * _BLOCK if size > begun + _BLOCK else 0  # but for rounding, it is orthogonal to those before
-        projected[first:size, block] = _rid(backend, basis[:, first:size], rest)
-        projected[:size, block] += _rid(backend, basis[:, :size], rest)
+        projected[first:size, block] = orthogonalize(backend, basis[:, first:size], rest)
+        projected[:size, block] += orthogonalize(backend, basis[:, :size], rest)
         fresh, coupling = xp.linalg.qr(rest)
         values, vectors = xp.linalg.eigh(projected[:size, :size], UPLO="U")
         values, vectors = values[::-1], vectors[:, ::-1]
@@ -303,9 +299,11 @@ def _lanczos(
         if bool((left <= _LITTLE).any()):
             noise = backend.asarray(rng.standard_normal(fresh.shape))
             noise = xp.where(inside[:, None], noise, 0.0)
-            fresh = xp.where(left <= _NOTHING, noise, fresh)  # it has no more to say: random vectors stand in
+            fresh = xp.where(
+                left <= _NOTHING, noise, fresh
+            )  # random vectors take the place of what is only rounding error
             for _ in range(2):
-                _rid(backend, basis[:, :size], fresh)
+                orthogonalize(backend, basis[:, :size], fresh)
             fresh, _ = xp.linalg.qr(fresh)
         if size + _BLOCK > most:
             basis[:, :kept] = _times(backend, basis[:, :size], vectors[:, :kept])
@@ -313,7 +311,7 @@ def _lanczos(
             size = begun = kept
 
 
-def _rid(backend: Backend, basis: Any, block: Any) -> Any:
+def orthogonalize(backend: Backend, basis: Any, block: Any) -> Any:
     """Take out of a block (I, b) what lies in the space of a basis (I, n), and give that part's coordinates (n, b)."""
     inner = _inner(backend, basis, block)
     block -= _times(backend, basis, inner)

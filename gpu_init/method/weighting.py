@@ -12,7 +12,7 @@ from gpu_init.method.matrix import Interactions, power
 def weighting(
     backend: Backend, interactions: Interactions, present: Any, kind: str, item_factors: Any = None
 ) -> Weighting:
-    """Sections 2.1, 2.3 and 2.8: degrees over the items that have the modality, and A from them.
+    """Degrees over the items that have the modality, and the operator A from them.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def weighting(
 class Weighting:
     """Row and item factors of the sparse operators of one modality, all float64.
 
-    ``local = diag(local_rows) R diag(local_items)`` is A of section 2.3, ``means = diag(mean_rows) R
+    ``local = diag(local_rows) R diag(local_items)`` is A, which makes the local part, ``means = diag(mean_rows) R
     diag(present)`` the interaction-weighted means D_U^-1 R. A row factor of 0 marks a cold user.
     """
 
