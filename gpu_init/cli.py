@@ -1,4 +1,4 @@
-"""The command line: words in, words out."""
+"""The command line: it parses arguments, calls the library and prints results and errors."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from gpu_init.errors import GpuInitError, InputError, ResourceError, Stopped
 from gpu_init.show.progress import Progress
 from gpu_init.version import __version__
 
-GRACE_SECONDS = 3.0  # that a signal leaves a native call, or whatever else is under way, to end by itself
+GRACE_SECONDS = 3.0  # After a signal, a call that is under way has this long to end by itself.
 
 
 class _Errors:
-    """How errors are told: as the settings say, as far as they are known yet."""
+    """The format in which errors are printed: that of the settings, as far as they have been read."""
 
     log_format = "auto"
 
 
 def program() -> NoReturn:
-    """The process: a command, and its exit code."""
-    for one in (signal.SIGTERM, signal.SIGINT):  # before the job's own handlers are there, and after
+    """Run the command of this process and exit with its code."""
+    for one in (signal.SIGTERM, signal.SIGINT):  # These hold before and after the handlers of `_Signals`.
         signal.signal(one, _end)
     ctypes.CDLL(None).signal(signal.SIGBUS, _cut_short)
     code = main()
-    if code > 128:  # the signal may have broken off what a thread waits for, such as an import: don't join threads
+    if code > 128:  # A thread may wait for an import that the signal interrupted: do not join threads.
         with suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(code)
@@ -47,12 +47,12 @@ def _end(signum: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)  # type: ignore[untyped-decorator]
 def _cut_short(signum: int) -> None:  # noqa: ARG001
-    """Called by the system, and not by Python, which would go on with the very access that failed."""
+    """End the process at once: a Python handler would return to the memory access that failed, and repeat it."""
     os._exit(_complain(InputError("an input became shorter while it was read; run again when it is complete.")))
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that says what is wrong on one line, and takes flags by their full names only."""
+    """An argument parser that raises `InputError`, and accepts flags by their full names only."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -75,10 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _Errors.log_format = config.log_format(None, os.environ, _flags(given))
         with _Signals() as given.signals:
             code: int = given.command(given)
-            if sys.stdout is not None:  # as it is where the process has none
+            if sys.stdout is not None:  # It is None where the process has no standard output.
                 sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # The reader of our output has closed it.
         _mute()
         return 128 + signal.SIGPIPE
     except OSError as error:
@@ -91,13 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _mute() -> None:
-    """Let what is still to be printed go nowhere, so that Python's own last flush does not fail as well."""
+    """Redirect standard output to /dev/null, so that Python's flush at exit does not fail as well."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(error: MemoryError | GpuInitError | Stopped, progress: Progress | None = None) -> int:
-    """Tell why the program ends, as a line of the log where that is JSON or given, and give the exit code."""
+    """Print why the program ends, through `progress` or as JSON where that is the format; return the exit code."""
     if isinstance(error, MemoryError):
         error = ResourceError(f"not enough memory: {error or 'an allocation failed'}.")
     if _Errors.log_format == "json":
@@ -109,7 +109,7 @@ def _complain(error: MemoryError | GpuInitError | Stopped, progress: Progress | 
             "".join(letter if letter.isprintable() else "?" for letter in line[:1500])
             for line in str(error).split("\n")
         ]
-        with suppress(OSError, ValueError):  # nobody listens
+        with suppress(OSError, ValueError):  # Standard error is closed.
             print("gpu-init:", "\n".join(lines), file=sys.stderr, flush=True)
     return error.exit_code
 
@@ -117,19 +117,21 @@ def _complain(error: MemoryError | GpuInitError | Stopped, progress: Progress | 
 class _Signals:
     """SIGTERM and SIGINT end the job as an exception, so that everything opened is closed.
 
-    Python raises it once the main thread is back from native code, and again after a destructor or a callback, which
-    lets no exception through. Where that takes longer than `GRACE_SECONDS`, a watching thread ends the process: what
-    is written can be resumed, as after a kill.
+    Python raises the exception when the main thread returns from native code. A destructor or a callback swallows
+    exceptions, so the signal is sent again after it. Where the job does not end within `GRACE_SECONDS`, a watching
+    thread ends the process; the job can be resumed from the files on disk, as after a kill.
     """
 
     def __init__(self) -> None:
-        self.progress: Progress | None = None  # where the job's log is kept
+        self.progress: Progress | None = None  # The progress of the job, once it has one.
         self._ended = Event()
         self._told, self._tell = os.pipe()
 
     def __enter__(self) -> _Signals:
         os.set_blocking(self._tell, False)
-        self._fd_before = signal.set_wakeup_fd(self._tell, warn_on_full_buffer=False)  # written to as a signal comes
+        self._fd_before = signal.set_wakeup_fd(
+            self._tell, warn_on_full_buffer=False
+        )  # Python writes to it when a signal arrives.
         self._before = {one: signal.signal(one, self._stop) for one in (signal.SIGTERM, signal.SIGINT)}
         self._hook_before, sys.unraisablehook = sys.unraisablehook, self._swallowed
         Thread(target=self._watch, daemon=True).start()
@@ -144,7 +146,7 @@ class _Signals:
         os.close(self._tell)
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        for one in self._before:  # once is enough: a second one would break off the closing
+        for one in self._before:  # A second signal would interrupt the cleanup.
             signal.signal(one, signal.SIG_IGN)
         raise Stopped(signum)
 
@@ -154,7 +156,9 @@ class _Signals:
             return
         signum = what.exc_value.exit_code - 128
         signal.signal(signum, self._stop)
-        Timer(0.01, os.kill, (os.getpid(), signum)).start()  # not at once, or it were raised in here
+        Timer(
+            0.01, os.kill, (os.getpid(), signum)
+        ).start()  # Sent at once, it would be raised in this hook and swallowed.
 
     def _watch(self) -> None:
         with os.fdopen(self._told, "rb", buffering=0) as told:
@@ -271,7 +275,7 @@ def _tune(given: argparse.Namespace) -> int:
 
 
 def _load(given: argparse.Namespace) -> config.JobConfig:
-    """Read the job that a command names; what is wrong with it is told as the job's own file asks."""
+    """Read the job that a command names; its errors are printed in the log format that the job file sets."""
     try:
         job = config.load(given.job, os.environ, _flags(given))
     except InputError:
@@ -282,12 +286,12 @@ def _load(given: argparse.Namespace) -> config.JobConfig:
 
 
 def _flags(given: argparse.Namespace) -> dict[str, Any]:
-    """Keys that stand on the command line."""
+    """Return the settings given on the command line."""
     return {key: value for key, value in vars(given).items() if key in config.NAMES}
 
 
 def _make(given: argparse.Namespace, job: config.JobConfig, make: Callable[[Progress], str]) -> int:
-    """Make an artifact, told as the job has it, and show its summary."""
+    """Make an artifact, report progress in the job's log format, and print the summary."""
     with Progress(job.log_format) as progress:
         given.signals.progress = progress
         path = make(progress)

@@ -1,6 +1,6 @@
-"""What a run tells its user: a bar on a terminal, one line per step elsewhere, or JSON lines for machines.
+"""Progress of a run: a bar on a terminal, one line per step elsewhere, or JSON lines for machines.
 
-Telling is never worth a job: a stream that is closed, full or gone is written to no more, and the job goes on.
+A stream that is closed, full or gone never ends a job: the output is lost, and the job continues.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 class Step:
-    """One step of a run while it runs; `Progress.step` makes it.
+    """One step of a run, made by `Progress.step`.
 
     Attributes
     ----------
     done : int
         Units done so far.
     notes : dict
-        What the step found, such as ``{"users": 9308}``.
+        Results of the step, such as ``{"users": 9308}``.
     costs : dict
-        What it took beside time and memory, such as ``{"carried_bytes": 98304}``.
+        Costs of the step other than time and memory, such as ``{"carried_bytes": 98304}``.
     """
 
     def __init__(self, name: str, total: int | None, unit: str, view: _View) -> None:
@@ -46,35 +46,35 @@ class Step:
         self._view = view
 
     def advance(self, count: int = 1) -> None:
-        """Say that so many more units are done."""
+        """Add `count` to the units that are done."""
         self.done += int(count)
         self._view.advanced(self)
 
     def note(self, **notes: Any) -> None:
-        """Keep what the step found, for the line that ends it; JSON's types and numpy's numbers."""
+        """Store results for the line that ends the step; values are JSON types or numpy numbers."""
         self.notes.update({key: _plain(value) for key, value in notes.items()})
 
     def cost(self, **costs: float) -> None:
-        """Keep what the step took, for the line that ends it and for `Progress.timings`."""
+        """Store costs for the line that ends the step and for `Progress.timings`."""
         self.costs.update(costs)
         self.note(**costs)
 
 
 class Progress:
-    """Tell what a run does, and measure its steps.
+    """Report what a run does, and measure its steps.
 
     Parameters
     ----------
     log_format : {"auto", "text", "json"} or None
-        ``auto``: a bar on a terminal, else text, one line per step. None: say nothing.
+        ``auto``: a bar on a terminal, else text, one line per step. None: no output.
     stream : text file, optional
-        Where to; by default standard error.
+        Output stream; by default standard error.
 
     Attributes
     ----------
     timings : list of dict
-        ``step``, ``seconds``, its other costs and, where the system tells, ``memory_bytes`` that the process had at
-        the end, of every step that came to its end, in that order.
+        One entry for each finished step, in order of finishing: ``step``, ``seconds``, ``memory_bytes`` (resident
+        memory of the process at the end, where the system reports it) and the step's other costs.
 
     Examples
     --------
@@ -97,21 +97,21 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        """Leave a terminal as it was found."""
+        """Stop the bar and show the cursor again."""
         self._view.close()
 
     @contextmanager
     def step(self, name: str, total: int | None = None, unit: str = "") -> Iterator[Step]:
-        """Show a step while the block runs; a block left by an exception is shown as failed, or stopped.
+        """Show a step while the block runs; after an exception it is shown as failed or stopped.
 
         Parameters
         ----------
         name : str
-            Such as "cluster image".
+            Name of the step, such as "cluster image".
         total : int, optional
-            Units there are, where that is known.
+            Number of units, where it is known.
         unit : str, optional
-            What `Step.advance` counts, in the singular.
+            Noun for what `Step.advance` counts, in the singular.
         """
         step = Step(name, total, unit, self._view)
         self._view.started(step)
@@ -130,15 +130,15 @@ class Progress:
             self._view.ended(step, outcome, seconds)
 
     def say(self, line: str) -> None:
-        """Tell the user one line."""
+        """Print one line."""
         self._view.message("message", line)
 
     def warn(self, line: str) -> None:
-        """Tell the user, on one line, what may be wrong."""
+        """Print a warning on one line."""
         self._view.message("warning", line)
 
     def error(self, line: str) -> None:
-        """Tell the user, on one line, why the job ends."""
+        """Print on one line the error that ends the job."""
         self._view.message("error", line)
 
 
@@ -146,9 +146,6 @@ def _resident() -> dict[str, int]:
     with suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as counts:
         return {"memory_bytes": int(counts.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")}
     return {}
-
-
-# Views.
 
 
 class _View(Protocol):
@@ -160,7 +157,7 @@ class _View(Protocol):
 
 
 def _view(log_format: str | None, stream: IO[str] | None) -> _View:
-    if log_format is None or stream is None:  # Python has no standard error where the process has none
+    if log_format is None or stream is None:  # sys.stderr is None where the process has no standard error.
         return _Quiet()
     if log_format == "json":
         return _Json(stream)
@@ -177,7 +174,7 @@ def _is_terminal(stream: IO[str]) -> bool:
 
 
 class _Quiet:
-    """Says nothing; the others override what they tell."""
+    """A view without output; the other views override what they show."""
 
     def started(self, step: Step) -> None:
         pass
@@ -213,7 +210,12 @@ class _Text(_Quiet):
             self.stream.flush()
 
 
-_LEVELS = {"warning": "warning", "step_stopped": "warning", "step_failed": "error", "error": "error"}  # else info
+_LEVELS = {
+    "warning": "warning",
+    "step_stopped": "warning",
+    "step_failed": "error",
+    "error": "error",
+}  # All other events have level info.
 
 
 class _Json(_Quiet):
@@ -242,7 +244,7 @@ class _Json(_Quiet):
 
 
 class _Bar(_Text):
-    """A bar while a step runs; the line of `_Text` stays when it ended."""
+    """A bar while a step runs; when it has ended, the line of `_Text` remains."""
 
     def __init__(self, stream: IO[str]) -> None:
         import rich.console
@@ -291,7 +293,7 @@ class _Bar(_Text):
 
 
 class _Unbreakable(io.TextIOBase):
-    """A stream whose failures are nobody's concern; rich ends the process when its stream is gone."""
+    """A stream that ignores write errors; rich would end the process when its stream is gone."""
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
@@ -314,9 +316,6 @@ class _Unbreakable(io.TextIOBase):
     @property
     def encoding(self) -> str:  # type: ignore[override]
         return getattr(self.stream, "encoding", None) or "utf-8"
-
-
-# Words.
 
 
 def _summary(step: Step, outcome: str, seconds: float) -> str:
