@@ -15,7 +15,7 @@ import pytest
 from gpu_init.artifact import publish, rows
 from gpu_init.artifact.objects import open_staging
 from gpu_init.files import storage
-from tests.artifact.test_artifact import IDENTITY, contents, run, whole, work
+from tests.support.small_runs import IDENTITY, contents, run, whole, work
 
 REAL = {
     name: getattr(os, name) for name in ("open", "write", "pwrite", "fsync", "fdatasync", "replace", "rename", "mkdir")

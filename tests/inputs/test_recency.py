@@ -13,7 +13,7 @@ import pytest
 import gpu_init
 from gpu_init.cli import main
 from gpu_init.errors import InputError
-from tests.inputs.test_interactions import frame, matrix, take, write
+from tests.support.interactions import frame, matrix, take, write
 
 DAY = 86_400
 START = 1_700_000_000  # 2023-11-14 22:13:20 UTC

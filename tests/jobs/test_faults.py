@@ -19,10 +19,10 @@ from gpu_init import cli, memory
 from gpu_init.artifact import read, rows, staging
 from gpu_init.errors import InputError, ResourceError
 from gpu_init.files import storage
-from tests.artifact.test_artifact import contents, fail_after
-from tests.artifact.test_artifact import run as write
-from tests.jobs.test_cli import Job, check_refusal
 from tests.support import faults
+from tests.support.jobs import Job, check_refusal
+from tests.support.small_runs import contents, fail_after
+from tests.support.small_runs import run as write
 
 ROOT = Path(__file__).parents[2]
 

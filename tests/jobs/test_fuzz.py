@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpu_init import config
-from tests.support import fuzz
+from tests.support import fuzz, spoilt
 
 MANY = settings(max_examples=1000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-READ = sorted(name for name in fuzz.corpus() if not name.startswith("artifact/"))
+READ = sorted(name for name in spoilt.corpus() if not name.startswith("artifact/"))
 
-payloads = st.sampled_from(fuzz.NUMBERS + fuzz.PIECES) | st.binary(max_size=40)
+payloads = st.sampled_from(spoilt.NUMBERS + spoilt.PIECES) | st.binary(max_size=40)
 kinds = st.sampled_from(["flip", "set", "insert", "remove", "repeat", "cut"])
 changes = st.lists(st.tuples(kinds, st.integers(0, 1 << 30), payloads, st.integers(1, 64)), min_size=1, max_size=4)
 
@@ -31,7 +31,7 @@ def bench(tmp_path_factory):
 @given(name=st.sampled_from(READ), changed=changes, option=st.integers(0, 15))
 @MANY
 def test_spoilt_files_are_read_or_refused(bench, name, changed, option):
-    fuzz.outcome(lambda: bench.read(name, fuzz.spoilt(bench.files[name], changed), option))
+    fuzz.outcome(lambda: bench.read(name, spoilt.spoilt(bench.files[name], changed), option))
 
 
 @pytest.mark.parametrize("name", READ)
@@ -57,14 +57,14 @@ def test_every_byte_of_an_artifact_with_a_flipped_bit_is_caught(bench):
             assert fuzz.outcome(lambda name=name, data=bytes(flipped): bench.read(name, data)) == "InputError"
 
 
-@given(text=st.lists(st.sampled_from(fuzz.WORDS) | st.text(max_size=5), max_size=12).map(" ".join) | st.text())
+@given(text=st.lists(st.sampled_from(spoilt.WORDS) | st.text(max_size=5), max_size=12).map(" ".join) | st.text())
 @MANY
 def test_any_condition_is_taken_or_refused(bench, text):
     fuzz.outcome(lambda: bench.rows(text))
 
 
-values = st.sampled_from(fuzz.VALUES) | st.text(max_size=20)
-toml_values = st.sampled_from(fuzz.TOML_VALUES) | st.integers().map(str) | st.floats().map(str)
+values = st.sampled_from(spoilt.VALUES) | st.text(max_size=20)
+toml_values = st.sampled_from(spoilt.TOML_VALUES) | st.integers().map(str) | st.floats().map(str)
 names = st.sampled_from([key.name for key in config.KEYS])
 given_before = {"interactions": "a.csv", "out": "b", "features": "image=f4.npy"}
 
@@ -80,7 +80,7 @@ def test_any_flags_and_variables_are_taken_or_refused(found, variables):
 @given(lines=st.lists(st.tuples(names, toml_values), max_size=4), cut=st.integers(0, 40))
 @MANY
 def test_any_job_file_is_taken_or_refused(bench, lines, cut):
-    before = fuzz.toml_lines()[cut % 16 :] if cut < 32 else fuzz.toml_lines()
+    before = spoilt.toml_lines()[cut % 16 :] if cut < 32 else spoilt.toml_lines()
     text = "\n".join([*(f"{name} = {value}" for name, value in lines), *before])
     fuzz.outcome(lambda: bench.read("config/job.toml", text.encode("utf-8", "replace")))
 
