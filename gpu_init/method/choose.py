@@ -65,9 +65,8 @@ def choose(backend: Backend, points: kmeans.Clusterable, seed: int) -> Choice:
     xp = backend.xp
     rng = np.random.default_rng(seed)
     size = min(len(points), SAMPLE_ROWS)
-    drawn = backend.asarray(np.sort(rng.choice(len(points), size, replace=False)))
     with backend.deterministic():
-        rows = points.rows(drawn).astype(xp.float64)
+        rows = points.rows(kmeans.drawn(backend, rng, len(points), size)).astype(xp.float64)
         rows = rows - rows.mean(axis=0)
         total_variance = float((rows * rows).sum())
         candidates = [k for k in CANDIDATES if k < size]

@@ -10,8 +10,10 @@ import numpy as np
 
 from gpu_init.backend.interface import Backend, ranges
 from gpu_init.method.blend import Blend, blend
+from gpu_init.method.kmeans import drawn
 from gpu_init.method.matrix import Interactions
 from gpu_init.method.modality import Modality
+from gpu_init.method.norms import unit_scales
 
 SAMPLE = 2000  # So many warm users, and as many items, are drawn.
 TYPICAL = 8  # So many items stand for a cluster.
@@ -63,11 +65,8 @@ def _of_users(
     local = blend(backend, own, replace(plan, lam=1.0), slice(0, n)).astype(xp.float64)
     noise = backend.asarray(rng.standard_normal((n, width)))
     noise *= float(_lengths(xp, blended).mean()) / np.sqrt(width)
-    offset = xp.zeros(width)
-    values, present = plan.modality.values, plan.modality.present
-    lengths = xp.where(present, xp.sqrt(backend.kernels.lengths(values)), 0.0)
-    to_unit = xp.where(lengths > 0, 1.0 / xp.where(lengths > 0, lengths, 1.0), 0.0)
-    mine = backend.kernels.aggregate(own.csr, values, plan.weighting.mean_rows, to_unit, offset)
+    scales = (plan.weighting.mean_rows, unit_scales(backend, plan.modality))
+    mine = backend.kernels.aggregate(own.csr, plan.modality.values, *scales, xp.zeros(width))
     far = _lengths(xp, others)
     directions = others / xp.where(far > 0, far, 1.0)[:, None]
     theirs = directions[backend.asarray(rng.integers(0, len(others), (n, _RANDOM)))].mean(axis=1)
@@ -77,11 +76,10 @@ def _of_users(
     for name, rows in (("random", noise), ("local", local), ("blended", blended)):
         flat = (rows - mean) @ plane
         columns |= {f"{name}_x": flat[:, 0], f"{name}_y": flat[:, 1]}
-    length = _lengths(xp, blended)
-    length = xp.where(length > 0, length, 1.0)
+    columns["norm"] = _lengths(xp, blended)
+    length = xp.where(columns["norm"] > 0, columns["norm"], 1.0)
     columns["cosine_own"] = (blended * mine).sum(axis=1) / length
     columns["cosine_others"] = (blended * theirs).sum(axis=1) / length
-    columns["norm"] = _lengths(xp, blended)
     return xp.stack([columns[name] for name in SAMPLE_COLUMNS], axis=1)
 
 
@@ -108,7 +106,7 @@ def _drawn(backend: Backend, rng: np.random.Generator, rows: Any) -> Any:
     """Some of the rows, at most `SAMPLE`, ascending."""
     if len(rows) <= SAMPLE:
         return rows
-    return rows[backend.asarray(np.sort(rng.choice(len(rows), SAMPLE, replace=False)))]
+    return rows[drawn(backend, rng, len(rows), SAMPLE)]
 
 
 def _lengths(xp: Any, rows: Any) -> Any:

@@ -97,11 +97,11 @@ def _from_sample(
     """Centroids to start from, (K, D) float32: the best found on a sample, taken further on a larger one."""
     rng = np.random.default_rng(seed)
     sizes = sample_sizes(len(points), clusters, len(points.offset))
-    drawn = _drawn(backend, rng, len(points), sizes[-1])
-    rows = backend.empty((len(drawn), len(points.offset)), "float32")
-    for part in ranges(len(drawn), TILE_ROWS):
-        rows[part] = points.rows(drawn[part])
-    sample = Sample(backend, rows[_drawn(backend, rng, len(rows), sizes[0])])
+    chosen = drawn(backend, rng, len(points), sizes[-1])
+    rows = backend.empty((len(chosen), len(points.offset)), "float32")
+    for part in ranges(len(chosen), TILE_ROWS):
+        rows[part] = points.rows(chosen[part])
+    sample = Sample(backend, rows[drawn(backend, rng, len(rows), sizes[0])])
     starts = (seeds(backend, sample, clusters, rng) for _ in range(restarts))
     found = (lloyd(backend, sample, start) for start in starts)
     centroids, *_ = min(found, key=lambda one: one[2][-1])
@@ -110,7 +110,7 @@ def _from_sample(
     return (centroids.astype(np.float64) + backend.to_host(points.offset)).astype(np.float32)
 
 
-def _drawn(backend: Backend, rng: np.random.Generator, count: int, size: int) -> Any:
+def drawn(backend: Backend, rng: np.random.Generator, count: int, size: int) -> Any:
     """Some of ``count`` rows, (size,) int64, ascending."""
     return backend.asarray(np.sort(rng.choice(count, size, replace=False)))
 

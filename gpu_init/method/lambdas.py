@@ -15,7 +15,7 @@ from gpu_init.backend.interface import Backend, in_blocks, ranges
 from gpu_init.method.blend import Blend, global_part
 from gpu_init.method.matrix import Interactions
 from gpu_init.method.modality import Modality
-from gpu_init.method.norms import NORM_ROWS
+from gpu_init.method.norms import NORM_ROWS, unit_scales
 from gpu_init.method.weighting import Weighting
 
 TEMPERATURE = 0.1  # The default temperature of the policy "attention", in cosines.
@@ -56,10 +56,8 @@ def attention(
     """
     xp, kernels = backend.xp, backend.kernels
     features, rows = fit.modality.values, fit.weighting.mean_rows
-    lengths = xp.where(fit.modality.present, xp.sqrt(kernels.lengths(features)), 0.0)
-    directed = lengths > 0
-    to_unit = xp.where(directed, 1.0 / xp.where(directed, lengths, 1.0), 0.0)
-    with_themselves = interactions.square_sums(backend, rows, directed.astype(xp.float64))
+    to_unit = unit_scales(backend, fit.modality)
+    with_themselves = interactions.square_sums(backend, rows, (to_unit > 0).astype(xp.float64))
     several = 1.0 - squares > 1e-9
     offset = xp.zeros(features.shape[1])
 
@@ -68,9 +66,9 @@ def attention(
         own = kernels.aggregate(csr, features, rows[part], to_unit, offset)
         pairs = xp.where(several[part], 1.0 - squares[part], 1.0)
         among = xp.where(several[part], (kernels.lengths(own) - with_themselves[part]) / pairs, 0.0)
-        level = global_part(backend, interactions, fit, part)
-        length = xp.sqrt(kernels.lengths(level))
-        return among - (own * level).sum(axis=1) / xp.where(length > 0, length, 1.0)
+        shared = global_part(backend, interactions, fit, part)
+        length = xp.sqrt(kernels.lengths(shared))
+        return among - (own * shared).sum(axis=1) / xp.where(length > 0, length, 1.0)
 
     blocks = in_blocks(backend, interactions.users, block_rows, NORM_ROWS, make)
     odds = xp.concatenate([made for _, made in blocks]) / temperature

@@ -50,13 +50,7 @@ class Interactions:
 
     def some(self, backend: Backend, users: Any) -> Interactions:
         """R of some users (n,), one after another."""
-        xp, csr = backend.xp, self.csr
-        starts = csr.indptr[users]
-        indptr = xp.concatenate([xp.zeros(1, xp.int64), xp.cumsum(csr.indptr[users + 1] - starts)])
-        entries = xp.arange(int(indptr[-1]))
-        entries += (starts - indptr[:-1])[xp.searchsorted(indptr, entries, side="right") - 1]
-        weights = None if csr.weights is None else csr.weights[entries]
-        return Interactions(Csr(indptr, csr.indices[entries], weights), self.items)
+        return Interactions(some_rows(backend, self.csr, users), self.items)
 
     def square_sums(self, backend: Backend, user_values: Any, item_values: Any) -> Any:
         """``sum_i (s_u w_ui)^2 v_i`` for ``s`` (U,) and ``v`` (I,), both float64; returns (U,) float64.
@@ -67,8 +61,7 @@ class Interactions:
         sums = xp.empty(self.users, xp.float64)
         for part in ranges(self.users, _SUM_USERS):
             csr = self.csr.rows(part.start, part.stop)
-            entries = slice(int(csr.indptr[0]), int(csr.indptr[-1]))
-            rows = xp.searchsorted(csr.indptr, xp.arange(entries.start, entries.stop), side="right") - 1
+            entries, rows = _entries(backend, csr)
             shares = user_values[part][rows] * (1.0 if csr.weights is None else csr.weights[entries])
             squares = xp.minimum(shares, 1.0) ** 2
             high = squares.astype(xp.float32)
@@ -84,16 +77,31 @@ class Interactions:
         """
         xp = backend.xp
         sums = xp.zeros(self.items, xp.float64)
-        for first in range(0, self.users, _SUM_USERS):
-            indptr = self.csr.indptr[first : first + _SUM_USERS + 1]
-            entries = slice(int(indptr[0]), int(indptr[-1]))
+        for part in ranges(self.users, _SUM_USERS):
+            entries, rows = _entries(backend, self.csr.rows(part.start, part.stop))
             weights = None if self.csr.weights is None else self.csr.weights[entries].astype(xp.float64)
             if user_values is not None:
-                rows = xp.searchsorted(indptr, xp.arange(entries.start, entries.stop), side="right") - 1
-                values = user_values[first : first + _SUM_USERS][rows]
+                values = user_values[part][rows]
                 weights = values if weights is None else weights * values
             sums += xp.bincount(self.csr.indices[entries], weights=weights, minlength=self.items)
         return sums
+
+
+def _entries(backend: Backend, csr: Csr) -> tuple[slice, Any]:
+    """Where the entries of these rows lie in the arrays of R, and the row (n,) of each, from 0 on."""
+    entries = slice(int(csr.indptr[0]), int(csr.indptr[-1]))
+    numbers = backend.xp.arange(entries.start, entries.stop)
+    return entries, backend.xp.searchsorted(csr.indptr, numbers, side="right") - 1
+
+
+def some_rows(backend: Backend, csr: Csr, users: Any) -> Csr:
+    """Copy the rows of some users (n,), one after another."""
+    xp = backend.xp
+    starts = csr.indptr[users]
+    indptr = xp.concatenate([xp.zeros(1, xp.int64), xp.cumsum(csr.indptr[users + 1] - starts)])
+    entries = xp.arange(int(indptr[-1]))
+    entries += (starts - indptr[:-1])[xp.searchsorted(indptr, entries, side="right") - 1]
+    return Csr(indptr, csr.indices[entries], None if csr.weights is None else csr.weights[entries])
 
 
 def power(xp: Any, degrees: Any, exponent: float) -> Any:
@@ -199,7 +207,7 @@ def built(backend: Backend, rows: Any, columns: Any, weights: Any, shape: tuple[
     if in_place is None:
         return build(backend, rows.astype("int64"), columns.astype("int64"), weights, shape)
     starts = np.zeros(shape[0] + 1, np.int64)
-    parts = [slice(first, first + _ENTRIES) for first in range(0, len(rows), _ENTRIES)]
+    parts = list(ranges(len(rows), _ENTRIES))
     for part in parts:
         np.add.at(starts[1:], rows[part], 1)
     filling = in_place(np.cumsum(starts, out=starts), weighted=weights is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,6 @@ from gpu_init.backend.interface import Backend, one_line
 from gpu_init.errors import InputError
 from gpu_init.kernels.arrays import empty
 from gpu_init.memory import require as require_memory
-
-if TYPE_CHECKING:
-    pass
-
 
 LARGEST = 1e15  # Squared distances of larger values, summed over many columns, would overflow float32.
 SMALLEST = 1e-30  # The squares of smaller values are 0 in float32.

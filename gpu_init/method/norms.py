@@ -17,6 +17,13 @@ def item_norms(backend: Backend, modality: Modality) -> dict[str, float]:
     return norms(backend, (modality.values[part][kept[part]] for part in ranges(len(kept), NORM_ROWS)))
 
 
+def unit_scales(backend: Backend, modality: Modality) -> Any:
+    """Factors (I,) float64 that make the items' rows unit vectors; 0 for missing items and for rows of 0."""
+    xp = backend.xp
+    lengths = xp.where(modality.present, xp.sqrt(backend.kernels.lengths(modality.values)), 0.0)
+    return xp.where(lengths > 0, 1.0 / xp.where(lengths > 0, lengths, 1.0), 0.0)
+
+
 def norms(backend: Backend, blocks: Iterator[Any]) -> dict[str, float]:
     """Mean, least and largest Euclidean norm of the rows of some blocks, in float64.
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from gpu_init.backend.interface import Backend, ranges
 from gpu_init.kernels import PARTS, PARTS_BYTES, Csr
+from gpu_init.method.matrix import some_rows
 
 BLOCK_ROWS = 4096  # A fixed number, so that sums run in one order for any memory and any number of threads.
 TILE_ROWS = 4 * BLOCK_ROWS  # The tiled form makes at most so many rows at a time,
@@ -56,14 +57,12 @@ def needed_bytes(form: str, count: int, items: int, clusters: int, width: int) -
     }
     passes = ROW_BYTES * count + LOOK_BYTES * min(count, LOOK_ROWS) + beside[form]
     samples = sample_sizes(count, clusters, width)
-    drawing = (8 * width + 2 * LOOK_BYTES) * min(
-        samples[-1], TILE_ROWS
-    )  # rows in float64, before they are the sample's
+    drawing = (8 * width + 2 * LOOK_BYTES) * min(samples[-1], TILE_ROWS)  # Rows are drawn in float64.
     return max(passes, 16 * count + (4 * width + ROW_BYTES + LOOK_BYTES) * sum(samples) + drawing)
 
 
 def parts_bytes(table: int) -> int:
-    """Of the tables, so large, that kernels sum into side by side."""
+    """Return the bytes of all tables that kernels sum into side by side, where one takes ``table`` bytes."""
     return max(table, min(PARTS * table, PARTS_BYTES))
 
 
@@ -105,7 +104,11 @@ class Points(ABC):
 
     @abstractmethod
     def assigned(self, centroids: Any) -> Iterator[tuple[slice, Any, Any, Any]]:
-        """Part by part: which labels, the labels, the squared distances less the squared norms, the rows if at hand."""
+        """Assign the rows part by part.
+
+        Each item has the range of the labels, the labels, the squared distances to the nearest centroids less the
+        rows' squared norms, and the rows, or None where the form does not make them.
+        """
 
     @abstractmethod
     def sums(self, labels: Any, clusters: int) -> Any:
@@ -123,9 +126,8 @@ class Points(ABC):
         inertia, counts, summed = 0.0, xp.zeros(clusters, xp.int64), None
         for part, found, least, rows in self.assigned(centroids):
             labels[part] = found
-            has_row = found >= 0
-            inertia += float(xp.where(has_row, xp.maximum(least + self.squared_norms[part], 0.0), 0.0).sum())
-            counts += xp.bincount(found[has_row], minlength=clusters)
+            inertia += float(xp.where(found >= 0, self._distances(part, least), 0.0).sum())
+            counts += xp.bincount(found[found >= 0], minlength=clusters)
             if rows is not None:
                 added = self._sums_of(rows, found, clusters)
                 summed = added if summed is None else summed + added
@@ -139,17 +141,21 @@ class Points(ABC):
         return labels
 
     def far(self, centroids: Any, count: int) -> tuple[Any, Any]:
-        """Rows (m,) int64 farthest from their nearest centroids, the farthest first, and how far (m,) they are."""
+        """Rows (m,) int64 farthest from their nearest centroids, the farthest first; their squared distances (m,)."""
         xp = self.backend.xp
-        rows, reached, before = xp.empty(0, xp.int64), xp.empty(0, xp.float64), 0
+        rows, farthest, before = xp.empty(0, xp.int64), xp.empty(0, xp.float64), 0
         for part, found, least, _ in self.assigned(centroids):
-            distances = xp.maximum(least + self.squared_norms[part], 0.0)[found >= 0]
+            distances = self._distances(part, least)[found >= 0]
             rows = xp.concatenate([rows, xp.arange(before, before + len(distances))])
             before += len(distances)
-            reached = xp.concatenate([reached, distances])
-            order = xp.argsort(-reached, kind="stable")[:count]
-            rows, reached = rows[order], reached[order]
-        return rows, reached
+            farthest = xp.concatenate([farthest, distances])
+            order = xp.argsort(-farthest, kind="stable")[:count]
+            rows, farthest = rows[order], farthest[order]
+        return rows, farthest
+
+    def _distances(self, part: slice, least: Any) -> Any:
+        """Squared distances (m,) of a part's rows to their nearest centroids; rounding makes none negative."""
+        return self.backend.xp.maximum(least + self.squared_norms[part], 0.0)
 
     def _sums_of(self, rows: Any, labels: Any, clusters: int) -> Any:
         """Sums of rows (m, D) of each label, (K, D) float64, in one order whatever the number of threads."""
@@ -177,21 +183,15 @@ class Dense(Points):
     def __init__(self, backend: Backend, matrix: Any, offset: Any = None) -> None:
         super().__init__(backend, len(matrix))
         self._matrix = matrix
-        self._given_offset = offset
+        if offset is not None:
+            self.offset = offset
 
     @cached_property
     def offset(self) -> Any:
-        if self._given_offset is not None:
-            return self._given_offset
-        xp = self.backend.xp
-        sums = self.backend.in_order(
-            lambda part: self._matrix[part].sum(axis=0, dtype=xp.float64), ranges(len(self), BLOCK_ROWS)
-        )
-        return sum(sums) / len(self)
+        return mean_item(self.backend, self._matrix, self.backend.xp.ones(len(self), bool))
 
     @cached_property
     def squared_norms(self) -> Any:
-
         def work(part: slice) -> Any:
             block = self.rows(part)
             return (block * block).sum(axis=1, dtype="float64")
@@ -271,33 +271,24 @@ class Tiled(Points):
         self._features = features
         self._row_scale = row_scale
         self._item_scale = item_scale
-        self._given_offset, self._given_norms = offset, squared_norms
+        if offset is not None:
+            self.offset = offset
+        if squared_norms is not None:
+            self.squared_norms = squared_norms
 
     @cached_property
     def offset(self) -> Any:
-        if self._given_offset is not None:
-            return self._given_offset
         return mean_item(self.backend, self._features, self._item_scale != 0)
 
     @cached_property
     def squared_norms(self) -> Any:
         """One pass over the interactions."""
-        if self._given_norms is not None:
-            return self._given_norms
         scales = (self._row_scale, self._item_scale)
         return self.backend.kernels.squared_norms(self._csr, self._features, *scales, self.offset)
 
     def rows(self, index: Any) -> Any:
-        xp = self.backend.xp
         users = self.users[index]
-        starts = self._csr.indptr[users]
-        indptr = xp.concatenate([xp.zeros(1, xp.int64), xp.cumsum(self._csr.indptr[users + 1] - starts)])
-        entries = xp.arange(int(indptr[-1]))
-        own = xp.searchsorted(indptr, entries, side="right") - 1
-        entries += (starts - indptr[:-1])[own]
-        weights = None if self._csr.weights is None else self._csr.weights[entries]
-        chosen = Csr(indptr, self._csr.indices[entries], weights)
-        scales = (self._row_scale[users], self._item_scale)
+        chosen, scales = some_rows(self.backend, self._csr, users), (self._row_scale[users], self._item_scale)
         return self.backend.kernels.aggregate(chosen, self._features, *scales, self.offset)
 
     def assigned(self, centroids: Any) -> Iterator[tuple[slice, Any, Any, Any]]:
@@ -371,10 +362,10 @@ def matrix(backend: Backend, points: Any) -> Any:
 def kmeans_form(users: int, items: int, pairs: int, clusters: int, width: int, memory: int | None = None) -> str:
     """Form of our K-means on users' means that costs least, of those that take ``memory`` bytes at most.
 
-    A pass of the factored form costs the mean degree times K per user, one of the tiled form D times K, in what a
-    processor does best, and the rows: measured, the factored form is ahead until the mean degree times K is some 64 D
-    (``benchmarks/kmeans.py`` sweeps them). Few users are all in the sample that is clustered first, so their matrix is
-    made anyway. ``memory`` None: what is kept of each user, and `KMEANS_BYTES` more.
+    A pass of the factored form takes mean degree x K multiplications per user. A pass of the tiled form takes D x K, as
+    a matrix product, which is faster for each, and makes the rows. ``benchmarks/kmeans.py`` measures both: the factored
+    form is ahead until mean degree x K is some 64 D. Few users are all in the sample that is clustered first, so their
+    matrix is made anyway. ``memory`` None: what is kept of each user, and `KMEANS_BYTES` more.
     """
     if memory is None:
         memory = KMEANS_BYTES + needed_bytes("tiled", users, items, clusters, width)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gpu_init.backend.interface import Backend
+from gpu_init.backend.interface import Backend, ranges
 from gpu_init.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 from gpu_init.method.modality import _BLOCK_ROWS, Modality
 
 
@@ -31,9 +28,6 @@ class Projection:
     mean: Any
     components: Any
     eigenvalues: Any
-
-
-# Projection.
 
 
 def fit_projection(backend: Backend, modality: Modality, dim: int, whiten: bool) -> Projection:
@@ -121,6 +115,5 @@ def project(backend: Backend, modality: Modality, projection: Projection) -> Mod
 
 def _blocks(xp: Any, modality: Modality) -> Iterator[tuple[slice, Any]]:
     """Give fixed ranges of items, with the rows of those that have the modality in float64."""
-    for start in range(0, len(modality.values), _BLOCK_ROWS):
-        part = slice(start, start + _BLOCK_ROWS)
+    for part in ranges(len(modality.values), _BLOCK_ROWS):
         yield part, modality.values[part][modality.present[part]].astype(xp.float64)

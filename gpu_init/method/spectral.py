@@ -74,7 +74,7 @@ class Graph(Protocol):
         """Degrees of the items, (I,) float64."""
 
     def large(self, most: int) -> NDArray[np.bool_]:
-        """Which items (I,) lie in large connected components, see `large_components`."""
+        """Which items (I,) lie in large connected components, see `large_labels`."""
 
     def keep(self, kept: Any) -> int:
         """Leave all items but these (I,) bool out of S from here on; gives how many users have one of them."""
@@ -84,18 +84,11 @@ class Graph(Protocol):
 
 
 class Whole:
-    """All interactions in this process, or those of a part of the users."""
+    """The products of `Graph`, for the interactions of a part of the users."""
 
     def __init__(self, backend: Backend, interactions: Interactions) -> None:
-        self.items, self.pairs = interactions.items, interactions.pairs
         self._backend, self._interactions = backend, interactions
         self._user_factors: Any = None
-
-    def item_sums(self) -> Any:
-        return self._interactions.item_sums(self._backend)
-
-    def large(self, most: int) -> NDArray[np.bool_]:
-        return large_components(self._backend, self._interactions, most)
 
     def keep(self, kept: Any) -> int:
         xp = self._backend.xp
@@ -178,15 +171,6 @@ def points(
     return kind(backend, interactions.csr, items, power(xp, squares, -0.5), item_factors, offset, ones)
 
 
-def large_components(backend: Backend, interactions: Interactions, most: int) -> NDArray[np.bool_]:
-    """Which items (I,) lie in large connected components of users and items, on the host.
-
-    Large is the largest, and any that holds ``1 / most`` of all users and items with interactions.
-    """
-    labels = component_labels(backend, interactions)
-    return large_labels(labels, component_sizes(backend, interactions, labels), most)
-
-
 def component_labels(backend: Backend, interactions: Interactions) -> NDArray[np.int64]:
     """Connected component of each item (I,), numbered from 0, as far as these users connect them."""
     labels = np.arange(interactions.items)
@@ -229,7 +213,10 @@ def component_sizes(
 def large_labels(
     labels: NDArray[np.int64], found: tuple[NDArray[np.int64], NDArray[np.int64]], most: int
 ) -> NDArray[np.bool_]:
-    """Which items (I,) lie in large components, from the `component_sizes` of all users."""
+    """Which items (I,) lie in large components, from the labels and the `component_sizes` of all users.
+
+    Large are the largest component, and any that holds ``1 / most`` of all users and items with interactions.
+    """
     sizes, used = found[0].copy(), found[1] > 0
     sizes += np.bincount(labels[used], minlength=len(sizes))
     large: NDArray[np.bool_] = (sizes * most >= sizes.sum()) | (sizes == sizes.max(initial=0))
@@ -299,9 +286,7 @@ def _lanczos(
         if bool((left <= _LITTLE).any()):
             noise = backend.asarray(rng.standard_normal(fresh.shape))
             noise = xp.where(inside[:, None], noise, 0.0)
-            fresh = xp.where(
-                left <= _NOTHING, noise, fresh
-            )  # random vectors take the place of what is only rounding error
+            fresh = xp.where(left <= _NOTHING, noise, fresh)  # Random vectors replace mere rounding error.
             for _ in range(2):
                 orthogonalize(backend, basis[:, :size], fresh)
             fresh, _ = xp.linalg.qr(fresh)
