@@ -292,12 +292,12 @@ def svd(given: argparse.Namespace) -> None:
     lines = []
     for name, R in sources.items():
         made = from_matrix(device, R, "interactions")
-        kept = WholeGraph(device, made).large(RANK)
+        kept = spectral.Whole(device, made).large(RANK)
         S = _normalized(R @ scipy.sparse.diags(kept.astype(np.float64)), 0.0)
         found: dict[str, Any] = {}
 
         def ours(made: Any = made, found: dict[str, Any] = found) -> None:
-            found["ours"] = spectral.fit(device, WholeGraph(device, made), RANK, 0)
+            found["ours"] = spectral.fit(device, spectral.Whole(device, made), RANK, 0)
 
         def theirs(S: Any = S, found: dict[str, Any] = found) -> None:
             found["svds"] = svds(S, k=RANK, rng=0, return_singular_vectors="vh")[1]

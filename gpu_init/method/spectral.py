@@ -84,11 +84,19 @@ class Graph(Protocol):
 
 
 class Whole:
-    """The products of `Graph`, for the interactions of a part of the users."""
+    """A `Graph` of all interactions, or of those of a part of the users."""
 
     def __init__(self, backend: Backend, interactions: Interactions) -> None:
+        self.items, self.pairs = interactions.items, interactions.pairs
         self._backend, self._interactions = backend, interactions
         self._user_factors: Any = None
+
+    def item_sums(self) -> Any:
+        return self._interactions.item_sums(self._backend)
+
+    def large(self, most: int) -> NDArray[np.bool_]:
+        labels = component_labels(self._backend, self._interactions)
+        return large_labels(labels, component_sizes(self._backend, self._interactions, labels), most)
 
     def keep(self, kept: Any) -> int:
         xp = self._backend.xp

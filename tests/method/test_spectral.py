@@ -21,7 +21,6 @@ from gpu_init.method.matrix import from_matrix
 from gpu_init.method.modality import from_array
 from gpu_init.settings import Settings
 from tests.conftest import with_threads
-from tests.support.graph import WholeGraph
 
 DEVICE = CpuBackend("test")
 
@@ -51,7 +50,7 @@ def normalized(R):
 
 
 def embedded(R, rank=10, seed=0):
-    return spectral.fit(DEVICE, WholeGraph(DEVICE, from_matrix(DEVICE, R, "test")), rank, seed)
+    return spectral.fit(DEVICE, spectral.Whole(DEVICE, from_matrix(DEVICE, R, "test")), rank, seed)
 
 
 # V.
@@ -127,8 +126,8 @@ def test_large_components_by_hand():
     R[[0, 0, 1, 1, 2], [0, 1, 1, 2, 2]] = 1
     R[3, 3] = 1
     made = from_matrix(DEVICE, scipy.sparse.csr_matrix(R), "test")
-    assert WholeGraph(DEVICE, made).large(3).tolist() == [True, True, True, False, False]  # 6 of 8, 2 of 8
-    assert WholeGraph(DEVICE, made).large(4).tolist() == [True, True, True, True, False]
+    assert spectral.Whole(DEVICE, made).large(3).tolist() == [True, True, True, False, False]  # 6 of 8, 2 of 8
+    assert spectral.Whole(DEVICE, made).large(4).tolist() == [True, True, True, True, False]
 
 
 @pytest.mark.parametrize("step", [1, 7, 1 << 16])
@@ -144,7 +143,7 @@ def test_components_are_those_of_the_graph(monkeypatch, step):
         sizes = np.bincount(labels[active], minlength=labels.max() + 1)
         large = (sizes * 6 >= sizes.sum()) | (sizes == sizes.max())
         expected = (large[labels] & active)[60:]
-        np.testing.assert_array_equal(WholeGraph(DEVICE, made).large(6), expected)
+        np.testing.assert_array_equal(spectral.Whole(DEVICE, made).large(6), expected)
 
 
 def test_strays_leave_the_directions_as_they_are():
