@@ -48,7 +48,7 @@ from gpu_init.method.describe import describe
 from gpu_init.method.matrix import Interactions, power
 from gpu_init.method.modality import Modality
 from gpu_init.method.norms import NormSums, item_norms, norm_statistics
-from gpu_init.method.points import kmeans_form, matrix, mean_item
+from gpu_init.method.points import kmeans_form, mean_item
 from gpu_init.method.weighting import Weighting
 from gpu_init.parts import Parts
 from gpu_init.settings import POLICIES, Settings
@@ -203,8 +203,13 @@ def _kmeans(job: Job, rows: Rows, counts: list[int]) -> tuple[kmeans.Clusters, C
     library = backend.takes_matrix(total, len(rows.offset), count, settings.kmeans)
     form = "dense" if library else _form(job, rows, total, count)
     start = None
-    if library:
-        start = backend.kmeans(matrix(backend, tiled), count, settings.seed, settings.restarts)
+    if library:  # All parts are in this process then, and their rows stay on the device.
+        whole, done = backend.empty((total, len(rows.offset)), backend.kmeans_dtype), 0
+        for (_, own), size in zip(job.parts.each(tasks.dense_rows, set(), rows), counts, strict=True):
+            whole[done : done + size] = own
+            done += size
+        start = backend.kmeans(whole, count, settings.seed, settings.restarts)
+        del whole
     points = PartedPoints(job.parts, replace(rows, form=form), counts)
     found = kmeans.fit(backend, points, count, settings.seed, settings.restarts, settings.tolerance, start)
     return found, choice, [int(size) for size in points.counts]

@@ -100,6 +100,11 @@ def _placed(part: Part, form: str = "tiled") -> Tiled:
     return spectral.points(backend, part.interactions, items, factors, kind)
 
 
+def dense_rows(part: Part, rows: Rows) -> Any:
+    """All rows of these users, (n, D), on the device: this result does not travel."""
+    return matrix(part.backend, _placed(part) if rows.name == INTERACTIONS else _means(part, rows))
+
+
 def some_rows(part: Part, rows: Rows, index: Any) -> Any:
     """Some rows less the offset, by their numbers among those of the part."""
     with part.backend.deterministic():

@@ -350,7 +350,7 @@ class Factored(Tiled):
         return kernels.table_sums(by_item, self._features) - by_item.sum(axis=0)[:, None] * self.offset
 
 
-def matrix(backend: Backend, points: Any) -> Any:
+def matrix(backend: Backend, points: Points) -> Any:
     """All rows of some points, (n, D), in the type that the library takes."""
     xp = backend.xp
     matrix = xp.empty((len(points), len(points.offset)), backend.kmeans_dtype)
