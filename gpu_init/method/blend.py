@@ -35,7 +35,7 @@ class Blend:
 
 
 def of_users(fit: Blend, users: Any) -> Blend:
-    """What the fused pass needs for some users (n,), one after another, with `Interactions.some` of them."""
+    """The blend of some users (n,), to use with the interactions that `Interactions.some` gives for them."""
     of = fit.weighting
     weighting = Weighting(of.local_rows[users], of.local_items, of.mean_rows[users], of.present)
     labels = None if fit.user_labels is None else fit.user_labels[users]
@@ -69,14 +69,14 @@ def blend(backend: Backend, interactions: Interactions, fit: Blend, rows: slice,
 
 
 def global_part(backend: Backend, interactions: Interactions, fit: Blend, part: slice) -> Any:
-    """Rows of G, (n, d) float64; those of cold users mean nothing."""
+    """Rows of G, (n, d) float64; rows of cold users must not be used."""
     xp = backend.xp
     if fit.item_labels is None:
         return fit.centroids[fit.user_labels[part]].astype(xp.float64)
     csr = interactions.csr.rows(part.start, part.stop)
     entries = slice(int(csr.indptr[0]), int(csr.indptr[-1]))
     labels = fit.item_labels[csr.indices[entries]]
-    known = xp.concatenate([xp.ones(len(fit.centroids)), xp.zeros(1)])  # the last stands for items without a label
+    known = xp.concatenate([xp.ones(len(fit.centroids)), xp.zeros(1)])  # The last is for unlabelled items.
     table = xp.concatenate([fit.centroids, xp.zeros((1, fit.centroids.shape[1]), fit.centroids.dtype)])
     labels = xp.where(labels < 0, len(fit.centroids), labels).astype(xp.int32)
     weights = None if csr.weights is None else csr.weights[entries]
@@ -97,7 +97,7 @@ def rows(backend: Backend, interactions: Interactions, plan: Blend, part: slice,
         return blend(backend, interactions, plan, part, out)
     block = blend(backend, interactions, plan, part)
     largest = float(abs(block).max()) if block.size else 0.0
-    if largest >= 65520.0:  # rounds beyond float16's largest number, 65504
+    if largest >= 65520.0:  # Such values round to infinity: the largest float16 is 65504.
         raise InputError(
             f"modality {plan.modality.name}: a value of {largest:.6g} does not fit float16; use --dtype float32."
         )

@@ -18,10 +18,10 @@ from gpu_init.method import kmeans
 from gpu_init.method import points as method_points
 
 CANDIDATES = (*range(2, 17), 18, 20, 24, 28, 32, 40, 48, 64)
-SAMPLE_ROWS = 2048
+SAMPLE_ROWS = 2048  # Candidates are scored on at most so many rows.
 GAIN = 0.1  # The best silhouette must be this much above that of the blob.
-_RESTARTS = 4
-_BLOCK_ROWS = 512
+_RESTARTS = 4  # K-means is started so many times for each candidate.
+_BLOCK_ROWS = 512  # Distances are computed for so many rows at a time.
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ def choose(backend: Backend, points: kmeans.Clusterable, seed: int) -> Choice:
             return Choice(1, size, [])
         scored = _scored(backend, rows, candidates, seed)
         best = max(scored, key=lambda one: one["silhouette"])
-        blob = backend.asarray(rng.standard_normal((size, size))) @ rows / np.sqrt(size)  # covariance as of the rows
+        blob = (
+            backend.asarray(rng.standard_normal((size, size))) @ rows / np.sqrt(size)
+        )  # It has the covariance of the rows.
         [of_blob] = _scored(backend, blob, [int(best["clusters"])], seed)
     chosen = scored[0]
     if best["silhouette"] >= of_blob["silhouette"] + GAIN:

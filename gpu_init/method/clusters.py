@@ -156,7 +156,7 @@ def cluster_shares(
     user_labels: Any,
     item_labels: Any,
 ) -> Any:
-    """How often each centroid stands in the sum of G over some warm users, (K,) float64."""
+    """Weight of each centroid in the sum of G over some warm users, (K,) float64."""
     xp = backend.xp
     if item_labels is None:
         return xp.bincount(user_labels[weighting.warm], minlength=clusters).astype(xp.float64)

@@ -1,8 +1,8 @@
-"""K-means on rows that are there, that are made tile by tile, or that never are.
+"""K-means on a matrix, on rows that are made tile by tile, or on rows that are never made.
 
-K-means++ seeding and Lloyd's passes. The three forms of `Points` differ in how they assign
-rows to centroids and sum clusters; what drives them is one: K-means on a sample, then passes over all rows until one of
-them lowers the inertia by little. An initial vector needs no more than that.
+The forms of `Points` differ in how they assign rows to centroids and sum clusters. The algorithm is one for all:
+k-means++ seeding and Lloyd's passes on a sample, then passes over all rows until one of them lowers the inertia by
+little. Initial vectors need no more than that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOLERANCE = 1e-3  # A pass over all rows that lowers the inertia by less than th
 
 @dataclass(frozen=True)
 class Clusters:
-    """What K-means found.
+    """Result of K-means.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class Clusters:
         Why there are no more passes: the last one lowered the inertia by less than the tolerance; no label would have
         changed any more; or there were `MOST_PASSES`.
     form : {"dense", "tiled", "factored"}
-        How the rows were gone through.
+        The form of points that the passes used.
     library : bool
         Whether a library found the centroids that the passes started from.
     """

@@ -1,4 +1,4 @@
-"""Lambda policies: how much of a user's vector comes from the user's own items.
+"""Lambda policies, which choose for each user the weight of the local part in the blend.
 
 Interactions count by their weight, and items without the modality not at all. The effective count of a user's items is
 ``n_u = (sum w)^2 / sum w^2`` (Kish, 1965): the number of items where all weigh the same.
@@ -72,7 +72,7 @@ def attention(
 
     blocks = in_blocks(backend, interactions.users, block_rows, NORM_ROWS, make)
     odds = xp.concatenate([made for _, made in blocks]) / temperature
-    sigmoid = 1.0 / (1.0 + xp.exp(xp.clip(-odds, -700.0, 700.0)))  # exp stays finite
+    sigmoid = 1.0 / (1.0 + xp.exp(xp.clip(-odds, -700.0, 700.0)))  # The clip keeps exp finite.
     return xp.where(fit.weighting.warm, sigmoid, 0.0)
 
 
@@ -96,7 +96,7 @@ class Centre(NamedTuple):
 
 
 def tau_volumes(backend: Backend, interactions: Interactions, weighting: Weighting, counts: Any) -> Volumes:
-    """Sum the first sums over some users, from their effective counts (U,)."""
+    """Compute the first sums for tau over some users, from their effective counts (U,)."""
     by_item = interactions.item_sums(backend, counts * weighting.mean_rows)
     return Volumes(float(counts.sum()), float((counts * counts).sum()), int(weighting.warm.sum()), by_item)
 
@@ -120,7 +120,7 @@ def tau_sums(
 ) -> tuple[float, float]:
     """Return ``sum_u n_u s_u`` and ``sum_u n_u |M_u - m|^2`` over some users."""
     xp, rows, present, kernels = backend.xp, weighting.mean_rows, weighting.present, backend.kernels
-    apart = xp.empty(interactions.users)  # in float64, since small differences of the distances count
+    apart = xp.empty(interactions.users)  # Differences of distances are small, so float64 is needed.
     for part in ranges(interactions.users, NORM_ROWS):
         csr = interactions.csr.rows(part.start, part.stop)
         apart[part] = kernels.lengths(kernels.aggregate(csr, modality.values, rows[part], present, centre.mean))

@@ -138,7 +138,7 @@ def build(backend: Backend, users: Any, items: Any, weights: Any, shape: tuple[i
     else:
         weights = weights.astype(xp.float32).astype(xp.float64)
         order = xp.argsort(key, kind="stable")
-        if bool((key[order][1:] == key[order][:-1]).any()):  # sums must not depend on the order of the rows read
+        if bool((key[order][1:] == key[order][:-1]).any()):  # Sums must not depend on the order of the rows.
             by_weight = xp.argsort(weights, kind="stable")
             order = by_weight[xp.argsort(key[by_weight], kind="stable")]
         key, weights = key[order], weights[order]

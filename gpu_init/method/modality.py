@@ -18,7 +18,7 @@ LARGEST = 1e15  # Squared distances of larger values, summed over many columns, 
 SMALLEST = 1e-30  # The squares of smaller values are 0 in float32.
 _CHECK_VALUES = 1 << 20  # So many values are checked at a time; they fit in a processor's cache.
 _BLOCK_ROWS = 2048  # So many rows are float64 at a time; a fixed number, so that sums do not depend on memory.
-_BFLOAT16 = np.dtype("V2")  # numpy has no such type and stores its two bytes
+_BFLOAT16 = np.dtype("V2")  # numpy has no bfloat16, and stores it as two bytes.
 _WANTED = "float16, bfloat16, float32 or float64 are wanted"
 
 
@@ -63,7 +63,7 @@ def _native(values: NDArray[Any], place: str) -> NDArray[Any]:
     """Values as numpy and numba compute with them; the same memory where they are so already."""
     if _is_bfloat16(values.dtype):
         require_memory(place, 4 * values.size)
-        wide: NDArray[np.float32] = empty(values.shape, np.float32)  # bfloat16 is the upper half of float32
+        wide: NDArray[np.float32] = empty(values.shape, np.float32)  # bfloat16 is the upper half of float32.
         np.left_shift(values.view(np.uint16), 16, out=wide.view(np.uint32), dtype=np.uint32)
         return wide
     if values.dtype.isnative and values.flags.aligned:
@@ -100,11 +100,11 @@ def check(values: Any, place: str) -> Any:
         block = abs(values[start : start + step])
         if not bool((block <= limit).all()):
             _check_block(values[start : start + step], limit, start, place)
-            block = block[block >= 0]  # what is left are missing items
+            block = block[block >= 0]  # What this leaves out are missing items.
         most = max(most, float(block.max()) if block.size else 0.0)
     if 0 < most < SMALLEST:
         raise InputError(f"{place}: no value is larger than {most:g}; below 1e-30 squares underflow; rescale them.")
-    present = values[:, 0] == values[:, 0]  # no row is NaN in part, so one column says it all
+    present = values[:, 0] == values[:, 0]  # No row is partly NaN, so one column is enough.
     if not bool(present.any()):
         raise InputError(f"{place}: all {len(values)} rows are NaN, so no item has features.")
     return present
@@ -184,13 +184,13 @@ def _exchanged(backend: Backend, place: str, array: Any) -> Any:
     """Array as the device's, or else as numpy's, over the same memory."""
     if isinstance(array, np.ndarray):
         return np.asarray(array)
-    if hasattr(array, "detach"):  # torch: what asks for a gradient is not shared, and numpy knows no bfloat16
+    if hasattr(array, "detach"):  # torch shares no tensor that needs a gradient, and numpy has no bfloat16.
         array = array.detach()
         array = array.float() if "bfloat16" in str(array.dtype) else array
     try:
         try:
             return backend.xp.from_dlpack(array)
-        except Exception:  # it lies on another device; each library has its own error for that
+        except Exception:  # The array is on another device; each library raises its own error.
             return np.from_dlpack(array.cpu() if hasattr(array, "cpu") else array)
     except Exception as error:
         found = f"{type(array).__name__} of {getattr(array, 'dtype', 'unknown type')}"

@@ -56,7 +56,7 @@ def norm_sums(backend: Backend, blocks: Iterator[Any]) -> NormSums:
 
 
 def norm_statistics(parts: Iterable[NormSums]) -> dict[str, float]:
-    """What `norms` gives, from the sums over some parts, in order."""
+    """Mean, least and largest norm, from the sums of all parts, in order."""
     totals, counts, least, most = zip(*parts, strict=True)
     if not sum(counts):
         return {"mean": 0.0, "min": 0.0, "max": 0.0}

@@ -12,13 +12,13 @@ from gpu_init.kernels import PARTS, PARTS_BYTES, Csr
 from gpu_init.method.matrix import some_rows
 
 BLOCK_ROWS = 4096  # A fixed number, so that sums run in one order for any memory and any number of threads.
-TILE_ROWS = 4 * BLOCK_ROWS  # The tiled form makes at most so many rows at a time,
-TILE_BYTES = 64 << 20  # and no more than so many bytes of them in float64.
+TILE_ROWS = 4 * BLOCK_ROWS  # The tiled form makes at most so many rows at a time.
+TILE_BYTES = 64 << 20  # The rows that it makes at a time take at most so many bytes in float64.
 LOOK_ROWS = 64 * TILE_ROWS  # The factored form assigns so many rows at a time.
 SAMPLE_ROWS = 8192  # The first sample has so many rows, or 256 for each cluster where that is more.
 SAMPLE_BYTES = 16 << 20  # The rows of the second sample take so many bytes in float32.
-ROW_BYTES = 32  # K-means keeps so many bytes for each row: its number, squared norm and label,
-LOOK_BYTES = 64  # and so many more while the row is assigned.
+ROW_BYTES = 32  # K-means keeps so many bytes for each row: its number, squared norm and label.
+LOOK_BYTES = 64  # K-means takes so many more bytes for a row while it assigns the row.
 KMEANS_BYTES = 1 << 30  # K-means may take so much memory beside the data and what it keeps of each user.
 MATRIX_ROWS = 16 * TILE_ROWS  # Where the matrix of the users' means is made, it is made so many rows at a time.
 
@@ -36,12 +36,24 @@ def sample_sizes(count: int, clusters: int, width: int) -> list[int]:
 
 
 class Step(NamedTuple):
-    """What a pass over some rows found."""
+    """Result of assigning some rows to their nearest centroids.
 
-    inertia: float  # sum of squared distances to the nearest centroids
-    counts: Any  # rows of each label, (K,)
-    labels: Any  # of the nearest centroids, (n,) int32
-    sums: Callable[[], Any]  # gives the sums of the rows less the offset, of each label, (K, D) float64
+    Attributes
+    ----------
+    inertia : float
+        Sum of the squared distances to the nearest centroids.
+    counts : array, shape (K,), int64
+        Number of rows with each label.
+    labels : array, shape (n,), int32
+        Label of each row.
+    sums : callable
+        Computes the sums of the rows less the offset for each label, (K, D) float64.
+    """
+
+    inertia: float
+    counts: Any
+    labels: Any
+    sums: Callable[[], Any]
 
 
 def needed_bytes(form: str, count: int, items: int, clusters: int, width: int) -> int:
@@ -91,7 +103,7 @@ class Points(ABC):
     @property
     @abstractmethod
     def offset(self) -> Any:
-        """A point amid the rows, (D,) float64: distances taken from there keep their digits."""
+        """A point near the rows, (D,) float64. Distances are computed relative to it, so that they lose no digits."""
 
     @property
     @abstractmethod
@@ -170,7 +182,7 @@ class Points(ABC):
         xp = self.backend.xp
         members = xp.argsort(labels, kind="stable")
         indptr = xp.searchsorted(labels[members], xp.arange(clusters + 1))
-        members = members[int(indptr[0]) :]  # without those of no label, which come first
+        members = members[int(indptr[0]) :]  # Rows without a label have -1, so they come first.
         values = (xp.ones(len(members)), members.astype(xp.int32), (indptr - indptr[0]).astype(xp.int32))
         return self.backend.sparse.csr_matrix(values, shape=(clusters, len(labels)))
 
@@ -226,7 +238,7 @@ class Dense(Points):
 
 
 class Sample(Dense):
-    """Rows of a sample (n, D) float32, about 0: it is gone through in float32, since it is not what is clustered."""
+    """Rows of a sample (n, D) float32, centred at 0. Float32 is enough, because a sample only gives a start."""
 
     def __init__(self, backend: Backend, rows: Any) -> None:
         super().__init__(backend, rows, backend.xp.zeros(rows.shape[1]))
@@ -323,7 +335,7 @@ def mean_item(backend: Backend, features: Any, present: Any) -> Any:
 
 
 class Factored(Tiled):
-    """The same rows, never made but for a few.
+    """The same rows as `Tiled`, of which only a few are ever made.
 
     Assignment needs only ``A (F C^T)``, K columns and not D, and the update ``(Z^T A) F``, Z the one-hot
     labels: sums by item and label, then a small dense product.

@@ -24,15 +24,15 @@ from gpu_init.method.matrix import Interactions, power
 
 RANK = 64  # The default number of dimensions that users are placed in by what they did.
 TOLERANCE = 1e-6  # A direction is found when its residual is below this; singular values are at most 1.
-MOST_PRODUCTS = 200  # There are at most so many products of S^T S with a block of vectors,
-WORK = 1 << 31  # and of at most so many multiplications, except for the first `LEAST_PRODUCTS`.
-LEAST_PRODUCTS = 12
+LEAST_PRODUCTS = 12  # So many products of S^T S with a block of vectors are always allowed.
+MOST_PRODUCTS = 200  # `WORK` allows at most so many products.
+WORK = 1 << 31  # Beyond `LEAST_PRODUCTS`, all products together take at most so many multiplications.
 _BLOCK = 16  # Lanczos multiplies so many vectors at a time.
-_RANGE_USERS = 1 << 20
-_GRAPH_USERS = 1 << 16
+_RANGE_USERS = 1 << 20  # A product goes through so many users at a time.
+_GRAPH_USERS = 1 << 16  # The search for components goes through so many users at a time.
 _ROWS = 1 << 11  # Dense products take so many rows at a time.
-_LITTLE = 1e-5  # A unit vector of which only this length is left after orthogonalization is partly rounding error,
-_NOTHING = 1e-10  # and one of which only this is left, nothing else.
+_LITTLE = 1e-5  # A unit vector that is shorter than this after orthogonalization contains much rounding error.
+_NOTHING = 1e-10  # A unit vector that is shorter than this after orthogonalization is only rounding error.
 
 Product = Callable[[Any], Any]
 """From a table (I, b) float64 to ``S^T S`` times it."""
@@ -74,10 +74,10 @@ class Graph(Protocol):
         """Degrees of the items, (I,) float64."""
 
     def large(self, most: int) -> NDArray[np.bool_]:
-        """Which items (I,) lie in large connected components, see `large_labels`."""
+        """Find the items (I,) in large components: the largest, and any with ``1 / most`` of all users and items."""
 
     def keep(self, kept: Any) -> int:
-        """Leave all items but these (I,) bool out of S from here on; gives how many users have one of them."""
+        """Restrict S to these items (I,) bool from here on; return the number of users who have one of them."""
 
     def product(self, table: Any) -> Any:
         """``R^T D_U^-1 R`` times a table (I, b) float64."""
@@ -170,7 +170,7 @@ def points(
 ) -> method_points.Tiled:
     """Rows of E, each of length 1, of the users who have one, for directions (I, r) and their D_I^-1/2 (I,).
 
-    A user's degree is no part of it: it would only lengthen the row.
+    D_U^-1/2 is left out of S, because it changes only the length of a row.
     """
     xp = backend.xp
     offset = xp.zeros(items.shape[1])
@@ -193,13 +193,13 @@ def component_labels(backend: Backend, interactions: Interactions) -> NDArray[np
 def joined_labels(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
     """Components of the items (I,) where either of two labellings connects them."""
     first = np.zeros(int(other.max(initial=-1)) + 1, np.int64)
-    first[other[::-1]] = one[::-1]  # of each of the other's components, the label of its first item
+    first[other[::-1]] = one[::-1]  # For each component of ``other``, this is the label in ``one`` of its first item.
     return _joined(one, first[other], int(one.max(initial=-1)) + 1)[one]
 
 
 def _joined(one: NDArray[np.int64], other: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Component of each of so many labels, some of which are the same."""
-    from scipy.sparse import coo_array  # here, as most jobs start sooner without it
+    """Join ``count`` labels where ``one`` and ``other`` pair them; return the component of each label."""
+    from scipy.sparse import coo_array  # Imported here, because most jobs do not need it and start sooner.
     from scipy.sparse.csgraph import connected_components
 
     graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(count, count))
@@ -272,14 +272,14 @@ def _lanczos(
     projected = xp.zeros((most, most))  # basis^T S^T S basis, its upper triangle
     noise = backend.asarray(rng.standard_normal((len(inside), _BLOCK)))
     fresh, _ = xp.linalg.qr(xp.where(inside[:, None], noise, 0.0))
-    size = products = begun = 0  # where the blocks since the last start begin
+    size = products = begun = 0  # ``begun`` is the column at which the blocks since the last restart begin.
     while True:
         block = slice(size, size + _BLOCK)
         basis[:, block] = fresh
         size += _BLOCK
         rest = product(fresh)
         products += 1
-        first = size - 2 * _BLOCK if size > begun + _BLOCK else 0  # but for rounding, it is orthogonal to those before
+        first = size - 2 * _BLOCK if size > begun + _BLOCK else 0  # Earlier columns are orthogonal up to rounding.
         projected[first:size, block] = orthogonalize(backend, basis[:, first:size], rest)
         projected[:size, block] += orthogonalize(backend, basis[:, :size], rest)
         fresh, coupling = xp.linalg.qr(rest)
@@ -305,7 +305,7 @@ def _lanczos(
 
 
 def orthogonalize(backend: Backend, basis: Any, block: Any) -> Any:
-    """Take out of a block (I, b) what lies in the space of a basis (I, n), and give that part's coordinates (n, b)."""
+    """Subtract from a block (I, b), in place, its projection on a basis (I, n); return the coefficients (n, b)."""
     inner = _inner(backend, basis, block)
     block -= _times(backend, basis, inner)
     return inner
