@@ -37,7 +37,7 @@ CALLS = (
 
 
 def kill_before(number):
-    """SIGKILL this process just before its so-manieth call that changes the disk."""
+    """Kill this process just before one of its calls that change the disk, counted from 1."""
     left = [number]
 
     def counted(real):

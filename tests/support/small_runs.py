@@ -20,7 +20,7 @@ IDENTITY = {
 }
 
 
-# A small run, as job.py does one.
+# A small run, as a job does one.
 
 
 def vectors(seed=0, users=USERS):
