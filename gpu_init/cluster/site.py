@@ -58,6 +58,8 @@ def run(config: JobConfig, progress: Progress) -> str:
     InputError, ResourceError
         As in `gpu_init.run.run`; or workers lack something; or the scheduler is lost: what was done can be resumed.
     """
+    if config.settings.kmeans == "cuml":
+        raise InputError("kmeans cuml runs in one process, and this run is over Dask; leave it out, or take own.")
     return _over_cluster(config, progress, lambda site, told: run_at(site, config, told))
 
 
@@ -68,8 +70,6 @@ def assign(source: Artifact, config: JobConfig, given: Collection[str], progress
 
 def _over_cluster(config: JobConfig, progress: Progress, work: Callable[[ClusterSite, Progress], str]) -> str:
     check_places(config)
-    if config.settings.kmeans == "cuml":
-        raise InputError("kmeans cuml runs in one process, and this run is over Dask; leave it out, or take own.")
     if is_url(config.out):
         raise InputError(
             f"{config.out}: over a cluster, workers write the output together; name a folder they all see."
