@@ -247,11 +247,11 @@ class NumbaKernels(ReferenceKernels):
         def add(part: slice, partial: Any) -> None:
             _label_sums(*own(part), labels[part], rows[part], scales, partial)
 
-        _add_parts(csr, add, sums)
+        _add_parts(csr, add, sums, 1)
 
     def gram(self, csr: Csr, table: Any, row_factors: Any, sums: Any) -> None:
         table, factors, own = read_only(table, np.float64), read_only(row_factors, np.float64), _of_ranges(csr)
-        _add_parts(csr, lambda part, partial: _gram(*own(part), table, factors[part], partial), sums)
+        _add_parts(csr, lambda part, partial: _gram(*own(part), table, factors[part], partial), sums, table.shape[1])
 
 
 def _summing(csr: Csr, table: Any, item_scale: Any) -> Callable[..., None]:
@@ -321,13 +321,14 @@ def _scales(item_scale: Any) -> Any:
     return read_only(_NO_SCALE if (item_scale == 1.0).all() else item_scale, np.float64)
 
 
-def _add_parts(csr: Csr, add: Callable[[slice, Any], None], sums: Any) -> None:
+def _add_parts(csr: Csr, add: Callable[[slice, Any], None], sums: Any, per_entry: int) -> None:
     """Let ``add`` fill a table for each fixed range of users, and add the tables to ``sums`` in order.
 
-    There are fewer ranges where a table would have more values than interactions: clearing it would take longer.
+    An interaction adds ``per_entry`` values. There are fewer ranges where a table has more values than all interactions
+    add: clearing the tables would take longer.
     """
     count, entries = len(csr.indptr) - 1, int(csr.indptr[-1] - csr.indptr[0])
-    parts = max(1, min(PARTS, PARTS_BYTES // max(1, sums.nbytes), entries // max(1, sums.size)))
+    parts = max(1, min(PARTS, PARTS_BYTES // max(1, sums.nbytes), entries * per_entry // max(1, sums.size)))
 
     def work(part: slice) -> Any:
         partial = np.zeros(sums.shape)
