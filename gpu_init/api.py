@@ -236,8 +236,7 @@ class _Arrays:
     modalities: Mapping[str, Modality]
 
     def part(self, number: int) -> Interactions:
-        first, last = self.plan.bounds[number : number + 2]
-        return Interactions(self.interactions.csr.rows(first, last), self.interactions.items)
+        return self.interactions.rows(*self.plan.bounds[number : number + 2])
 
     def modality(self, name: str) -> Modality:
         return self.modalities[name]

@@ -95,8 +95,6 @@ def assign_at(site: Site, source: Artifact, config: JobConfig, given: Collection
             if source.interactions is not None:
                 _label_interactions(job, source)
             statistics = vectors(job, {name: _fitted(source, name, data) for name in data.sources})
-            with progress.step("hash vectors"):
-                adopted.close()
         read.require_unchanged()
         manifest = manifest_of(config, inputs, site.facts(data, job.parts), data.counts, statistics)
         if source.interactions is not None:

@@ -134,7 +134,10 @@ def vectors(job: Job, given: Mapping[str, tuple[Fitted, dict[str, Any]]] | None 
             clusters.check_warm(name, int(job.masks[name].sum()), sum(counts), job.settings)
         if job.settings.cluster_on == "interactions":
             cluster_interactions(job)
-    return {name: _modality(job, name, warm[name], (given or {}).get(name)) for name in job.masks}
+    made = {name: _modality(job, name, warm[name], (given or {}).get(name)) for name in job.masks}
+    with job.progress.step("hash vectors"):
+        job.adopted.close()
+    return made
 
 
 def weigh(job: Job) -> None:
@@ -175,8 +178,7 @@ def cluster(job: Job, modality: Modality, warm: list[int]) -> tuple[Fitted, dict
         else:
             with job.progress.step(f"cluster {name}") as step:
                 if settings.cluster_on == "users":
-                    offset = backend.to_host(mean_item(backend, modality.values, modality.present))
-                    found, choice, sizes = _kmeans(job, Rows(name, "tiled", offset), warm)
+                    found, choice, sizes = _kmeans(job, _means_of(job, modality), warm)
                 else:
                     found, choice, item_labels = clusters.cluster_items(backend, modality, settings)
                     item_labels = backend.to_host(item_labels)
@@ -197,7 +199,7 @@ def _kmeans(job: Job, rows: Rows, counts: list[int]) -> tuple[kmeans.Clusters, C
     """K-means on rows of which the parts have so many; how K was chosen; how many rows have each label."""
     settings, backend, total = job.settings, job.parts.backend, sum(counts)
     tiled = PartedPoints(job.parts, rows, counts)
-    settings, count, choice = clusters.with_clusters(backend, tiled, settings)
+    count, choice = clusters.number_of_clusters(backend, tiled, settings)
     if rows.name == INTERACTIONS:
         clusters.check_placed(total, count)
     library = backend.takes_matrix(total, len(rows.offset), count, settings.kmeans)
@@ -213,6 +215,13 @@ def _kmeans(job: Job, rows: Rows, counts: list[int]) -> tuple[kmeans.Clusters, C
     points = PartedPoints(job.parts, replace(rows, form=form), counts)
     found = kmeans.fit(backend, points, count, settings.seed, settings.restarts, settings.tolerance, start)
     return found, choice, [int(size) for size in points.counts]
+
+
+def _means_of(job: Job, modality: Modality) -> Rows:
+    """The users' means in a modality, about the mean of the items."""
+    backend = job.parts.backend
+    offset = backend.to_host(mean_item(backend, modality.values, modality.present))
+    return Rows(modality.name, "tiled", offset)
 
 
 def _form(job: Job, rows: Rows, total: int, count: int) -> str:
@@ -261,12 +270,10 @@ def label_interactions(job: Job, centroids: Any) -> None:
 
 def _shared_centroids(job: Job, modality: Modality, warm: int) -> Any:
     """Centroids in one modality, of the clusters that all modalities have."""
-    backend, count = job.parts.backend, len(job.store.load(f"{INTERACTIONS}/centroids.npy"))
-    offset = backend.to_host(mean_item(backend, modality.values, modality.present))
-    rows = Rows(modality.name, "tiled", offset)
+    count, rows = len(job.store.load(f"{INTERACTIONS}/centroids.npy")), _means_of(job, modality)
     rows = replace(rows, form=_form(job, rows, warm, count))
     sums, counts = job.parts.total(tasks.sums_of_labels, rows, count)
-    return clusters.behaviour_means(sums, counts, offset)
+    return clusters.behaviour_means(sums, counts, rows.offset)
 
 
 def label(job: Job, fitted: Fitted, warm: int) -> tuple[Fitted, list[int]]:
@@ -457,8 +464,6 @@ def run_at(site: Site, config: JobConfig, progress: Progress) -> str:
         with ExitStack() as adopted:
             job = open_job(site, config, data, staging, progress, adopted)
             statistics = vectors(job)
-            with progress.step("hash vectors"):
-                adopted.close()
         inputs.require_unchanged()
         site_facts = site.facts(data, job.parts)
         manifest = manifest_of(config, inputs.files, site_facts, data.counts, statistics)

@@ -148,8 +148,7 @@ class LocalSource:
         self._interactions, self._sources = interactions, sources
 
     def part(self, number: int) -> Interactions:
-        first, last = self._plan.bounds[number : number + 2]
-        return Interactions(self._interactions.csr.rows(first, last), self._interactions.items)
+        return self._interactions.rows(*self._plan.bounds[number : number + 2])
 
     def modality(self, name: str) -> Modality:
         source = self._sources[name]

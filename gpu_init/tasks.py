@@ -5,7 +5,6 @@ Results lie on the host. Rows of users stay where the part is, or are written to
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,8 +62,6 @@ class _FactoredPart(Factored):
         self._part, self._name = part, name
 
     def item_products(self, table: Any) -> Any:
-        if self._name == INTERACTIONS:
-            return super().item_products(table)
         return self._part.process.item_products(self._name, self.offset, table)
 
 
@@ -436,7 +433,11 @@ def write(part: Part, fitted: Fitted, measured: bool) -> NormSums:
                 yield block  # for its norms
                 outbox.send(block)
 
-        return norm_sums(backend, made() if measured else iter(deque(made(), maxlen=0)))
+        if measured:
+            return norm_sums(backend, made())
+        for _ in made():
+            pass
+        return norm_sums(backend, iter(()))
 
 
 def drawn(part: Part, fitted: Fitted, index: Any) -> dict[str, Any]:

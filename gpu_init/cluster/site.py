@@ -143,17 +143,17 @@ class ClusterSite:
 def _place_features(config: JobConfig, backend: Backend, staging: Staging, name: str, source: Source) -> str:
     """Put a modality where workers map it, and return the path: the file itself where it is as they need it."""
     staging.save(f"{SCRATCH}/{name}.present.npy", source.mask)
+    if config.settings.dim is not None:
+        return os.path.join(staging.path, f"{name}/items.npy")
     table = source.table
     path = os.path.realpath(expand(table.path, features.EXTENSIONS)[0])
     as_it_is = table.values.dtype == np.float32 and table.values.flags.c_contiguous and path.endswith(".npy")
-    kept = f"{name}/items.npy"
-    if config.settings.dim is None:
-        if table.ids is None and as_it_is and not is_url(table.path):
-            return path
-        kept = f"{SCRATCH}/{name}.npy"
-        if staging.finished(kept) is None:
-            staging.save(kept, source.aligned(backend).values)
-            staging.finish(kept, {})
+    if table.ids is None and as_it_is and not is_url(table.path):
+        return path
+    kept = f"{SCRATCH}/{name}.npy"
+    if staging.finished(kept) is None:
+        staging.save(kept, source.aligned(backend).values)
+        staging.finish(kept, {})
     return os.path.join(staging.path, kept)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from gpu_init.backend.interface import Backend
@@ -55,15 +54,13 @@ def check_placed(users: int, clusters: int) -> None:
         raise InputError(f"{clusters} clusters, but {users} users whose interactions hang together; lower --clusters.")
 
 
-def with_clusters(
-    backend: Backend, points: kmeans.Clusterable, settings: Settings
-) -> tuple[Settings, int, Choice | None]:
-    """Settings with a number of clusters, that number, and how it was chosen where it is ``auto``."""
+def number_of_clusters(backend: Backend, points: kmeans.Clusterable, settings: Settings) -> tuple[int, Choice | None]:
+    """Return K, and how it was chosen where the settings say ``auto``."""
     if settings.clusters != AUTO:
         assert isinstance(settings.clusters, int)
-        return settings, settings.clusters, None
+        return settings.clusters, None
     choice = choose(backend, points, settings.seed)
-    return replace(settings, clusters=choice.clusters), choice.clusters, choice
+    return choice.clusters, choice
 
 
 def cluster_items(
@@ -83,7 +80,7 @@ def cluster_items(
     kept = xp.flatnonzero(modality.present)
     rows = modality.values if len(kept) == len(modality.values) else modality.values[kept]
     points = Dense(backend, rows)
-    settings, clusters, choice = with_clusters(backend, points, settings)
+    clusters, choice = number_of_clusters(backend, points, settings)
     start = None
     if backend.takes_matrix(len(rows), rows.shape[1], clusters, settings.kmeans):
         start = backend.kmeans(rows, clusters, settings.seed, settings.restarts)

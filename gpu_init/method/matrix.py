@@ -42,6 +42,10 @@ class Interactions:
         """Number of user-item pairs that interacted."""
         return int(self.csr.indptr[-1] - self.csr.indptr[0])
 
+    def rows(self, start: int, stop: int) -> Interactions:
+        """R of users ``start`` to ``stop``, sharing memory."""
+        return Interactions(self.csr.rows(start, stop), self.items)
+
     def user_degrees(self, backend: Backend, item_values: Any) -> Any:
         """``R v`` for ``v`` (I,) float64: with 1 for the items of a modality, the users' degrees in it (U,)."""
         if self.csr.weights is None and bool((item_values == 1).all()):
